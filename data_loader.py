@@ -1,0 +1,424 @@
+"""Datasets, the train/validation/test split, augmentation and preprocessing.
+
+Training and validation images come from `open_dataset`, test images from `open_test` alone, which only evaluate.py
+calls. A loader yields `(images, labels)` on the device, images (B, 3, S, S) floats in [0, 1], not normalised.
+
+Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor; photographs are decoded by
+worker processes onto square canvases. Both are cropped, flipped and resized on the device by `resample`.
+"""
+import hashlib
+import json
+import math
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from timm.data import Mixup
+from PIL import Image, ImageOps, UnidentifiedImageError
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision import transforms
+
+from utils import UserError
+
+SMALL = 96              # px: square images of one size up to this side are kept on the device
+CROP_PADDING = 1 / 8    # of the side, on each side: 4 px for CIFAR, as everywhere since He et al. 2015
+CROP_SCALE = (0.35, 1)  # share of a photograph's area that a random resized crop shows
+CROP_RATIO = (3 / 4, 4 / 3)
+EVAL_PIXELS = 32 * 224**2  # pixels of an evaluation batch: 32 images of 224 px
+INTERPOLATIONS = {"bilinear": transforms.InterpolationMode.BILINEAR, "bicubic": transforms.InterpolationMode.BICUBIC}
+
+
+class Images(NamedTuple):
+    """One part of a dataset: `pixels` where all images are small, square and of one size, else `source` alone."""
+    pixels: torch.Tensor | None  # (N, 3, H, H) uint8
+    source: object               # source[i] is (PIL image, label); None where pixels hold all
+    labels: torch.Tensor         # (N,) int64
+    names: list                  # file names below the part's folder, or []
+
+    def select(self, indices):
+        pick = torch.as_tensor(indices)
+        return Images(None if self.pixels is None else self.pixels[pick],
+                      None if self.source is None else torch.utils.data.Subset(self.source, pick.tolist()),
+                      self.labels[pick], [self.names[i] for i in indices] if self.names else [])
+
+
+class Dataset(NamedTuple):
+    """What training may see of a dataset."""
+    name: str
+    class_names: list
+    train: Images
+    val: Images
+    split_fingerprint: str  # SHA-256 of classes, training images and the choice of validation images
+    augmentation: str       # none, crop, flip_crop or resized_crop
+
+
+# Datasets -------------------------------------------------------------------------------------------------------
+
+def open_dataset(args):
+    """The training and validation images of args.dataset_name. Raises UserError where they cannot be had."""
+    whole, class_names = read_part(args.dataset_name, "train", args)
+    if args.dataset_name == "ImageFolder":
+        check_class_folders(Path(args.dataset_dir), class_names)
+    has_val = args.dataset_name == "Flowers102" or \
+        args.dataset_name == "ImageFolder" and Path(args.dataset_dir, "val").is_dir()
+    if has_val:
+        train, (val, _) = whole, read_part(args.dataset_name, "val", args)
+        chosen = {"val": val.labels.tolist(), "val_names": val.names}
+    else:
+        try:
+            train_indices, val_indices = train_test_split(
+                np.arange(len(whole.labels)), test_size=args.val_fraction, stratify=whole.labels.numpy(),
+                random_state=args.split_seed)
+        except ValueError as error:
+            raise UserError(f"the {len(whole.labels)} training images cannot be split with --val-fraction "
+                            f"{args.val_fraction:g}, every class on both sides: {error}") from None
+        train_indices, val_indices = np.sort(train_indices), np.sort(val_indices)
+        train, val = whole.select(train_indices), whole.select(val_indices)
+        chosen = {"val_indices": val_indices.tolist()}
+    if len(train.labels) < args.batch_size:
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(train.labels)} training images")
+    content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names, **chosen}
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    augmentation = args.augmentation
+    if augmentation == "auto":
+        augmentation = "crop" if args.dataset_name == "Digits" else "resized_crop" if train.pixels is None else "flip_crop"
+    if train.pixels is None and augmentation in ("crop", "flip_crop"):
+        raise UserError(f"--augmentation {augmentation} pads and crops small images; photographs take resized_crop or none")
+    return Dataset(args.dataset_name, class_names, train, val, fingerprint, augmentation)
+
+
+def open_test(name, args):
+    """The test images of dataset `name` and its class names. Only evaluate.py calls this."""
+    return read_part(name, "test", args)
+
+
+def read_part(name, part, args):
+    """The `part` (train, val or test) of dataset `name`: (Images, class names in the dataset's own order)."""
+    if name == "Digits":
+        digits = load_digits()
+        train, test = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+        chosen = np.sort(test if part == "test" else train)
+        gray = torch.from_numpy(np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8))  # 17 shades, 0 to 16
+        labels = torch.from_numpy(digits.target[chosen].astype(np.int64))
+        return Images(gray[:, None].repeat(1, 3, 1, 1), None, labels, []), [str(i) for i in digits.target_names]
+    if name == "ImageFolder":
+        return read_folder(Path(args.dataset_dir, part))
+    cls = getattr(torchvision.datasets, name)
+    source = download(cls, args.data_dir, **({"split": part} if name == "Flowers102" else {"train": part != "test"}))
+    if name == "Flowers102":
+        return Images(None, source, torch.tensor(source._labels), []), list(source.classes)  # no public name for labels
+    pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, None, torch.tensor(source.targets), []), list(source.classes)
+
+
+def download(cls, data_dir, **part):
+    """Open a torchvision dataset, downloaded on first use. Raises UserError with what to do by hand."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # urllib would wait for ever on a network that answers nothing
+    try:
+        return cls(root=data_dir, download=True, **part)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
+            raise  # the disk, not the network
+        if cls is torchvision.datasets.Flowers102:
+            base, files = cls._download_url_prefix, [name for name, _ in cls._file_dict.values()]
+            by_hand = f"{', '.join(base + name for name in files)} into {Path(data_dir, 'flowers-102')}"
+        else:
+            by_hand = f"{cls.url} into {data_dir}"
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"downloading {cls.__name__} failed ({reason}); download {by_hand} by hand and run the same "
+                        f"command again, or try the project without any download with --quick") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def read_folder(folder):
+    """The pictures of `folder`/<class>/*, classes in sorted order: (Images, class names)."""
+    try:
+        source = torchvision.datasets.ImageFolder(str(folder), loader=read_image)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is no folder of pictures in one folder per class: {error}") from None
+    labels = torch.tensor(source.targets)
+    files = [Path(file) for file, _ in source.samples]
+    names = [file.relative_to(folder).as_posix() for file in files]
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+        sizes = list(pool.map(image_size, files))
+        unreadable = [str(file) for file, size in zip(files, sizes) if size is None]
+        if unreadable:
+            raise UserError(f"{len(unreadable)} of {len(files)} files in {folder} cannot be read as pictures: "
+                            f"{', '.join(unreadable[:10])}{', …' if len(unreadable) > 10 else ''}")
+        width, height = sizes[0]
+        pixels = None
+        if width == height <= SMALL and set(sizes) == {sizes[0]}:
+            pixels = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
+            for i, image in enumerate(pool.map(read_image, files)):
+                pixels[i] = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    return Images(pixels, None if pixels is not None else source, labels, names), source.classes
+
+
+def check_class_folders(folder, class_names):
+    """Hold the names of the other parts' class folders against the training part's, without opening an image."""
+    for part in ("val", "test"):
+        if part == "val" and not (folder / part).is_dir():
+            continue
+        names = {entry.name for entry in (folder / part).iterdir() if entry.is_dir()} if (folder / part).is_dir() else set()
+        if names != set(class_names):
+            odd = sorted(names ^ set(class_names))
+            raise UserError(f"{folder / part} must have the same class folders as {folder / 'train'}; {len(odd)} differ: "
+                            f"{', '.join(odd[:10])}{', …' if len(odd) > 10 else ''}")
+
+
+def image_size(file):
+    """(width, height) of a picture, read from its head; None where it is no picture."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return None
+
+
+def read_image(file):
+    """A picture file as an RGB PIL image, see `to_rgb`."""
+    with Image.open(file) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image):
+    """Any PIL image (grey, palette, transparent, 16 bits, turned by EXIF) as people see it: upright RGB on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL's own conversion would clip them all to white
+        values = np.asarray(image, dtype=np.float64)
+        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+# Preprocessing --------------------------------------------------------------------------------------------------
+
+def crop_to_size(size, crop_pct, interpolation):
+    """PIL image to PIL image: shorter side to size / crop_pct, then the square in the middle, as timm evaluates."""
+    return transforms.Compose([to_rgb, transforms.Resize(math.floor(size / crop_pct), INTERPOLATIONS[interpolation]),
+                               transforms.CenterCrop(size)])
+
+
+def build_transform(info):
+    """The preprocessing of one PIL image for the model of `info` (a checkpoint's dict): a tensor (3, S, S), normalised."""
+    return transforms.Compose([crop_to_size(info["image_size"], info["crop_pct"], info["interpolation"]),
+                               transforms.ToTensor(), transforms.Normalize(info["mean"], info["std"])])
+
+
+def resample(images, boxes, flip, size, interpolation, margin=0):
+    """Cut a box out of each image, resize it with PIL's antialiased filter, and mirror it where asked.
+
+    images (B, 3, H, W) floats in [0, 1]; boxes (B, 4): top, left, height, width in pixels, which may reach `margin`
+    pixels beyond the image, where it is black; flip (B,) bool. Returns (B, 3, size, size) floats in [0, 1].
+    Resizing is separable, so each image takes one matrix per axis: the filter of PIL's Resample.c (bicubic with
+    a = -0.5, or triangle, widened by the scale when shrinking), cut off at the box.
+    """
+    top, left, height, width = boxes.unbind(1)
+    rows = resize_matrix(top, height, images.shape[2], size, interpolation, margin)  # (B, size, H)
+    columns = resize_matrix(left, width, images.shape[3], size, interpolation, margin)
+    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
+    narrow = (images @ columns.transpose(1, 2)[:, None]).clamp_(0, 1)  # PIL clips between its two passes too
+    return (rows[:, None] @ narrow).clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def resize_matrix(start, length, pixels, size, interpolation, margin):
+    """Weights (B, size, pixels) that resize `length` pixels from `start` on to `size` pixels; start, length (B,)."""
+    scale = (length / size)[:, None, None]
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    at = torch.arange(-margin, pixels + margin, device=start.device) - start[:, None, None]  # position within the box
+    x = ((at + 0.5 - centre) / scale.clamp(min=1)).abs()
+    if interpolation == "bicubic":
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+    else:
+        weights = (1 - x).clamp(min=0)
+    weights = weights * ((at >= 0) & (at < length[:, None, None]))
+    weights = weights / weights.sum(2, keepdim=True)
+    return weights[:, :, margin:margin + pixels]
+
+
+def random_boxes(augmentation, number, side, generator):
+    """Boxes for `number` images, as functions of nothing but the generator.
+
+    For crop and flip_crop: (number, 4) top, left, height, width in pixels of images `side` pixels wide, whole numbers
+    like torchvision's RandomCrop after padding. For resized_crop: (number, 10, 2), ten tries of log aspect ratio and area
+    and (number, 2) positions in [0, 1), which `resized_boxes` makes boxes of once the picture's shape is known.
+    """
+    if augmentation == "resized_crop":
+        low, high = torch.tensor([[math.log(CROP_RATIO[0]), CROP_SCALE[0]], [math.log(CROP_RATIO[1]), CROP_SCALE[1]]])
+        tries = torch.rand(number, 10, 2, generator=generator) * (high - low) + low
+        return torch.cat([tries.flatten(1), torch.rand(number, 2, generator=generator)], 1)
+    boxes = torch.tensor([0.0, 0.0, side, side]).repeat(number, 1)
+    if augmentation in ("crop", "flip_crop"):
+        margin = crop_margin(side)
+        boxes[:, :2] = torch.randint(-margin, margin + 1, (number, 2), generator=generator)
+    return boxes
+
+
+def crop_margin(side):
+    return max(1, round(side * CROP_PADDING))
+
+
+def resized_boxes(draws, aspect, side):
+    """Boxes (B, 4) of random resized crops (Szegedy et al. 2015) on canvases of `side` pixels.
+
+    `draws` (B, 22) from `random_boxes`, aspect (B,): width / height of the pictures that were stretched onto the
+    canvases. Of the ten tries the first that fits is taken, else the largest central box with a legal ratio, as in
+    torchvision's RandomResizedCrop. Whole pixels.
+    """
+    tries, position = draws[:, :20].view(-1, 10, 2), draws[:, 20:]
+    ratio, area, aspect = tries[..., 0].exp(), tries[..., 1], aspect[:, None]
+    shape = torch.stack([(area * aspect / ratio).sqrt(), (area * ratio / aspect).sqrt()], 2)  # height, width: (B, 10, 2)
+    fits = (shape <= 1).all(2)
+    first = fits.float().argmax(1)
+    chosen = shape[torch.arange(len(shape), device=shape.device), first]
+    central = torch.stack([(aspect[:, 0] / CROP_RATIO[0]).clamp(max=1), (CROP_RATIO[1] / aspect[:, 0]).clamp(max=1)], 1)
+    chosen, position = torch.where(fits.any(1)[:, None], chosen, central), \
+        torch.where(fits.any(1)[:, None], position, torch.full_like(position, 0.5))
+    extent = (chosen * side).round().clamp(min=1)
+    return torch.cat([(position * (side - extent + 1)).floor().clamp(min=0), extent], 1)
+
+
+def mixing(num_classes, args):
+    """timm's mixup and cutmix as the settings ask, or None. Label smoothing is the loss's."""
+    if args.mixup_alpha or args.cutmix_alpha:
+        return Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=num_classes)
+    return None
+
+
+# Loaders --------------------------------------------------------------------------------------------------------
+
+class Photographs(torch.utils.data.Dataset):
+    """Decodes pictures in worker processes: item i is (uint8 tensor (3, S, S), width / height, label).
+
+    For training the whole picture is stretched onto the canvas, whatever its shape; `resized_boxes` undoes that.
+    """
+    def __init__(self, images, size, crop=None):
+        self.images, self.size, self.crop = images, size, crop
+
+    def __getitem__(self, i):
+        image, label = self.images.source[i]
+        image = to_rgb(image)
+        aspect = image.width / image.height
+        canvas = self.crop(image) if self.crop else image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1), aspect, label
+
+
+class Loader:
+    """Batches of one part of a dataset, on the device.
+
+    With a `seed` it trains: `epoch(n)` yields that epoch's batches, whose order, crops and flips follow from (seed, n)
+    alone, so that any two runs see the same images and a run can go on in mid-epoch; the last incomplete batch is
+    dropped. Without one, iterating yields all images once, in order, cropped in the middle.
+    """
+    def __init__(self, images, device, image_size, interpolation, crop_pct=1.0, batch_size=None, num_workers=0,
+                 seed=None, augmentation="none", teacher_image_size=None, mixup=None):
+        self.device, self.size, self.interpolation = device, image_size, interpolation
+        self.seed, self.mixup = seed, mixup
+        self.augmentation, self.teacher_size = augmentation, teacher_image_size or image_size
+        self.batch_size = batch_size or min(512, max(16, EVAL_PIXELS // image_size**2))
+        self.labels, self.pixels = images.labels.to(device), None
+        if images.pixels is not None:
+            self.pixels, self.side = images.pixels.to(device), images.pixels.shape[-1]
+        else:
+            self.side = self.size
+            if seed is not None:  # enough for the smallest crop to fill the output
+                self.side = math.ceil(max(self.size, self.teacher_size) / CROP_SCALE[0] ** 0.5)
+            crop = crop_to_size(image_size, crop_pct, interpolation) if seed is None else None
+            self.batches = []
+            self.photographs = torch.utils.data.DataLoader(
+                Photographs(images, self.side, crop), batch_sampler=_Batches(self), num_workers=num_workers,
+                pin_memory=device.type == "cuda", persistent_workers=num_workers > 0)
+
+    def __len__(self):
+        count = len(self.labels)
+        return count // self.batch_size if self.seed is not None else math.ceil(count / self.batch_size)
+
+    def __iter__(self):
+        whole = torch.tensor([[0.0, 0.0, self.side, self.side]], device=self.device)
+        for chosen, pixels, _ in self._decoded(torch.arange(len(self.labels)).split(self.batch_size)):
+            images = self._on_device(pixels)
+            if self.pixels is not None:
+                images = resample(images, whole.expand(len(images), 4), whole.new_zeros(len(images), dtype=torch.bool),
+                                  self.size, self.interpolation)
+            yield images, self.labels[chosen]
+
+    def epoch(self, epoch, start=0):
+        """Yield the batches of `epoch` from batch `start` on: (images, labels), or, where the teacher's images are of
+        another size, ((the student's, the teacher's), labels). Mixed labels are (B, C) floats."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        count = len(self.labels)
+        order = torch.randperm(count, generator=generator)
+        boxes = random_boxes(self.augmentation, count, self.side, generator).to(self.device)
+        flips = torch.rand(count, generator=generator) < (0.5 if self.augmentation in ("flip_crop", "resized_crop") else 0)
+        flips = flips.to(self.device)
+        batches = order[:len(self) * self.batch_size].view(-1, self.batch_size)
+        for number, (chosen, pixels, aspect) in enumerate(self._decoded(batches[start:]), start):
+            at = slice(number * self.batch_size, (number + 1) * self.batch_size)  # draws belong to places, not to images
+            images = self._on_device(pixels)
+            box = boxes[at]
+            if self.augmentation == "resized_crop":
+                box = resized_boxes(box, aspect, self.side)
+            views = [resample(images, box, flips[at], size, self.interpolation,
+                              crop_margin(self.side) if "crop" in self.augmentation else 0)
+                     for size in dict.fromkeys((self.size, self.teacher_size))]
+            labels = self.labels[chosen]
+            if self.mixup:
+                for i, view in enumerate(views):
+                    np.random.seed(seed_of(self.seed, epoch, number))  # timm draws from numpy's global generator
+                    views[i], mixed = self.mixup(view, labels)
+                labels = mixed
+            yield views[0] if len(views) == 1 else tuple(views), labels
+
+    def _decoded(self, batches):
+        """For each batch of indices: (indices, uint8 pixels (B, 3, H, W), aspect (B,)), the first and last on the device."""
+        if self.pixels is not None:
+            for chosen in batches:
+                chosen = chosen.to(self.device)
+                yield chosen, self.pixels[chosen], torch.ones(len(chosen), device=self.device)
+        else:
+            self.batches = [chosen.tolist() for chosen in batches]
+            for chosen, (pixels, aspect, _) in zip(batches, self.photographs):
+                yield chosen.to(self.device), pixels, aspect.to(self.device, torch.float32)
+
+    def _on_device(self, pixels):
+        return pixels.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last).float() / 255
+
+
+def seed_of(*numbers):
+    """One 32-bit seed out of several numbers, well spread."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def training_loader(data, info, args, device):
+    """The loader of data.train for a model of `info`: what a fair pair shares but for the teacher's own view."""
+    return Loader(data.train, device, info["image_size"], info["interpolation"], batch_size=args.batch_size,
+                  num_workers=args.num_workers, seed=args.seed, augmentation=data.augmentation,
+                  teacher_image_size=getattr(args, "teacher_image_size", None),
+                  mixup=mixing(info["num_classes"], args))
+
+
+def evaluation_loader(images, info, args, device):
+    """The loader of all `images`, once and in order, cropped as the model of `info` wants it."""
+    return Loader(images, device, info["image_size"], info["interpolation"], crop_pct=info["crop_pct"],
+                  num_workers=args.num_workers)
+
+
+class _Batches:
+    """Hands a DataLoader, which keeps its workers from epoch to epoch, the batches its Loader last chose."""
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader.batches)
+
+    def __len__(self):
+        return len(self.loader.batches)

@@ -1,0 +1,161 @@
+"""Students and teachers from timm, the losses, and checkpoints as models."""
+import contextlib
+import math
+from pathlib import Path
+
+import huggingface_hub
+import timm
+import torch
+import torch.nn.functional as F
+
+import utils
+from utils import UserError
+
+
+def build_model(name, num_classes, pretrained=False, weights=None):
+    """A timm classifier with a new head for `num_classes`, in channels_last, that knows its own normalisation.
+
+    `weights` is a local file instead of timm's download. The head's weights come from torch's global generator, so
+    seed it just before. `model.pixel_mean` and `model.pixel_std` (1, 3, 1, 1) are what `utils.forward` normalises
+    with; they are no part of the state_dict, which keeps timm's own names. Raises UserError where weights cannot be had.
+    """
+    if pretrained and not weights:
+        check_download(name)
+    overlay = {"file": str(weights)} if weights else None
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, pretrained_cfg_overlay=overlay)
+    except Exception as error:
+        if not pretrained:
+            raise
+        source = weights or f"the weights of {name}"
+        raise UserError(f"{source} cannot be loaded into {name}: {str(error).splitlines()[0][:200]}") from error
+    for key in ("mean", "std"):
+        model.register_buffer(f"pixel_{key}", torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1), persistent=False)
+    return model.to(memory_format=torch.channels_last)
+
+
+def check_download(name):
+    """Ask the hub once for the weight file, if it is not cached: left alone, the hub's client retries for a minute."""
+    cfg = timm.get_pretrained_cfg(name)
+    if not (cfg and cfg.hf_hub_id) or cfg.url and not timm.models.has_hf_hub():
+        return
+    repo, file = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
+    if isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
+        return
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file), timeout=10)
+    except huggingface_hub.errors.EntryNotFoundError:
+        return  # the hub answers, and timm knows the older file names
+    except Exception as error:
+        raise UserError(
+            f"downloading the ImageNet weights of {name} failed ({str(error).splitlines()[0]}); fetch {file} from "
+            f"https://huggingface.co/{repo} by hand and give it as --student-weights or --teacher-weights FILE, or start "
+            "without them with --no-pretrained, or try the project without any download with --quick") from None
+
+
+def gradcam_layer(model, image_size):
+    """Name of the last convolution whose output is the final feature map, what GradCAM looks at; None without one."""
+    seen = {}
+
+    def remember(name):
+        return lambda module, inputs, output: seen.update({name: tuple(output.shape[-2:])})
+    hooks = [module.register_forward_hook(remember(name)) for name, module in model.named_modules()
+             if isinstance(module, torch.nn.Conv2d)]
+    training = model.training
+    try:
+        with torch.inference_mode():
+            features = model.eval().forward_features(torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    shape = tuple(features.shape[-2:]) if features.ndim == 4 else None
+    return next((name for name in reversed(seen) if seen[name] == shape), None)
+
+
+def describe(run, model, name, data, args, **more):
+    """What a checkpoint of `run` says about itself besides weights, epoch and accuracy: plain values alone, and `more`."""
+    cfg = model.pretrained_cfg
+    small = data.train.pixels is not None  # nothing to cut off at the edges of a 32 px image
+    return {
+        "format_version": utils.FORMAT_VERSION, "run": run, "model_name": name, "num_classes": len(data.class_names),
+        "class_names": list(data.class_names), "image_size": args.image_size,
+        "crop_pct": 1.0 if small else float(cfg["crop_pct"]),
+        "interpolation": cfg["interpolation"] if cfg["interpolation"] in ("bilinear", "bicubic") else "bicubic",
+        "mean": [float(value) for value in cfg["mean"]], "std": [float(value) for value in cfg["std"]],
+        "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
+        "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(), "versions": utils.versions(), **more,
+    }
+
+
+def load_model(path, device="cpu"):
+    """The model of a best_model.pth in eval mode, and its info: (model, dict of everything but the weights).
+
+    Raises UserError where the file is missing, damaged, or holds something else.
+    """
+    info = utils.load_file(path)
+    weights = info.pop("state_dict", None)
+    if weights is None:
+        raise UserError(f"{path} holds no model; best_model.pth beside it may")
+    try:
+        model = build_model(info["model_name"], info["num_classes"])
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"the weights in {path} do not fit {info.get('model_name')}: "
+                        f"{str(error).splitlines()[0]}") from None
+    return model.to(device).eval(), info
+
+
+# Losses ---------------------------------------------------------------------------------------------------------
+
+def cross_entropy(logits, labels, label_smoothing=0.0):
+    """Cross-entropy in float32; logits (B, C), labels (B,) int64 or (B, C) probabilities. In nats, a mean over B."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
+    """T^2 * KL between the softened outputs (Hinton et al. 2015), logits (B, C), a mean over B, in float32.
+
+    forward: KL(teacher || student); reverse: KL(student || teacher). Gradients fall off as 1 / T^2, which the
+    factor undoes, so that the weight against the cross-entropy means the same at every temperature.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
+    first, second = (student, teacher) if direction == "forward" else (teacher, student)
+    # batchmean: the default "mean" divides by the number of classes too, and makes the term as much weaker.
+    return F.kl_div(first, second, reduction="batchmean", log_target=True) * temperature**2
+
+
+def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha, direction="forward", label_smoothing=0.0):
+    """alpha * T^2 * KL + (1 - alpha) * cross-entropy, as a dict of its 0-d parts: loss, ce_loss, kd_loss (unweighted)."""
+    ce = cross_entropy(student_logits, labels, label_smoothing)
+    kd = kd_loss(student_logits, teacher_logits, temperature, direction)
+    return {"loss": alpha * kd + (1 - alpha) * ce, "ce_loss": ce, "kd_loss": kd}
+
+
+# Teachers -------------------------------------------------------------------------------------------------------
+
+def why_unfit(info, args, data):
+    """Why the teacher of `info` (a checkpoint's dict) cannot teach on `data`, in a few words; None where it can."""
+    image_size = args.teacher_image_size or args.image_size
+    if info["model_name"] != args.teacher_model and not args.teacher_checkpoint:
+        return f"it is {info['model_name']}, not {args.teacher_model}"
+    if info["dataset"] != data.name or info["class_names"] != list(data.class_names):
+        return f"it was trained on other classes ({info['dataset']}, {info['num_classes']} of them)"
+    if info["split_fingerprint"] != data.split_fingerprint:
+        return "it was trained on another split, and may have seen the validation images"
+    if info["image_size"] != image_size:
+        return f"it was trained at {info['image_size']} px, and --teacher-image-size is {image_size}"
+    return None
+
+
+def least_accuracy(num_classes):
+    """Validation accuracy below which a teacher knows too little to teach: well above chance."""
+    return max(3 / num_classes, 2 / num_classes + 0.02)
+
+
+def freeze(teacher):
+    """Put `teacher` in eval mode for good, whatever calls train() on it later, and out of every gradient."""
+    teacher.requires_grad_(False).eval()
+    teacher.train = lambda mode=True: teacher
+    return teacher

@@ -1,0 +1,692 @@
+"""What the scripts share: errors, command line, device and precision, the pass over a loader, checkpoints, resuming.
+
+The order follows a run: arguments are parsed and checked, a device is chosen, a run folder is opened, steps are made
+and counted, the state is saved. Nothing here reads `config` except `parse_args`.
+"""
+import argparse
+import contextlib
+import copy
+import csv
+import difflib
+import errno
+import hashlib
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from tqdm import tqdm
+
+import config
+
+FORMAT_VERSION = 1  # of every checkpoint; raised when a reader of the former format could misread the new one
+
+
+class UserError(Exception):
+    """Something a person can put right; its text is the one message they see, exit status 1."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived and the state is saved; `code` is the exit status."""
+
+    def __init__(self, code):
+        super().__init__(code)
+        self.code = code
+
+
+# Command line ---------------------------------------------------------------------------------------------------
+
+def integer(low):
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if int(text) >= low:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+    return parse
+
+
+def number(low, high=math.inf, low_allowed=True, high_allowed=True):
+    """Parser of a finite number between `low` and `high`, the bounds themselves legal where allowed."""
+    bounds = f"{'at least' if low_allowed else 'above'} {low:g}"
+    if high < math.inf:
+        bounds += f" and {'at most' if high_allowed else 'below'} {high:g}"
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = float(text)
+            above = value >= low if low_allowed else value > low
+            below = value <= high if high_allowed else value < high
+            if above and below and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"must be a number {bounds}, not {text!r}")
+    return parse
+
+
+def choice(*names):
+    def parse(text):
+        if text in names:
+            return text
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, not {text!r}{suggest(text, names)}")
+    return parse
+
+
+def model_name(text):
+    """Parser of a timm model name, with or without the tag of its pretrained weights."""
+    tagged = "." in text
+    if text in timm.list_pretrained() or (not tagged and timm.is_model(text)):
+        return text
+    known = timm.list_pretrained() if tagged else timm.list_models()
+    raise argparse.ArgumentTypeError(
+        f"must be a classifier from timm.list_models(), not {text!r}{suggest(text, known)}")
+
+
+def existing_file(text):
+    if Path(text).is_file():
+        return text
+    raise argparse.ArgumentTypeError(f"must be an existing file, not {text!r}")
+
+
+def path(text):
+    if text:
+        return text
+    raise argparse.ArgumentTypeError("must be a path, not an empty text")
+
+
+def suggest(text, known):
+    lowered = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(text.lower(), lowered, n=3, cutoff=0.5)
+    return f" (closest: {', '.join(lowered[name] for name in close)})" if close else ""
+
+
+BOTH, DISTILLATION, ALL = ("baseline", "distillation"), ("distillation",), ("baseline", "distillation", "evaluate")
+SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its value, help)
+    "DATASET_NAME": (BOTH, choice("CIFAR100", "CIFAR10", "Flowers102", "Digits", "ImageFolder"),
+                     "dataset: CIFAR100, CIFAR10, Flowers102, Digits or ImageFolder"),
+    "DATASET_DIR": (ALL, path, "folder with train/<class>/* and test/<class>/*, for ImageFolder"),
+    "DATA_DIR": (ALL, path, "folder that datasets are downloaded to"),
+    "IMAGE_SIZE": (BOTH, integer(32), "side of the square image the student sees, px"),
+    "TEACHER_IMAGE_SIZE": (DISTILLATION, integer(32), "side of the same image for the teacher, px; None: as the student"),
+    "AUGMENTATION": (BOTH, choice("auto", "none", "crop", "flip_crop", "resized_crop"),
+                     "augmentation: auto, none, crop, flip_crop or resized_crop"),
+    "VAL_FRACTION": (BOTH, number(0, 1, False, False), "share of the training images held out for validation"),
+    "SPLIT_SEED": (BOTH, integer(0), "seed of the choice of validation images"),
+    "NUM_WORKERS": (ALL, integer(0), "processes that decode photographs"),
+    "TEACHER_MODEL": (DISTILLATION, model_name, "timm name of the teacher"),
+    "STUDENT_MODEL": (BOTH, model_name, "timm name of the student"),
+    "PRETRAINED": (BOTH, None, "start from ImageNet weights"),
+    "STUDENT_WEIGHTS": (BOTH, existing_file, "local file of the student's pretrained weights, instead of a download"),
+    "TEACHER_WEIGHTS": (DISTILLATION, existing_file, "local file of the teacher's pretrained weights"),
+    "TEACHER_CHECKPOINT": (DISTILLATION, existing_file, "best_model.pth of a teacher, instead of fine-tuning one"),
+    "TEMPERATURE": (DISTILLATION, number(0, low_allowed=False), "temperature T of the soft targets"),
+    "ALPHA": (DISTILLATION, number(0, 1), "weight of the soft targets; the labels get the rest"),
+    "KL_DIRECTION": (DISTILLATION, choice("forward", "reverse"),
+                     "forward: KL(teacher || student), reverse: KL(student || teacher)"),
+    "BATCH_SIZE": (BOTH, integer(1), "images a training step"),
+    "NUM_EPOCHS": (BOTH, integer(1), "epochs of the student"),
+    "LEARNING_RATE": (BOTH, number(0, low_allowed=False), "peak learning rate of the student"),
+    "WEIGHT_DECAY": (BOTH, number(0), "weight decay of AdamW, not on biases and norms"),
+    "WARMUP_EPOCHS": (BOTH, number(0), "epochs of linear warm-up"),
+    "TEACHER_EPOCHS": (DISTILLATION, integer(1), "epochs of the teacher's own fine-tuning"),
+    "TEACHER_LEARNING_RATE": (DISTILLATION, number(0, low_allowed=False), "peak learning rate of the teacher's own fine-tuning"),
+    "CLIP_GRAD": (BOTH, number(0), "largest norm of the gradient, 0: not clipped"),
+    "LABEL_SMOOTHING": (BOTH, number(0, 1, True, False), "label smoothing of the cross-entropy"),
+    "MIXUP_ALPHA": (BOTH, number(0), "alpha of mixup, 0: off"),
+    "CUTMIX_ALPHA": (BOTH, number(0), "alpha of cutmix, 0: off"),
+    "EMA_DECAY": (BOTH, number(0, 1, True, False), "decay of the average of the weights that is validated and kept, 0: off"),
+    "SEED": (BOTH, integer(0), "seed of initial weights, order and augmentation"),
+    "DEVICE": (ALL, choice("auto", "cuda", "mps", "cpu"), "device: auto, cuda, mps or cpu"),
+    "AMP_DTYPE": (BOTH, choice("auto", "bf16", "fp16", "fp32"), "precision: auto, bf16, fp16 or fp32"),
+    "CHECKPOINT_DIR": (ALL, path, "folder of the checkpoints"),
+    "RESULTS_DIR": (ALL, path, "folder of histories, report and figures"),
+}
+# Settings that do not change what a run computes, so that a run goes on when they change.
+NEUTRAL = {"dataset_dir", "data_dir", "num_workers", "device", "checkpoint_dir", "results_dir", "quick", "fresh",
+           "fresh_teacher"}
+# Settings that matter to a distilled student through its teacher alone.
+TEACHER_ONLY = {"teacher_model", "teacher_weights", "teacher_checkpoint", "teacher_epochs", "teacher_learning_rate"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print forty flags of usage above it
+        self.exit(2, f"{self.prog}: error: {message}; --help lists every flag\n")
+
+
+def parse_args(script, description, argv=None):
+    """Parse the command line of `script` ("baseline", "distillation" or "evaluate") over config.py's defaults.
+
+    Returns a namespace with one attribute per setting in lower case, and quick, fresh, fresh_teacher,
+    baseline_checkpoint, distilled_checkpoint where the script has them. Exits with status 2 and one sentence on
+    anything that cannot work and can be seen before the work.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    defaults = {name: getattr(config, name) for name in SETTINGS}
+    if "--quick" in argv:
+        defaults.update(config.QUICK)
+    for name, (scripts, parse, text) in SETTINGS.items():
+        if script in scripts:
+            flag = "--" + name.lower().replace("_", "-")
+            if parse is None:
+                parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=defaults[name], help=text)
+            else:
+                parser.add_argument(flag, type=parse, default=defaults[name], help=text)
+    parser.add_argument("--quick", action="store_true", help="small complete run on scikit-learn's digits, into quick/ "
+                                                             "of both folders; other flags still apply")
+    if script == "evaluate":
+        for run in ("baseline", "distilled"):
+            parser.add_argument(f"--{run}-checkpoint", type=existing_file, help=f"other {run} checkpoint than the default")
+    else:
+        parser.add_argument("--fresh", action="store_true", help="move a former run aside and start anew")
+    if script == "distillation":
+        parser.add_argument("--fresh-teacher", action="store_true", help="move the teacher aside and train it again")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(unknown_argument(unknown[0], script, parser))
+    check_defaults(script, args, parser)
+    check_combinations(script, args, parser)
+    if args.quick:
+        args.checkpoint_dir, args.results_dir = str(Path(args.checkpoint_dir, "quick")), str(Path(args.results_dir, "quick"))
+    return args
+
+
+def unknown_argument(argument, script, parser):
+    flag = argument.split("=")[0]
+    known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    constant = flag[2:].replace("no-", "", 1).replace("-", "_").upper()
+    if flag.startswith("--") and constant in SETTINGS:
+        homes = [f"train_{home}.py" if home != "evaluate" else "evaluate.py" for home in SETTINGS[constant][0]]
+        return f"{flag} is no flag of this script but of {' and '.join(homes)}"
+    return f"unknown argument {argument!r}{suggest(flag, known)}"
+
+
+def check_defaults(script, args, parser):
+    """Hold what config.py says to the same rules as flags; argparse checks text alone."""
+    for name, (scripts, parse, _) in SETTINGS.items():
+        value = getattr(args, name.lower(), None)
+        if script not in scripts or value is None and getattr(config, name) is None:
+            continue
+        if parse is None:
+            if not isinstance(value, bool):
+                parser.error(f"{name} in config.py must be True or False, not {value!r}")
+            continue
+        try:
+            setattr(args, name.lower(), parse(str(value)))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"{name} in config.py {error}")
+
+
+def check_combinations(script, args, parser):
+    """Refuse settings that are legal one by one but cannot work together."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: cuda needs an NVIDIA GPU and a CUDA build of torch, and this torch finds none")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        parser.error("argument --device: mps needs an Apple GPU, and this torch finds none")
+    if args.dataset_dir and not Path(args.dataset_dir).is_dir():
+        parser.error(f"argument --dataset-dir: must be an existing folder, not {args.dataset_dir!r}")
+    if script == "evaluate":
+        return
+    if args.dataset_name == "ImageFolder" and not args.dataset_dir:
+        parser.error("argument --dataset-name: ImageFolder needs --dataset-dir DIR with train/<class>/* and test/<class>/*")
+    if args.dataset_dir and args.dataset_name != "ImageFolder":
+        parser.error(f"argument --dataset-dir: only for --dataset-name ImageFolder, not for {args.dataset_name}")
+    roles = [("student", args.image_size)]
+    if script == "distillation":
+        roles.append(("teacher", args.teacher_image_size or args.image_size))
+        if args.teacher_epochs < args.warmup_epochs and not args.teacher_checkpoint:
+            parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than --warmup-epochs {args.warmup_epochs:g}")
+        if args.cutmix_alpha and roles[0][1] != roles[1][1]:
+            parser.error("argument --cutmix-alpha: cutmix cuts one size of picture, so it needs --teacher-image-size to be "
+                         "the student's")
+    if args.num_epochs < args.warmup_epochs:
+        parser.error(f"argument --num-epochs: {args.num_epochs} is less than --warmup-epochs {args.warmup_epochs:g}")
+    if (args.mixup_alpha or args.cutmix_alpha) and args.batch_size % 2:
+        parser.error(f"argument --batch-size: mixup and cutmix pair images up and need an even number, not {args.batch_size}")
+    for role, size in roles:
+        name, weights = getattr(args, f"{role}_model"), getattr(args, f"{role}_weights")
+        taught_by_file = role == "teacher" and args.teacher_checkpoint
+        if weights and not args.pretrained:
+            parser.error(f"argument --{role}-weights: has no effect with --no-pretrained")
+        if args.pretrained and not weights and not taught_by_file and not timm.models.is_model_pretrained(name):
+            parser.error(f"argument --{role}-model: timm has no pretrained weights for {name}; --no-pretrained or "
+                         f"--{role}-weights FILE")
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg and cfg.fixed_input_size and cfg.input_size[-1] != size:
+            parser.error(f"argument --{role}-model: {name} takes images of {cfg.input_size[-1]} px alone, not {size}")
+
+
+# Start and end of a script --------------------------------------------------------------------------------------
+
+def run_script(main):
+    """Call `main()` and exit as DESIGN promises: 0, 1 with one message, 2, 130 after Ctrl-C, 143 after SIGTERM."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a class name that the terminal cannot show is no reason to stop
+    signal.signal(signal.SIGTERM, _on_signal)
+    signal.signal(signal.SIGINT, _on_signal)
+    try:
+        main()
+        return 0
+    except UserError as error:
+        message = str(error)
+    except Stopped as stop:
+        return stop.code
+    except torch.OutOfMemoryError:
+        message = "the GPU has too little memory for this; try a smaller --batch-size or --image-size"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        message = f"{error.strerror}: {error.filename or 'while writing'}; nothing that was saved before is lost"
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+_signal_code = None  # 130 or 143 once asked to stop
+_can_save = False    # while an epoch is under way, which ends by saving
+
+
+def _on_signal(number, frame):
+    global _signal_code
+    again, _signal_code = _signal_code is not None, 128 + number
+    if again or not _can_save:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(_signal_code)
+
+
+def stop(place):
+    print(f"stopped after {place}, all saved; the same command goes on from there")
+    raise Stopped(_signal_code)
+
+
+def setup(args):
+    """Choose the device and return it; replace the "auto" of args.amp_dtype; print what was chosen, why it may be slow."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    wanted = getattr(args, "amp_dtype", "fp32")
+    if wanted == "auto":
+        # Emulated bf16 (GPUs before Ampere) is slower than fp16; on CPUs and Apple GPUs both are slower than float32.
+        native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        wanted = "fp32" if name != "cuda" else "bf16" if native else "fp16"
+    args.amp_dtype = wanted
+    if name == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change within a pass
+        print(f"device: {torch.cuda.get_device_name()}, {wanted}")
+    elif name == "mps":
+        print(f"device: Apple GPU, {wanted}")
+    else:
+        windows = " (the default torch for Windows has no CUDA: see README, Troubleshooting)" if os.name == "nt" else ""
+        print(f"device: CPU, {torch.get_num_threads()} threads, {wanted}; without a GPU large images take long{windows}")
+    return device
+
+
+def seed_everything(seed):
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": str(timm.__version__),
+            "torchvision": str(torchvision.__version__), "numpy": str(np.__version__)}
+
+
+def duration(seconds):
+    """Seconds as a person says them: '45 s', '12 min', '3.4 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# The training step ----------------------------------------------------------------------------------------------
+
+class TrainState(NamedTuple):
+    """All that changes as a model trains, each with a state_dict: what last.pth holds."""
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None
+
+    @property
+    def validated(self):
+        """The model whose accuracy counts and which best_model.pth holds."""
+        return self.ema.module if self.ema else self.model
+
+
+def new_state(model, steps_per_epoch, args):
+    """AdamW without decay on biases and norms, linear warm-up then cosine per step, scaler for fp16, EMA if asked."""
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=args.learning_rate)
+    total = args.num_epochs * steps_per_epoch
+    warmup = min(round(args.warmup_epochs * steps_per_epoch), total - 1)
+    scheduler = CosineAnnealingLR(optimizer, total - warmup)
+    if warmup:
+        scheduler = SequentialLR(optimizer, [LinearLR(optimizer, 1 / warmup, total_iters=warmup), scheduler], [warmup])
+    scaler = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=args.amp_dtype == "fp16")
+    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
+    return TrainState(model, optimizer, scheduler, scaler, ema)
+
+
+def forward(model, images):
+    """Logits (B, C) for `images` (B, 3, H, W) in [0, 1], normalised as `model` was pretrained."""
+    return model((images - model.pixel_mean) / model.pixel_std)
+
+
+def training_step(state, objective, args):
+    """The function `step(images, labels)` that makes one update and returns what it measured, all on the device.
+
+    images (B, 3, H, W) in [0, 1], or a pair of such: the student's and the teacher's size of the same pictures;
+    labels (B,) int64 or, mixed, (B, C) floats. Returns a dict of 0-d float32 tensors: what `objective` returns,
+    with "loss" among it, and "correct", the number of right predictions (absent for mixed labels).
+    """
+    device = state.model.pixel_mean.device
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.amp_dtype]
+
+    def step(images, labels):
+        student_images = images[0] if isinstance(images, tuple) else images
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            logits = forward(state.model, student_images)
+            measured = objective(images, logits, labels)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(measured["loss"]).backward()
+        if args.clip_grad:
+            state.scaler.unscale_(state.optimizer)
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        measured = {name: value.detach() for name, value in measured.items()}
+        if labels.ndim == 1:
+            measured["correct"] = (logits.detach().argmax(1) == labels).sum().float()
+        return measured
+    return step
+
+
+def rehearse(model, objective, loader, info, args):
+    """Make three full-size steps on a copy of `model`, throw them away, and print how long the run will take.
+
+    So that too little memory shows in the first minute, and a run's length before it is spent.
+    """
+    state = new_state(copy.deepcopy(model).train(), len(loader), args)
+    step = training_step(state, objective, args)
+    images, labels = next(loader.epoch(0))
+    with torch.random.fork_rng(devices=[model.pixel_mean.device] if model.pixel_mean.is_cuda else []):
+        for _ in range(3):
+            start = time.perf_counter()
+            float(step(images, labels)["loss"])  # waits for the device
+            seconds = time.perf_counter() - start
+    del state, step
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"{info['run']}: {info['model_name']}, {args.num_epochs} epochs of {len(loader)} steps, "
+          f"about {duration(seconds * len(loader) * args.num_epochs)} in all", flush=True)
+
+
+def train_one_epoch(state, step, loader, progress, save):
+    """Train over the rest of epoch progress["epoch"], from progress["step"] on; return the row of its history.
+
+    The sums of what `step` measures stay on the device and are read a few times a second, since every read waits
+    for the device. `save()` is called, and `Stopped` raised, when a signal asks to stop. Raises UserError at a loss
+    that is not finite.
+    """
+    global _can_save
+    epoch, count, device = progress["epoch"], progress["step"], state.model.pixel_mean.device
+    sums = {name: torch.tensor(value, device=device) for name, value in progress["sums"].items()}
+    bad_step = torch.tensor(-1, device=device)  # the first step whose loss is not finite
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    state.model.train()
+    bar = tqdm(total=len(loader), initial=count, desc=f"epoch {epoch + 1}", leave=False, disable=None, mininterval=0.3)
+    start, start_step, shown, learning_rate = time.perf_counter(), count, 0.0, state.scheduler.get_last_lr()[0]
+
+    def read():
+        values = {name: float(value) / count for name, value in sums.items()}
+        if int(bad_step) >= 0:
+            raise UserError(
+                f"the loss was no longer finite at step {int(bad_step)} of epoch {epoch + 1}, learning rate "
+                f"{learning_rate:.2e}; try a lower --learning-rate, a longer --warmup-epochs or "
+                "--amp-dtype fp32; the checkpoints of the epochs before are kept")
+        return values
+
+    _can_save = True
+    try:
+        for images, labels in loader.epoch(epoch, count):
+            learning_rate = state.scheduler.get_last_lr()[0]
+            measured = step(images, labels)
+            state.scheduler.step()
+            if state.ema:
+                state.ema.update(state.model, step=epoch * len(loader) + count + 1)
+            count += 1
+            for name, value in measured.items():
+                sums[name] = sums[name] + value if name in sums else value
+            bad_step = torch.where((bad_step < 0) & ~torch.isfinite(measured["loss"]), count, bad_step)
+            bar.update()
+            if not bar.disable and time.perf_counter() - shown > 0.3:
+                shown, values = time.perf_counter(), read()
+                accuracy = f"acc {values['correct'] / loader.batch_size:.1%}, " if "correct" in values else ""
+                memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB" if device.type == "cuda" else ""
+                speed = (count - start_step) * loader.batch_size / (shown - start)
+                bar.set_postfix_str(f"loss {values['loss']:.3f}, {accuracy}{speed:.0f} images/s{memory}", refresh=False)
+            if _signal_code:
+                read()
+                progress.update(step=count, sums={name: float(value) for name, value in sums.items()},
+                                seconds=progress["seconds"] + time.perf_counter() - start)
+                save()
+                bar.close()
+                stop(f"step {count} of epoch {epoch + 1}")
+        values = read()
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - start
+    return {
+        "epoch": epoch + 1, "train_loss": values["loss"], "ce_loss": values["ce_loss"], "kd_loss": values.get("kd_loss"),
+        "train_accuracy": values["correct"] / loader.batch_size if "correct" in values else None,
+        "learning_rate": learning_rate,
+        "images_per_second": (count - start_step) * loader.batch_size / seconds if count > start_step else None,
+        "seconds": progress["seconds"] + seconds, "peak_memory_mb": peak_memory_mb(device),
+    }
+
+
+def peak_memory_mb(device):
+    """MB (2^20 bytes) that the device reserved at most since the last reset; None where torch does not count it."""
+    return round(torch.cuda.max_memory_reserved() / 2**20) if device.type == "cuda" else None
+
+
+@torch.inference_mode()
+def infer(model, loader):
+    """Logits (N, C) float32 and labels (N,) on the CPU, for every image of `loader` in its order; `model` in eval mode."""
+    model.eval()
+    batches = [(forward(model, images).float(), labels) for images, labels in loader]
+    return torch.cat([logits for logits, _ in batches]).cpu(), torch.cat([labels for _, labels in batches]).cpu()
+
+
+def validate(model, loader):
+    """Plain cross-entropy and accuracy on `loader`, as columns of the history, and the seconds it took."""
+    start = time.perf_counter()
+    logits, labels = infer(model, loader)
+    return {"val_loss": torch.nn.functional.cross_entropy(logits, labels).item(),
+            "val_accuracy": (logits.argmax(1) == labels).float().mean().item(),
+            "val_seconds": time.perf_counter() - start}
+
+
+# Files ----------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def write_into_place(target, mode="w"):
+    """Open a file beside `target` to write (text as UTF-8) and move it there when whole: no reader meets half a file."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".tmp")
+    with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, target)
+
+
+def sha256(target):
+    with open(target, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(file.read()).hexdigest()  # Python 3.10
+
+
+def load_file(target):
+    """Load a checkpoint onto the CPU without running any code it may carry. Raises UserError where it cannot be read."""
+    try:
+        checkpoint = torch.load(target, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no {target}") from None
+    except Exception as error:
+        raise UserError(f"{target} cannot be read as a checkpoint (damaged, or not of this project): "
+                        f"{type(error).__name__}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{target} is no checkpoint of this project in format {FORMAT_VERSION}")
+    return checkpoint
+
+
+# A run's folder -------------------------------------------------------------------------------------------------
+
+HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate",
+           "images_per_second", "seconds", "peak_memory_mb")
+
+
+def teacher_args(args):
+    """The settings of the teacher's own fine-tuning, under the names that `train` reads."""
+    own = {name: value for name, value in vars(args).items()
+           if name not in ("student_model", "student_weights", "temperature", "alpha", "kl_direction", *TEACHER_ONLY)}
+    own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate, "teacher_image_size": None,
+            "image_size": args.teacher_image_size or args.image_size, "fresh": args.fresh_teacher}
+    return argparse.Namespace(**own)
+
+
+def is_finished(folder):
+    """Whether the run in `folder` went to its end; a best_model.pth that was put there alone counts as finished."""
+    if not (folder / "best_model.pth").is_file():
+        return False
+    if not (folder / "last.pth").is_file():
+        return True
+    last = load_file(folder / "last.pth")
+    return last["progress"]["epoch"] == last["identity"]["num_epochs"]
+
+
+def run_folder(run, args):
+    return Path(args.checkpoint_dir, run)
+
+
+def history_file(run, args):
+    return Path(args.results_dir, f"{run}_history.csv")
+
+
+def identity(info):
+    """What must be the same for a run to go on where it stopped, of a checkpoint's `info`: settings, images, teacher."""
+    same = {name: value for name, value in info["config"].items() if name not in NEUTRAL}
+    same |= {"model": info["model_name"], "images or split": info["split_fingerprint"]}
+    if "teacher" in info:
+        same = {name: value for name, value in same.items() if name not in TEACHER_ONLY}
+        same["teacher"] = info["teacher"]["sha256"]
+    return same
+
+
+def open_run(info, args, fresh):
+    """The former last.pth to go on from, or None after moving whatever else lies in the run's folder aside."""
+    run, same = info["run"], identity(info)
+    folder = run_folder(run, args)
+    reason = "--fresh" if fresh else "other settings"
+    if (folder / "last.pth").exists() and not fresh:
+        last = load_file(folder / "last.pth")
+        if last["identity"] == same:
+            return last
+        before = last["identity"]
+        reason = "other " + ", ".join(name for name in before | same if before.get(name) != same.get(name))
+    if folder.exists() and any(folder.iterdir()):
+        n = next(n for n in range(1, sys.maxsize) if not folder.with_name(f"{run}.{n}").exists())
+        aside = folder.with_name(f"{run}.{n}")
+        os.replace(folder, aside)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.move(history_file(run, args), aside)
+        print(f"the former {run} run ({reason}) is now in {aside}")
+    return None
+
+
+def new_progress():
+    """Where a run stands: epochs and steps done, sums of the epoch under way, rows of history, best accuracy."""
+    return {"epoch": 0, "step": 0, "sums": {}, "seconds": 0.0, "history": [], "best_accuracy": -1.0}
+
+
+def save_last(state, progress, info, args):
+    states = {name: part.state_dict() for name, part in state._asdict().items() if part is not None}
+    with write_into_place(run_folder(info["run"], args) / "last.pth", "wb") as file:
+        torch.save({"format_version": FORMAT_VERSION, "identity": identity(info), "progress": progress, "states": states}, file)
+
+
+def restore(last, state):
+    """Put the states of `last` (a loaded last.pth) back into `state`; return its progress."""
+    for name, part in state._asdict().items():
+        if part is not None:
+            part.load_state_dict(last["states"][name])
+    return last["progress"]
+
+
+def save_best(target, model, info, row):
+    """Write best_model.pth: `info` (plain values), the weights as contiguous CPU tensors, epoch and accuracy."""
+    weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    with write_into_place(target, "wb") as file:
+        torch.save({**info, "state_dict": weights, "epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}, file)
+
+
+def finish_epoch(state, progress, row, info, args):
+    """Record the epoch of `row`: best_model.pth where it is the best so far, history, last.pth; print one line."""
+    global _can_save
+    run, best = info["run"], row["val_accuracy"] > progress["best_accuracy"]
+    folder = run_folder(run, args)
+    if best:
+        save_best(folder / "best_model.pth", state.validated, info, row)
+        progress["best_accuracy"] = row["val_accuracy"]
+    row["seconds"] += row.pop("val_seconds")
+    progress["history"].append(row)
+    progress.update(epoch=row["epoch"], step=0, sums={}, seconds=0.0)
+    write_history(history_file(run, args), progress["history"])
+    save_last(state, progress, info, args)
+    accuracy = f"train {row['train_accuracy']:6.2%}  " if row["train_accuracy"] is not None else ""
+    speed = f"{row['images_per_second']:.0f} images/s  " if row["images_per_second"] else ""
+    print(f"{run} epoch {row['epoch']:>3}/{args.num_epochs}  loss {row['train_loss']:.4f}  {accuracy}"
+          f"val {row['val_accuracy']:6.2%}{' *' if best else '  '}  lr {row['learning_rate']:.1e}  {speed}"
+          f"{row['seconds']:.0f} s", flush=True)
+    _can_save = False
+    if _signal_code:
+        stop(f"epoch {row['epoch']}")
+
+
+def write_history(target, rows):
+    with write_into_place(target) as file:
+        writer = csv.DictWriter(file, HISTORY)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def choose_best(args, like):
+    """Copy the best student by validation accuracy to checkpoints/best_model.pth; a tie goes to the baseline.
+
+    Only students on the same dataset, classes and split as `like` (a checkpoint's dict) are comparable.
+    """
+    folder, best = Path(args.checkpoint_dir), None
+    for run in ("baseline", "distilled"):
+        for candidate in sorted(folder.glob(f"{run}/**/best_model.pth")):
+            info = load_file(candidate)
+            if all(info[key] == like[key] for key in ("dataset", "class_names", "split_fingerprint")) and \
+                    (best is None or info["val_accuracy"] > best[1]["val_accuracy"]):
+                best = candidate, info
+    if best:
+        with write_into_place(folder / "best_model.pth", "wb") as file, open(best[0], "rb") as source:
+            shutil.copyfileobj(source, file)
+        print(f"best student so far: {best[1]['run']}, {best[1]['val_accuracy']:.2%} on validation images; "
+              f"copied to {folder / 'best_model.pth'}")
