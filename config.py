@@ -32,11 +32,11 @@ KL_DIRECTION = "forward"          # forward: KL(teacher || student), Hinton's; r
 # Optimisation: AdamW, linear warm-up, then cosine to zero, per step
 BATCH_SIZE = 16                   # images a step; fits a 6 GB GPU at 224 px with room to spare
 NUM_EPOCHS = 50                   # epochs of the student, baseline and distilled alike
-LEARNING_RATE = 3e-4              # peak, above 0; for AdamW at batch 16 from pretrained weights
+LEARNING_RATE = 1e-3              # peak, above 0; for AdamW from pretrained weights
 WEIGHT_DECAY = 0.05               # AdamW's, kept off biases and norms
 WARMUP_EPOCHS = 1.0               # epochs of linear warm-up, 0 to NUM_EPOCHS, fractions allowed
 TEACHER_EPOCHS = 20               # epochs of the teacher's own fine-tuning
-TEACHER_LEARNING_RATE = 3e-4      # peak, above 0, of the teacher's own fine-tuning
+TEACHER_LEARNING_RATE = 1e-3      # peak, above 0, of the teacher's own fine-tuning
 CLIP_GRAD = 1.0                   # clip the gradient at this norm; 0: no clipping
 LABEL_SMOOTHING = 0.0             # 0 to below 1, on the labels alone, never on the soft targets
 MIXUP_ALPHA = 0.0                 # Beta(alpha, alpha) of mixup, 0: off

@@ -29,6 +29,7 @@ SMALL = 96              # px: square images of one size up to this side are kept
 CROP_PADDING = 1 / 8    # of the side, on each side: 4 px for CIFAR, as everywhere since He et al. 2015
 CROP_SCALE = (0.35, 1)  # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)
+DOWNLOAD_TIMEOUT = 20   # s without an answer
 EVAL_PIXELS = 32 * 224**2  # pixels of an evaluation batch: 32 images of 224 px
 INTERPOLATIONS = {"bilinear": transforms.InterpolationMode.BILINEAR, "bicubic": transforms.InterpolationMode.BICUBIC}
 
@@ -119,7 +120,7 @@ def read_part(name, part, args):
 def download(cls, data_dir, **part):
     """Open a torchvision dataset, downloaded on first use. Raises UserError with what to do by hand."""
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # urllib would wait for ever on a network that answers nothing
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # urllib would wait for ever on a network that answers nothing
     try:
         return cls(root=data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:

@@ -1,8 +1,4 @@
 """Students and teachers from timm, the losses, and checkpoints as models."""
-import contextlib
-import math
-from pathlib import Path
-
 import huggingface_hub
 import timm
 import torch
@@ -28,7 +24,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
         if not pretrained:
             raise
         source = weights or f"the weights of {name}"
-        raise UserError(f"{source} cannot be loaded into {name}: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(f"{source} cannot be loaded into {name}: {utils.first_line(error)}") from error
     for key in ("mean", "std"):
         model.register_buffer(f"pixel_{key}", torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1), persistent=False)
     return model.to(memory_format=torch.channels_last)
@@ -37,7 +33,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
 def check_download(name):
     """Ask the hub once for the weight file, if it is not cached: left alone, the hub's client retries for a minute."""
     cfg = timm.get_pretrained_cfg(name)
-    if not (cfg and cfg.hf_hub_id) or cfg.url and not timm.models.has_hf_hub():
+    if not (cfg and cfg.hf_hub_id):
         return
     repo, file = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
     if isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
@@ -48,7 +44,7 @@ def check_download(name):
         return  # the hub answers, and timm knows the older file names
     except Exception as error:
         raise UserError(
-            f"downloading the ImageNet weights of {name} failed ({str(error).splitlines()[0]}); fetch {file} from "
+            f"downloading the ImageNet weights of {name} failed ({utils.first_line(error)}); fetch {file} from "
             f"https://huggingface.co/{repo} by hand and give it as --student-weights or --teacher-weights FILE, or start "
             "without them with --no-pretrained, or try the project without any download with --quick") from None
 
@@ -102,7 +98,7 @@ def load_model(path, device="cpu"):
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the weights in {path} do not fit {info.get('model_name')}: "
-                        f"{str(error).splitlines()[0]}") from None
+                        f"{utils.first_line(error)}") from None
     return model.to(device).eval(), info
 
 

@@ -151,6 +151,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "CHECKPOINT_DIR": (ALL, path, "folder of the checkpoints"),
     "RESULTS_DIR": (ALL, path, "folder of histories, report and figures"),
 }
+OPTIONAL = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS", "TEACHER_CHECKPOINT"}  # may be None
 # Settings that do not change what a run computes, so that a run goes on when they change.
 NEUTRAL = {"dataset_dir", "data_dir", "num_workers", "device", "checkpoint_dir", "results_dir", "quick", "fresh",
            "fresh_teacher"}
@@ -177,11 +178,9 @@ def parse_args(script, description, argv=None):
         defaults.update(config.QUICK)
     for name, (scripts, parse, text) in SETTINGS.items():
         if script in scripts:
-            flag = "--" + name.lower().replace("_", "-")
-            if parse is None:
-                parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=defaults[name], help=text)
-            else:
-                parser.add_argument(flag, type=parse, default=defaults[name], help=text)
+            how = {"type": parse} if parse else {"action": argparse.BooleanOptionalAction}
+            parser.add_argument("--" + name.lower().replace("_", "-"), default=check_default(name, defaults[name], parser),
+                                help=text, **how)
     parser.add_argument("--quick", action="store_true", help="small complete run on scikit-learn's digits, into quick/ "
                                                              "of both folders; other flags still apply")
     if script == "evaluate":
@@ -194,7 +193,6 @@ def parse_args(script, description, argv=None):
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(unknown_argument(unknown[0], script, parser))
-    check_defaults(script, args, parser)
     check_combinations(script, args, parser)
     if args.quick:
         args.checkpoint_dir, args.results_dir = str(Path(args.checkpoint_dir, "quick")), str(Path(args.results_dir, "quick"))
@@ -211,20 +209,17 @@ def unknown_argument(argument, script, parser):
     return f"unknown argument {argument!r}{suggest(flag, known)}"
 
 
-def check_defaults(script, args, parser):
-    """Hold what config.py says to the same rules as flags; argparse checks text alone."""
-    for name, (scripts, parse, _) in SETTINGS.items():
-        value = getattr(args, name.lower(), None)
-        if script not in scripts or value is None and getattr(config, name) is None:
-            continue
-        if parse is None:
-            if not isinstance(value, bool):
-                parser.error(f"{name} in config.py must be True or False, not {value!r}")
-            continue
-        try:
-            setattr(args, name.lower(), parse(str(value)))
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"{name} in config.py {error}")
+def check_default(name, value, parser):
+    """Hold what config.py says to the same rules as flags."""
+    parse = SETTINGS[name][1]
+    if value is None and name in OPTIONAL:
+        return None
+    try:
+        if parse is None and not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"must be True or False, not {value!r}")
+        return parse(str(value)) if parse else value
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"{name} in config.py {error}")
 
 
 def check_combinations(script, args, parser):
@@ -329,6 +324,11 @@ def setup(args):
         windows = " (the default torch for Windows has no CUDA: see README, Troubleshooting)" if os.name == "nt" else ""
         print(f"device: CPU, {torch.get_num_threads()} threads, {wanted}; without a GPU large images take long{windows}")
     return device
+
+
+def first_line(error):
+    """What an exception says, in at most one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def seed_everything(seed):

@@ -1,0 +1,256 @@
+"""The two training scripts: a fair pair, a teacher that is kept, gated and frozen, runs that go on or are moved aside.
+
+    python -m pytest tests/test_training.py
+"""
+import csv
+import inspect
+import os
+import signal
+import types
+
+import pytest
+import torch
+
+import data_loader
+import models
+import train_baseline
+import train_distillation
+import utils
+from conftest import TINY
+
+FEW = ["--num-epochs", "2", "--teacher-epochs", "2", "--batch-size", "128"]
+SCRIPTS = {"baseline": train_baseline, "distillation": train_distillation}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function that runs a script's main() on tiny models in the temporary folder and returns that folder."""
+    def call(script, *flags):
+        few = FEW if script == "distillation" else FEW[:2] + FEW[4:]
+        tiny = TINY if script == "distillation" else TINY[:2] + TINY[4:]
+        monkeypatch.setattr("sys.argv", ["x", "--quick", "--device", "cpu", "--checkpoint-dir", str(tmp_path / "c"),
+                                         "--results-dir", str(tmp_path / "r"), *few, *tiny, *flags])
+        SCRIPTS[script].main()
+        return tmp_path / "c" / "quick"
+    monkeypatch.setattr(models, "least_accuracy", lambda classes: 0.0)  # two epochs teach little
+    return call
+
+
+def weights(folder):
+    return torch.load(folder / "best_model.pth", weights_only=True)["state_dict"]
+
+
+def assert_equal_weights(one, two):
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_loop_is_the_same_text_in_both_scripts():
+    assert inspect.getsource(train_baseline.train) == inspect.getsource(train_distillation.train)
+
+
+def test_fair_pair(run, monkeypatch):
+    """Bit-identical initial weights, new head included, and bit-identical batches in both students' runs."""
+    seen = {"baseline": [], "distilled": [], "teacher": []}
+
+    def spy(state, step, loader, progress, save):
+        name = current[-1]
+        if progress["epoch"] == 0:
+            seen[name].append({key: value.clone() for key, value in state.model.state_dict().items()})
+        return original(state, lambda images, labels: (seen[name].append((images.clone(), labels.clone())), step(images, labels))[1],
+                        loader, progress, save)
+    current, original, new_state = [], utils.train_one_epoch, utils.open_run
+    monkeypatch.setattr(utils, "train_one_epoch", spy)
+    monkeypatch.setattr(utils, "open_run", lambda info, *rest: current.append(info["run"]) or new_state(info, *rest))
+    run("baseline"), run("distillation")
+    baseline, distilled = seen["baseline"], seen["distilled"]
+    assert len(baseline) == len(distilled) == 1 + 2 * (1293 // 128)
+    assert_equal_weights(baseline[0], distilled[0])
+    for (images, labels), (same_images, same_labels) in zip(baseline[1:], distilled[1:]):
+        assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+
+
+def test_distillation_with_alpha_0_is_the_baseline(run):
+    """Teacher, frozen and in eval mode, and rehearsals leave no trace: alpha 0 ends with the baseline's very weights."""
+    run("baseline")
+    folder = run("distillation", "--alpha", "0")
+    assert_equal_weights(weights(folder / "baseline"), weights(folder / "distilled"))
+
+
+def test_outputs_of_a_run(run, tmp_path, capsys):
+    folder = run("baseline")
+    out = capsys.readouterr().out
+    assert "about" in out and "next: python train_distillation.py --quick" in out and "best student so far: baseline" in out
+    folder = run("distillation")
+    with open(tmp_path / "r" / "quick" / "distilled_history.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert list(rows[0]) == ["epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy",
+                             "learning_rate", "images_per_second", "seconds", "peak_memory_mb"]
+    parts = [float(rows[0][name]) for name in ("train_loss", "ce_loss", "kd_loss")]
+    assert parts[0] == pytest.approx(0.7 * parts[2] + 0.3 * parts[1], rel=1e-4)
+    info = utils.load_file(folder / "distilled" / "best_model.pth")
+    teacher = folder / "teacher" / "best_model.pth"
+    assert info["teacher"] == {"path": str(teacher), "sha256": utils.sha256(teacher),
+                               "val_accuracy": utils.load_file(teacher)["val_accuracy"]}
+    assert not any(name.startswith("teacher") for name in info["state_dict"])
+    assert max(float(row["val_accuracy"]) for row in rows) == info["val_accuracy"]
+    assert (folder / "best_model.pth").is_file() and not list(folder.rglob("*.tmp"))
+
+
+def test_teacher_is_kept_and_reused(run, capsys):
+    folder = run("distillation")
+    teacher = utils.sha256(folder / "teacher" / "best_model.pth")
+    capsys.readouterr()
+    run("distillation", "--alpha", "0.5", "--learning-rate", "0.001", "--seed", "7")  # no reason to train it again
+    out = capsys.readouterr().out
+    assert "teacher epoch" not in out and "distilled epoch" in out
+    assert utils.sha256(folder / "teacher" / "best_model.pth") == teacher
+    assert (folder / "distilled.1" / "best_model.pth").is_file() and "other" in out and "alpha" in out
+    assert (folder / "distilled.1" / "distilled_history.csv").is_file()
+    run("distillation", "--split-seed", "1")  # this one has seen the new validation images
+    out = capsys.readouterr().out
+    assert "may have seen the validation images" in out and "teacher epoch" in out
+    assert utils.sha256(folder / "teacher.1" / "best_model.pth") == teacher
+
+
+def test_fresh_teacher_alone_trains_it_again(run, capsys):
+    folder = run("distillation")
+    before = (folder / "teacher" / "best_model.pth").stat().st_mtime_ns
+    capsys.readouterr()
+    run("distillation", "--fresh")
+    out = capsys.readouterr().out
+    assert "teacher epoch" not in out and "distilled.1" in out and "distilled epoch" in out
+    assert (folder / "teacher" / "best_model.pth").stat().st_mtime_ns == before
+    run("distillation", "--fresh-teacher")
+    assert "teacher epoch" in capsys.readouterr().out and (folder / "teacher.1" / "best_model.pth").is_file()
+
+
+def test_teacher_that_knows_nothing_is_refused(run, monkeypatch):
+    monkeypatch.setattr(models, "least_accuracy", lambda classes: 1.1)
+    with pytest.raises(utils.UserError, match="would teach noise"):
+        run("distillation")
+
+
+def test_teacher_below_the_baseline_is_warned_about(run, capsys):
+    folder = run("baseline")
+    best = torch.load(folder / "baseline" / "best_model.pth", weights_only=True)
+    torch.save({**best, "val_accuracy": 1.0}, folder / "baseline" / "best_model.pth")
+    run("distillation")
+    assert "warning: the baseline without a teacher reaches 100.00%" in capsys.readouterr().out
+
+
+def test_given_teacher_must_fit(run, tmp_path):
+    folder = run("distillation")
+    given = tmp_path / "given.pth"
+    (folder / "teacher" / "best_model.pth").rename(given)
+    folder = run("distillation", "--teacher-checkpoint", str(given), "--teacher-model", "efficientnet_b2", "--fresh")
+    assert utils.load_file(folder / "distilled" / "best_model.pth")["teacher"]["path"] == str(given)
+    for flags, reason in ((["--split-seed", "1"], "another split"), (["--teacher-image-size", "64"], "trained at 32 px")):
+        with pytest.raises(utils.UserError, match=reason):
+            run("distillation", "--teacher-checkpoint", str(given), *flags)
+
+
+def test_teacher_has_an_image_size_of_its_own(run):
+    folder = run("distillation", "--teacher-image-size", "48", "--num-epochs", "1", "--teacher-epochs", "1")
+    assert utils.load_file(folder / "teacher" / "best_model.pth")["image_size"] == 48
+    assert utils.load_file(folder / "distilled" / "best_model.pth")["image_size"] == 32
+
+
+def test_finished_run_says_so_and_is_left_alone(run, capsys):
+    folder = run("baseline")
+    before = (folder / "baseline" / "last.pth").stat().st_mtime_ns
+    capsys.readouterr()
+    run("baseline")
+    out = capsys.readouterr().out
+    assert "already trained" in out and "epoch" not in out.replace("--num-epochs", "")
+    assert (folder / "baseline" / "last.pth").stat().st_mtime_ns == before and not (folder / "baseline.1").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9", "--mixup-alpha", "0.4", "--cutmix-alpha", "1"]])
+@pytest.mark.parametrize("signal_number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, capsys, signal_number, code, flags):
+    """Stopped in mid-epoch, saved, gone on: bit-identical to the run that was left alone, history too but for timings."""
+    def forget(rows):
+        return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows]
+
+    folder = run("baseline", *flags)
+    whole, history = weights(folder / "baseline"), utils.load_file(folder / "baseline" / "last.pth")["progress"]["history"]
+
+    calls, training_step = [], utils.training_step
+
+    def interrupt(*args):
+        step = training_step(*args)
+
+        def counted(images, labels):
+            calls.append(1)
+            if len(calls) == 3 + 13:  # after the rehearsal's three, in the second epoch
+                os.kill(os.getpid(), signal_number)
+            return step(images, labels)
+        return counted
+    monkeypatch.setattr(utils, "training_step", interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert utils.run_script(lambda: run("baseline", "--fresh", *flags)) == code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "stopped after step 3 of epoch 2" in capsys.readouterr().out
+    monkeypatch.setattr(utils, "training_step", training_step)
+    monkeypatch.setattr(utils, "_signal_code", None)
+    run("baseline", *flags)
+    assert_equal_weights(whole, weights(folder / "baseline"))
+    assert forget(utils.load_file(folder / "baseline" / "last.pth")["progress"]["history"]) == forget(history)
+
+
+def test_stop_after_the_teacher_does_not_train_it_again(run, monkeypatch, capsys):
+    train = train_distillation.train
+
+    def stop_at_student(model, objective, info, *rest):
+        if info["run"] == "distilled":
+            raise utils.Stopped(130)
+        return train(model, objective, info, *rest)
+    monkeypatch.setattr(train_distillation, "train", stop_at_student)
+    with pytest.raises(utils.Stopped):
+        run("distillation")
+    assert "teacher epoch" in capsys.readouterr().out
+    monkeypatch.setattr(train_distillation, "train", train)
+    run("distillation")
+    assert "teacher epoch" not in capsys.readouterr().out
+
+
+def test_teacher_is_frozen_while_it_teaches(run, monkeypatch):
+    teachers, distill = [], train_distillation.distill
+
+    def spy(teacher, images, logits, labels, args):
+        assert not teacher.training
+        teachers.append(teacher)
+        return distill(teacher, images, logits, labels, args)
+    monkeypatch.setattr(train_distillation, "distill", spy)
+    folder = run("distillation")
+    teacher, kept = teachers[-1], weights(folder / "teacher")
+    assert_equal_weights(teacher.state_dict(), kept)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.parameters())
+
+
+def test_data_of_other_shapes(arguments):
+    with pytest.raises(utils.UserError, match="--batch-size 5000"):
+        data_loader.open_dataset(arguments("baseline", "--batch-size", "5000"))
+    with pytest.raises(utils.UserError, match="--val-fraction 0.001"):
+        data_loader.open_dataset(arguments("baseline", "--val-fraction", "0.001"))
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (utils.UserError("one sentence"), 1, "error: one sentence\n"), (utils.Stopped(143), 143, ""),
+    (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch-size"),
+    (OSError(28, "No space left on device", "last.pth"), 1, "No space left on device: last.pth")])
+def test_exit_codes(error, code, words, capsys):
+    def main():
+        raise error
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert utils.run_script(main) == code
+    signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
+    assert words in capsys.readouterr().err
+    assert types.FunctionType  # a bug is no UserError: its traceback stays
+    with pytest.raises(ZeroDivisionError):
+        utils.run_script(lambda: 1 / 0)
+    signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])

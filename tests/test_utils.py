@@ -1,0 +1,308 @@
+"""Command line, step, schedule and files of utils.py.
+
+    python -m pytest tests/test_utils.py
+"""
+import pickle
+import re
+
+import pytest
+import timm
+import torch
+
+import config
+import models
+import utils
+
+CONSTANTS = [name for name in vars(config) if name.isupper() and name != "QUICK"]
+
+
+def refused(capsys, script, *flags):
+    """The one sentence with which `script` refuses `flags`."""
+    with pytest.raises(SystemExit) as stop:
+        utils.parse_args(script, "", list(flags))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    return err
+
+
+# Command line -----------------------------------------------------------------------------------------------------
+
+def test_every_constant_is_a_flag_with_help_and_default(capsys):
+    assert set(CONSTANTS) == set(utils.SETTINGS)
+    for script in utils.ALL:
+        with pytest.raises(SystemExit):
+            utils.parse_args(script, "", ["--help"])
+        text = re.sub(r"\s+", " ", capsys.readouterr().out)
+        for name, (scripts, _, help_text) in utils.SETTINGS.items():
+            flag = "--" + name.lower().replace("_", "-")
+            assert (f" {flag} " in text.replace(",", "")) == (script in scripts), flag
+            assert (f"{help_text} (default: {getattr(config, name)})" in text) == (script in scripts), flag
+    assert vars(utils.parse_args("baseline", "", []))["batch_size"] == 16
+
+
+def test_design_defaults():
+    wanted = dict(DATASET_NAME="CIFAR100", TEACHER_MODEL="efficientnet_b2", STUDENT_MODEL="efficientnet_b0", TEMPERATURE=4.0,
+                  ALPHA=0.7, BATCH_SIZE=16, NUM_EPOCHS=50, IMAGE_SIZE=224, TEACHER_IMAGE_SIZE=None, PRETRAINED=True,
+                  STUDENT_WEIGHTS=None, TEACHER_WEIGHTS=None, TEACHER_CHECKPOINT=None, KL_DIRECTION="forward", AMP_DTYPE="auto",
+                  SEED=42, SPLIT_SEED=0, VAL_FRACTION=0.1, DATA_DIR="data", CHECKPOINT_DIR="checkpoints", RESULTS_DIR="results")
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+def test_precedence_is_config_quick_flags():
+    assert utils.parse_args("baseline", "", []).image_size == config.IMAGE_SIZE
+    quick = utils.parse_args("baseline", "", ["--quick"])
+    assert quick.image_size == config.QUICK["IMAGE_SIZE"] and not quick.pretrained
+    assert utils.parse_args("baseline", "", ["--quick", "--image-size", "64"]).image_size == 64
+    assert utils.parse_args("baseline", "", ["--image-size", "64", "--quick"]).image_size == 64
+
+
+@pytest.mark.parametrize("script", utils.ALL)
+def test_quick_never_touches_a_real_run(script):
+    args = utils.parse_args(script, "", ["--quick", "--checkpoint-dir", "a", "--results-dir", "b"])
+    assert args.checkpoint_dir.replace("\\", "/") == "a/quick" and args.results_dir.replace("\\", "/") == "b/quick"
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("baseline", ["--batchsize", "4"], ["--batchsize", "--batch-size"]),
+    ("baseline", ["--batch", "4"], ["unknown argument '--batch'"]),  # no abbreviations
+    ("baseline", ["stray"], ["stray"]),
+    ("baseline", ["--temperature", "4"], ["no flag of this script but of train_distillation.py"]),
+    ("baseline", ["--dataset-name", "CIFAR1000"], ["CIFAR100", "Flowers102"]),
+    ("baseline", ["--student-model", "eficientnet_b0"], ["closest: efficientnet_b0"]),
+    ("baseline", ["--student-model", "efficientnet_b0.ra_in1kk"], ["closest: efficientnet_b0.ra_in1k"]),
+    ("distillation", ["--teacher-model", "efficientnet"], ["timm.list_models()"]),
+    ("distillation", ["--kl-direction", "backward"], ["forward, reverse"]),
+    ("baseline", ["--batch-size", "0"], ["at least 1, not '0'"]),
+    ("baseline", ["--batch-size", "16.5"], ["whole number"]),
+    ("baseline", ["--learning-rate", "nan"], ["above 0"]),
+    ("baseline", ["--learning-rate", "inf"], ["above 0"]),
+    ("baseline", ["--val-fraction", "1"], ["above 0 and below 1"]),
+    ("distillation", ["--alpha", "1.1"], ["at least 0 and at most 1"]),
+    ("distillation", ["--temperature", "0"], ["above 0"]),
+    ("baseline", ["--image-size", "16"], ["at least 32"]),
+    ("baseline", ["--batch-size"], ["expected one argument"]),
+    ("baseline", ["--student-weights", "/no/such/file"], ["existing file"]),
+    ("distillation", ["--teacher-checkpoint", "/no/such/file"], ["existing file"]),
+    ("baseline", ["--dataset-name", "ImageFolder"], ["--dataset-dir"]),
+    ("baseline", ["--dataset-dir", "."], ["ImageFolder"]),
+    ("baseline", ["--dataset-name", "ImageFolder", "--dataset-dir", "/no/such"], ["existing folder"]),
+    ("baseline", ["--num-epochs", "2", "--warmup-epochs", "3"], ["--warmup-epochs 3"]),
+    ("distillation", ["--teacher-epochs", "2", "--warmup-epochs", "3"], ["--teacher-epochs"]),
+    ("baseline", ["--mixup-alpha", "0.2", "--batch-size", "15"], ["even number"]),
+    ("distillation", ["--cutmix-alpha", "1", "--teacher-image-size", "256"], ["--teacher-image-size"]),
+    ("baseline", ["--student-weights", "config.py", "--no-pretrained"], ["--no-pretrained"]),
+    ("baseline", ["--student-model", "efficientnet_b8", "--pretrained"], ["no pretrained weights"]),
+    ("baseline", ["--student-model", "vit_tiny_patch16_224", "--image-size", "128"], ["224 px alone"]),
+    ("evaluate", ["--seed", "1"], ["train_baseline.py and train_distillation.py"]),
+    ("evaluate", ["--baseline-checkpoint", "/no/such/file"], ["existing file"]),
+])
+def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, monkeypatch):
+    monkeypatch.chdir(utils.Path(__file__).parent.parent)
+    message = refused(capsys, script, *flags)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_wrong_use(capsys):
+    assert "CUDA" in refused(capsys, "baseline", "--device", "cuda")
+
+
+@pytest.mark.parametrize("name, value", [("ALPHA", 2), ("BATCH_SIZE", "many"), ("PRETRAINED", 1), ("STUDENT_MODEL", "b0"),
+                                         ("SEED", None), ("LEARNING_RATE", float("nan")), ("IMAGE_SIZE", 224.5)])
+def test_config_is_held_to_the_rules_of_flags(name, value, capsys, monkeypatch):
+    monkeypatch.setattr(config, name, value)
+    assert f"{name} in config.py must be" in refused(capsys, "distillation")
+
+
+# The step ---------------------------------------------------------------------------------------------------------
+
+def test_decay_stays_off_biases_and_norms(arguments):
+    model = models.build_model("efficientnet_b0", 10)
+    state = utils.new_state(model, 10, arguments("baseline", "--weight-decay", "0.1"))
+    decays = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decays[id(parameter)] == (0.1 if parameter.ndim > 1 else 0), name
+
+
+def test_schedule_warms_up_linearly_then_follows_a_cosine(arguments):
+    args = arguments("baseline", "--num-epochs", "10", "--warmup-epochs", "2", "--learning-rate", "0.5")
+    state = utils.new_state(torch.nn.Linear(2, 2), 5, args)
+    rates = []
+    for _ in range(50):
+        rates.append(state.scheduler.get_last_lr()[0])
+        state.optimizer.step()
+        state.scheduler.step()
+    assert rates[:11] == pytest.approx([0.05, 0.095, 0.14, 0.185, 0.23, 0.275, 0.32, 0.365, 0.41, 0.455, 0.5])
+    assert rates[10:] == pytest.approx([0.25 * (1 + torch.cos(torch.tensor(torch.pi * i / 40)).item()) for i in range(40)],
+                                       abs=1e-6)
+    assert state.scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+class TwoBatches:
+    """A loader of fixed batches."""
+    batch_size = 8
+
+    def __init__(self, labels_of=10, poison=None):
+        generator = torch.Generator().manual_seed(0)
+        self.batches = [(torch.rand(8, 3, 32, 32, generator=generator), torch.randint(0, labels_of, (8,), generator=generator))
+                        for _ in range(2)]
+        if poison is not None:
+            self.batches[poison][0][0, 0, 0, 0] = float("nan")
+
+    def __len__(self):
+        return 2
+
+    def epoch(self, epoch, start=0):
+        yield from self.batches[start:]
+
+
+def cross_entropy_objective(images, logits, labels):
+    return dict.fromkeys(("loss", "ce_loss"), models.cross_entropy(logits, labels))
+
+
+def test_epoch_is_the_loop_one_would_write(arguments):
+    """Bit for bit the plain PyTorch loop: normalise, forward, cross-entropy, backward, clip, AdamW, schedule."""
+    args = arguments("baseline", "--num-epochs", "1", "--warmup-epochs", "0.5", "--clip-grad", "0.5")
+    utils.seed_everything(0)
+    model = models.build_model("test_efficientnet", 10)
+    utils.seed_everything(0)
+    plain = timm.create_model("test_efficientnet", num_classes=10).to(memory_format=torch.channels_last).train()
+    loader = TwoBatches()
+    state = utils.new_state(model, 2, args)
+    row = utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), loader,
+                                utils.new_progress(), save=None)
+
+    no_decay = [p for p in plain.parameters() if p.ndim <= 1]
+    decay = [p for p in plain.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW([{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": args.weight_decay}])
+    mean, std = (torch.tensor(plain.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    losses, correct = [], 0
+    for (images, labels), rate in zip(loader.batches, (args.learning_rate, args.learning_rate)):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        logits = plain((images - mean) / std)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        losses.append(loss.item())
+        correct += (logits.argmax(1) == labels).sum().item()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values()))
+    assert row["train_loss"] == row["ce_loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert row["train_accuracy"] == correct / 16 and row["kd_loss"] is None and row["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("poison", [0, 1])
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(arguments, poison):
+    model = models.build_model("test_efficientnet", 10)
+    args = arguments("baseline")
+    state = utils.new_state(model, 2, args)
+    with pytest.raises(utils.UserError, match=f"at step {poison + 1} of epoch 1"):
+        utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), TwoBatches(poison=poison),
+                              utils.new_progress(), save=None)
+
+
+def test_rehearsal_leaves_no_trace(arguments, capsys):
+    model = models.build_model("test_efficientnet", 10)
+    args, before = arguments("baseline"), {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    utils.rehearse(model, cross_entropy_objective, TwoBatches(), {"run": "baseline", "model_name": "m"}, args)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state()) and "in all" in capsys.readouterr().out
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_ema_is_what_is_validated(arguments):
+    model = models.build_model("test_efficientnet", 10)
+    args = arguments("baseline", "--ema-decay", "0.5")
+    state = utils.new_state(model, 2, args)
+    assert state.validated is state.ema.module
+    utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), TwoBatches(),
+                          utils.new_progress(), save=None)
+    assert not torch.equal(state.validated.conv_stem.weight, model.conv_stem.weight)
+
+
+def test_infer_keeps_order_and_eval_mode():
+    model = models.build_model("test_efficientnet", 10).train()
+    batches = TwoBatches().batches
+    logits, labels = utils.infer(model, batches)
+    assert not model.training and logits.shape == (16, 10)
+    assert torch.equal(labels, torch.cat([labels for _, labels in batches]))
+    torch.testing.assert_close(logits[8:], utils.forward(model, batches[1][0]).detach())
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+def test_reader_never_meets_half_a_file(tmp_path):
+    target = tmp_path / "ünter" / "file.txt"
+    with utils.write_into_place(target) as file:
+        file.write("whole ü")
+        file.flush()
+        assert not target.exists()
+    assert target.read_text(encoding="utf-8") == "whole ü"
+    with pytest.raises(RuntimeError), utils.write_into_place(target) as file:
+        file.write("half")
+        raise RuntimeError
+    assert target.read_text(encoding="utf-8") == "whole ü"
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("import pathlib; pathlib.Path('mark').touch()",))
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "text", "code", "other", "newer"])
+def test_damaged_and_hostile_checkpoints_are_one_sentence(tmp_path, monkeypatch, fault):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "best_model.pth"
+    torch.save({"format_version": utils.FORMAT_VERSION, "x": torch.rand(1000)}, file)
+    assert utils.load_file(file)["x"].shape == (1000,)
+    if fault == "missing":
+        file.unlink()
+    elif fault == "truncated":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif fault in ("empty", "text"):
+        file.write_bytes(b"" if fault == "empty" else b"just words")
+    elif fault == "code":
+        file.write_bytes(pickle.dumps(Payload()))
+    else:
+        torch.save({"format_version": 99} if fault == "newer" else [1], file)
+    with pytest.raises(utils.UserError, match="best_model.pth") as error:
+        utils.load_file(file)
+    assert "\n" not in str(error.value) and not (tmp_path / "mark").exists()
+
+
+def student(folder, run, accuracy, **more):
+    info = {"format_version": utils.FORMAT_VERSION, "run": run, "dataset": "Digits", "class_names": ["a"],
+            "split_fingerprint": "f", **more}
+    utils.save_best(folder / run / "best_model.pth", torch.nn.Linear(1, 1), info, {"epoch": 1, "val_accuracy": accuracy})
+    return info
+
+
+@pytest.mark.parametrize("baseline, distilled, chosen", [(0.5, 0.6, "distilled"), (0.6, 0.5, "baseline"), (0.5, 0.5, "baseline")])
+def test_best_student_is_chosen_on_validation_and_a_tie_goes_to_the_baseline(arguments, capsys, baseline, distilled, chosen):
+    args = arguments("evaluate")
+    folder = utils.Path(args.checkpoint_dir)
+    like = student(folder, "baseline", baseline)
+    student(folder, "distilled", distilled)
+    student(folder, "teacher", 0.99)
+    utils.choose_best(args, like)
+    assert utils.load_file(folder / "best_model.pth")["run"] == chosen
+    assert f"best student so far: {chosen}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", [{"split_fingerprint": "g"}, {"dataset": "CIFAR10"}, {"class_names": ["b"]}])
+def test_students_on_other_data_are_no_rivals(arguments, odd):
+    args = arguments("evaluate")
+    folder = utils.Path(args.checkpoint_dir)
+    student(folder, "baseline", 0.9, **odd)
+    utils.choose_best(args, student(folder, "distilled", 0.5))
+    assert utils.load_file(folder / "best_model.pth")["run"] == "distilled"
+
+
+@pytest.mark.parametrize("seconds, text", [(45, "45 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_durations_read_well(seconds, text):
+    assert utils.duration(seconds) == text
