@@ -102,6 +102,12 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), info
 
 
+def unnormalise(images, info):
+    """The picture in a normalised batch (B, 3, S, S), as floats in [0, 1], for showing it."""
+    mean, std = (torch.tensor(info[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (images.detach().cpu() * std + mean).clamp(0, 1)
+
+
 # Losses ---------------------------------------------------------------------------------------------------------
 
 def cross_entropy(logits, labels, label_smoothing=0.0):

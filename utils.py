@@ -241,6 +241,8 @@ def check_combinations(script, args, parser):
         roles.append(("teacher", args.teacher_image_size or args.image_size))
         if args.teacher_epochs < args.warmup_epochs and not args.teacher_checkpoint:
             parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than --warmup-epochs {args.warmup_epochs:g}")
+        if args.fresh_teacher and args.teacher_checkpoint:
+            parser.error("argument --fresh-teacher: no teacher is trained where --teacher-checkpoint gives one")
         if args.cutmix_alpha and roles[0][1] != roles[1][1]:
             parser.error("argument --cutmix-alpha: cutmix cuts one size of picture, so it needs --teacher-image-size to be "
                          "the student's")
@@ -279,7 +281,8 @@ def run_script(main):
     except torch.OutOfMemoryError:
         message = "the GPU has too little memory for this; try a smaller --batch-size or --image-size"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+                               getattr(errno, "EDQUOT", None)):
             raise
         message = f"{error.strerror}: {error.filename or 'while writing'}; nothing that was saved before is lost"
     print(f"error: {message}", file=sys.stderr)

@@ -166,6 +166,7 @@ def test_photographs_do_not_depend_on_workers(arguments, tmp_path):
     args = folder_args(arguments, write_pictures(tmp_path / "pictures"))
     data = data_loader.open_dataset(args)
     assert data.augmentation == "resized_crop" and data.train.pixels is None
+    pickle.dumps(loader_of(data, args).photographs.dataset)  # as Windows and macOS hand it to their workers
     alone, two = loader_of(data, args), loader_of(data, args, workers=2)
     for epoch in (0, 1):
         for (a, b), (c, d) in zip(alone.epoch(epoch), two.epoch(epoch), strict=True):

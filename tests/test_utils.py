@@ -94,6 +94,7 @@ def test_quick_never_touches_a_real_run(script):
     ("baseline", ["--student-weights", "config.py", "--no-pretrained"], ["--no-pretrained"]),
     ("baseline", ["--student-model", "efficientnet_b8", "--pretrained"], ["no pretrained weights"]),
     ("baseline", ["--student-model", "vit_tiny_patch16_224", "--image-size", "128"], ["224 px alone"]),
+    ("distillation", ["--fresh-teacher", "--teacher-checkpoint", "config.py"], ["no teacher is trained"]),
     ("evaluate", ["--seed", "1"], ["train_baseline.py and train_distillation.py"]),
     ("evaluate", ["--baseline-checkpoint", "/no/such/file"], ["existing file"]),
 ])

@@ -1,0 +1,112 @@
+"""The README keeps its word: its settings table is config.py's, its recipes run as printed.
+
+    python -m pytest tests/test_readme.py
+
+The recipes for grad-cam, shap, streamlit and flask run where those packages are installed, and are skipped elsewhere.
+"""
+import io
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import config
+import data_loader
+import models
+import utils
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def recipe(word):
+    found = [text for text in RECIPES if word in text]
+    assert len(found) == 1, f"one recipe with {word!r}, not {len(found)}"
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with checkpoints/best_model.pth of an untrained B0 and a picture, as a colleague has it."""
+    folder = tmp_path_factory.mktemp("colleague")
+    args = utils.parse_args("baseline", "", ["--quick"])
+    data = data_loader.open_dataset(args)
+    model = models.build_model("efficientnet_b0", 10)
+    info = models.describe("baseline", model, "efficientnet_b0", data, args)
+    utils.save_best(folder / "checkpoints" / "best_model.pth", model, info, {"epoch": 1, "val_accuracy": 0.1})
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(folder / "picture.png")
+    return folder
+
+
+def run(text, folder):
+    """Run a recipe as a person would: as a script of its own, beside the project's modules."""
+    (folder / "recipe.py").write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, "recipe.py"], cwd=folder, capture_output=True, text=True, encoding="utf-8",
+                          env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_recipes_are_short():
+    assert len(RECIPES) == 6 and all(len(text.strip().splitlines()) <= 10 for text in RECIPES)
+
+
+def test_recipe_without_the_project(folder):
+    assert run(recipe("timm.create_model"), folder).strip() == "['0', '1', '2', '3', '4'] 0.1 conv_head"
+
+
+def test_recipe_with_the_project(folder):
+    lines = run(recipe("topk(3)):\n    print"), folder).splitlines()
+    assert len(lines) == 3 and all(re.fullmatch(r"\d+\.\d% \d", line) for line in lines)
+
+
+@pytest.mark.parametrize("package, word, output", [("pytorch_grad_cam", "GradCAM", "gradcam.png"), ("shap", "shap.image", "shap.png")])
+def test_recipes_of_the_explainability_team(folder, package, word, output):
+    pytest.importorskip(package)
+    run(recipe(word), folder)
+    with Image.open(folder / output) as image:
+        assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_streamlit_recipe(folder, monkeypatch):
+    testing = pytest.importorskip("streamlit.testing.v1")
+    monkeypatch.chdir(folder)
+    (folder / "page.py").write_text(recipe("streamlit"), encoding="utf-8")
+    page = testing.AppTest.from_file(str(folder / "page.py"), default_timeout=60).run()
+    assert not page.exception
+    page.file_uploader[0].upload("picture.png", (folder / "picture.png").read_bytes(), "image/png").run()
+    assert not page.exception and page.main.children
+
+
+def test_flask_recipe(folder, monkeypatch):
+    pytest.importorskip("flask")
+    monkeypatch.chdir(folder)
+    scope = {"__name__": "server"}
+    exec(compile(recipe("flask"), "server.py", "exec"), scope)
+    picture = io.BytesIO((folder / "picture.png").read_bytes())
+    answer = scope["app"].test_client().post("/", data={"picture": (picture, "picture.png")})
+    assert answer.status_code == 200 and answer.json["class"] in map(str, range(10)) and 0 < answer.json["probability"] <= 1
+
+
+def test_settings_table_is_config(request):
+    table = dict(re.findall(r"^\| `([A-Z_]+)` \| `(.*?)` \|", README, re.MULTILINE))
+    assert table == {name: str(getattr(config, name)) for name in utils.SETTINGS}
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `.*?` \| (.*?) \|$", README, re.MULTILINE)
+    assert dict(rows) == {name: text for name, (_, _, text) in utils.SETTINGS.items()}
+
+
+def test_links_and_parameter_counts():
+    for target in re.findall(r"\]\(([^)#h][^)]*)\)", README):
+        assert (ROOT / target).exists(), target
+    counts = [sum(p.numel() for p in models.build_model(name, classes).parameters()) / 1e6
+              for name in ("efficientnet_b0", "efficientnet_b2") for classes in (1000, 100)]
+    assert [f"{count:.1f} million" for count in counts] == re.findall(r"[\d.]+ million", README)[:4]
+
+
+def test_ci_runs_the_command_of_the_readme():
+    command = next(line for line in README.splitlines() if line.endswith("python -m pytest tests"))
+    assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
