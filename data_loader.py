@@ -34,6 +34,22 @@ EVAL_PIXELS = 32 * 224**2  # pixels of an evaluation batch: 32 images of 224 px
 INTERPOLATIONS = {"bilinear": transforms.InterpolationMode.BILINEAR, "bicubic": transforms.InterpolationMode.BICUBIC}
 
 
+CIFAR100_SUPERCLASSES = {  # Krizhevsky 2009, by torchvision's class names
+    "aquatic mammals": "beaver dolphin otter seal whale", "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip", "food containers": "bottle bowl can cup plate",
+    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
+    "household electrical devices": "clock keyboard lamp telephone television",
+    "household furniture": "bed chair couch table wardrobe", "insects": "bee beetle butterfly caterpillar cockroach",
+    "large carnivores": "bear leopard lion tiger wolf", "large man-made outdoor things": "bridge castle house road skyscraper",
+    "large natural outdoor scenes": "cloud forest mountain plain sea",
+    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium-sized mammals": "fox porcupine possum raccoon skunk", "non-insect invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman", "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small mammals": "hamster mouse rabbit shrew squirrel", "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles 1": "bicycle bus motorcycle pickup_truck train", "vehicles 2": "lawn_mower rocket streetcar tank tractor",
+}
+
+
 class Images(NamedTuple):
     """One part of a dataset: `pixels` where all images are small, square and of one size, else `source` alone."""
     pixels: torch.Tensor | None  # (N, 3, H, H) uint8
@@ -46,6 +62,13 @@ class Images(NamedTuple):
         return Images(None if self.pixels is None else self.pixels[pick],
                       None if self.source is None else torch.utils.data.Subset(self.source, pick.tolist()),
                       self.labels[pick], [self.names[i] for i in indices] if self.names else [])
+
+
+def picture(images, i):
+    """Image `i` of one part as a person sees it: an RGB PIL image."""
+    if images.pixels is not None:
+        return Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy())
+    return to_rgb(images.source[i][0])
 
 
 class Dataset(NamedTuple):

@@ -1,11 +1,12 @@
-"""Compare the baseline with the distilled student on the test images: report, numbers, figures.
+"""Is the distilled student better than the baseline, where, and can one rely on it? Read on the test images.
 
-    python evaluate.py            # the two students in checkpoints/
+    python evaluate.py            # the two students in checkpoints/, all seeds that both have
     python evaluate.py --quick    # those of the small run
 
 Dataset, split, image size and crop are the checkpoints' own. Writes into results/: comparison_report.txt for people,
 comparison.json and predictions.npz for programs, and every figure as PNG and PDF.
 """
+import argparse
 import json
 import statistics
 import sys
@@ -16,6 +17,8 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+import scipy.optimize
+import scipy.stats
 import seaborn
 import torch
 from scipy.cluster import hierarchy
@@ -31,87 +34,97 @@ import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
 SCRIPTS = {"baseline": "train_baseline.py", "distilled": "train_distillation.py"}
 LABELS = {"baseline": "Baseline", "distilled": "Distilled", "teacher": "Teacher"}
 COLOURS = {"baseline": "#0072B2", "distilled": "#E69F00", "teacher": "#595959"}  # Okabe-Ito: tell apart in grey too
-HATCHES = {"baseline": "", "distilled": "//", "teacher": ".."}
-WIDTH = 100  # columns of the report
+STYLES = {"baseline": ("-", "", "o"), "distilled": ("--", "//", "s"), "teacher": (":", "..", "^")}  # line, hatch, marker
+WIDTH = 100     # columns of the report
+RESAMPLES = 10_000
+BINS = 15       # of the calibration error: equal-width bins of confidence, as Guo et al. 2017
+T_SEEDS = 3     # from so many seeds on, the verdict rests on the interval over seeds
 
 
 # Loading and inference ------------------------------------------------------------------------------------------
 
 class Entry(NamedTuple):
-    """A model of the comparison: its checkpoint and what it says on the test images."""
+    """One trained model of the comparison and what it says on the test and validation images."""
     path: Path
     model: torch.nn.Module
     info: dict
-    probabilities: np.ndarray  # (N, C) float32
-    history: list              # rows of its training, [] where its last.pth is gone
+    log_probabilities: np.ndarray      # (N, C) float64, test images
+    val_log_probabilities: np.ndarray  # (V, C) float64; None where the validation images cannot be had
+    history: list                      # rows of its training, [] where its last.pth is gone
 
 
 def main():
     args = utils.parse_args("evaluate", __doc__)
     device = utils.setup(args)
-    paths = find_checkpoints(args)
-    loaded = {run: models.load_model(path, device) for run, path in paths.items()}
-    infos = {run: info for run, (_, info) in loaded.items()}
-    check_comparable(infos, paths)
-    teacher_path, missing_teacher = find_teacher(infos["distilled"])
-    if teacher_path:
-        paths["teacher"], loaded["teacher"] = teacher_path, models.load_model(teacher_path, device)
+    pairs, left_out = find_pairs(args)
+    infos = {run: [utils.load_file(path) for path in paths] for run, paths in pairs.items()}
+    check_comparable(infos, pairs)
+    teacher_path, no_teacher = find_teacher(infos["distilled"])
+    paths = {**pairs, **({"teacher": [teacher_path]} if teacher_path else {})}
 
-    test = open_test_images(infos["distilled"], args)
-    entries = {}
-    for run, (model, info) in loaded.items():
-        logits, labels = utils.infer(model, data_loader.evaluation_loader(test, info, args, device))
-        entries[run] = Entry(paths[run], model, info, logits.double().softmax(1).float().numpy(), read_history(paths[run]))
-    labels = labels.numpy()
+    first = infos["distilled"][0]
+    test = open_test_images(first, args)
+    val, no_val = open_validation_images(first, args)
+    entries = {run: [load_entry(path, test, val, args, device) for path in paths[run]] for run in paths}
+    labels, val_labels = test.labels.numpy(), val.labels.numpy() if val else None
 
-    class_names = infos["baseline"]["class_names"]
-    comparison = compare(entries, labels, class_names)
-    comparison["unfair"] = differences(infos["baseline"], infos["distilled"])
-    comparison["missing_teacher"] = missing_teacher
-    comparison["timings"] = {"device": str(device), **time_models(entries, device), **training_times(entries)}
-
-    results = Path(args.results_dir)
-    with utils.write_into_place(results / "predictions.npz", "wb") as file:
-        np.savez_compressed(file, labels=labels, class_names=np.array(class_names),
-                            **{run: entry.probabilities for run, entry in entries.items()})
-    with utils.write_into_place(results / "comparison.json") as file:
-        json.dump(comparison, file, indent=1, ensure_ascii=False)
-    report = write_report(comparison)
-    with utils.write_into_place(results / "comparison_report.txt") as file:
-        file.write(report)
-    draw_figures(entries, labels, class_names, comparison, results)
+    started = time.perf_counter()
+    numbers = compare(entries, labels, val_labels)
+    numbers["notes"] = {"unfair": differences(infos), "no_teacher": no_teacher, "no_validation": no_val, "left_out": left_out}
+    write_figures(entries, labels, val_labels, test, numbers, Path(args.results_dir))
+    numbers["timings"] = {"device": utils.device_name(device), **time_models(entries, device), **training_hours(entries),
+                          "statistics_and_figures_seconds": time.perf_counter() - started}
+    report = write_report(numbers)
+    write_files(entries, labels, numbers, report, Path(args.results_dir))
     print(report)
-    utils.choose_best(args, infos["distilled"])
-    print(f"report, numbers and figures are in {results}")
+    utils.choose_best(args, first)
+    print(f"report, numbers and figures are in {args.results_dir}")
 
 
-def find_checkpoints(args):
-    """Paths of the two students' best weights. Raises UserError with the command that makes a missing one."""
-    paths = {}
-    for run, script in SCRIPTS.items():
-        paths[run] = Path(getattr(args, f"{run}_checkpoint") or utils.run_folder(run, args) / "best_model.pth")
-        if not paths[run].is_file():
-            raise utils.UserError(f"there is no {paths[run]}; make it with: python {script}{' --quick' if args.quick else ''}")
-    return paths
+def find_pairs(args):
+    """Paths of the students to compare, {run: [one per seed]}, and a phrase for each run that is left out.
+
+    The seeds that both runs have, where there are any, else the plain pair. Raises UserError with the command that
+    makes what is missing.
+    """
+    given = {run: getattr(args, f"{run}_checkpoint") for run in SCRIPTS}
+    folders = {run: Path(args.checkpoint_dir, run) for run in SCRIPTS}
+    seeds = {run: {int(path.parent.name[5:]) for path in utils.student_checkpoints(folders[run]) if path.parent != folders[run]}
+             for run in SCRIPTS}
+    common = sorted(seeds["baseline"] & seeds["distilled"])
+    if any(given.values()) or not common:
+        pairs = {run: [Path(given[run] or folders[run] / "best_model.pth")] for run in SCRIPTS}
+        for run, script in SCRIPTS.items():
+            if not pairs[run][0].is_file():
+                raise utils.UserError(f"there is no {pairs[run][0]}; make it with: python {script}{' --quick' * args.quick}")
+        return pairs, [f"{run} seed {seed}" for run in SCRIPTS for seed in sorted(seeds[run])]
+    pairs = {run: [folders[run] / f"seed_{seed}" / "best_model.pth" for seed in common] for run in SCRIPTS}
+    left_out = [f"{run} seed {seed} (the other run lacks it)" for run in SCRIPTS for seed in sorted(seeds[run] - set(common))]
+    left_out += [f"the plain {run} run" for run in SCRIPTS if (folders[run] / "best_model.pth").is_file()]
+    return pairs, left_out
 
 
-def check_comparable(infos, paths):
-    baseline, distilled = infos["baseline"], infos["distilled"]
-    if baseline["dataset"] != distilled["dataset"] or baseline["class_names"] != distilled["class_names"]:
-        raise utils.UserError(
-            f"{paths['baseline']} and {paths['distilled']} cannot be compared: they tell apart other classes "
-            f"({baseline['dataset']}, {baseline['num_classes']}; {distilled['dataset']}, {distilled['num_classes']})")
+def check_comparable(infos, pairs):
+    """Raise UserError unless all students tell apart the same classes of the same dataset."""
+    all_infos, all_paths = sum(infos.values(), []), sum(pairs.values(), [])
+    for info, path in zip(all_infos, all_paths):
+        if any(info[key] != all_infos[0][key] for key in ("dataset", "class_names")):
+            raise utils.UserError(f"{all_paths[0]} and {path} cannot be compared: they tell apart other classes "
+                                  f"({all_infos[0]['dataset']}, {all_infos[0]['num_classes']}; {info['dataset']}, "
+                                  f"{info['num_classes']})")
 
 
-def find_teacher(info):
-    """(path of the teacher recorded in the distilled student's `info`, None), or (None, why there is none)."""
-    teacher = info.get("teacher")
-    if not teacher:
+def find_teacher(infos):
+    """(path of the teacher that the distilled students record, None), or (None, why there is none)."""
+    teachers = [info.get("teacher") for info in infos]
+    if not all(teachers):
         return None, "the distilled checkpoint names no teacher"
-    path = Path(teacher["path"])
+    if len({teacher["sha256"] for teacher in teachers}) > 1:
+        return None, "the distilled students had different teachers"
+    path = Path(teachers[0]["path"])
     if not path.is_file():
         return None, f"the teacher {path} is gone"
-    if utils.sha256(path) != teacher["sha256"]:
+    if utils.sha256(path) != teachers[0]["sha256"]:
         return None, f"{path} is no longer the teacher that taught (its SHA-256 differs)"
     return path, None
 
@@ -128,53 +141,219 @@ def open_test_images(info, args):
     return test
 
 
-def read_history(path):
+def open_validation_images(info, args):
+    """(validation images of the students' split, None), or (None, why they cannot be had); for temperature scaling alone."""
+    settings = argparse.Namespace(**{**info["config"], "dataset_dir": args.dataset_dir, "data_dir": args.data_dir})
+    try:
+        data = data_loader.open_dataset(settings)
+    except utils.UserError as error:
+        return None, str(error)
+    if data.split_fingerprint != info["split_fingerprint"]:
+        return None, "the training images are no longer those of the checkpoints"
+    return data.val, None
+
+
+def load_entry(path, test, val, args, device):
+    """Load the model of `path` and let it look at the test and the validation images."""
+    model, info = models.load_model(path, device)
+
+    def look(images):
+        if images is None:
+            return None
+        logits, _ = utils.infer(model, data_loader.evaluation_loader(images, info, args, device))
+        return logits.double().log_softmax(1).numpy()
     last = path.with_name("last.pth")
-    return utils.load_file(last)["progress"]["history"] if last.is_file() else []
+    history = utils.load_file(last)["progress"]["history"] if last.is_file() else []
+    return Entry(path, model, info, look(test), look(val), history)
 
 
 # Numbers --------------------------------------------------------------------------------------------------------
 
-def compare(entries, labels, class_names):
-    """Every number of the report but the timings, under the names that the README documents."""
-    first = entries["baseline"].info
+def compare(entries, labels, val_labels):
+    """Every number of the report but the timings, under the names that the README documents; fractions and nats."""
+    first = entries["baseline"][0].info
+    names = first["class_names"]
     numbers = {
-        "dataset": {"name": first["dataset"], "num_classes": len(class_names), "test_images": len(labels)},
-        "models": {run: measure(entry, labels, class_names) for run, entry in entries.items()},
+        "dataset": {"name": first["dataset"], "num_classes": len(names), "test_images": len(labels),
+                    "validation_images": None if val_labels is None else len(val_labels)},
+        "seeds": [entry.info["config"]["seed"] for entry in entries["distilled"]],
+        "versions": first["versions"],
+        "models": {run: average([measure(entry, labels, val_labels) for entry in group]) for run, group in entries.items()},
     }
-    top1 = {run: model["top1"] for run, model in numbers["models"].items()}
-    numbers["comparison"] = {"difference": top1["distilled"] - top1["baseline"]}
-    numbers["teacher_worth_hearing"] = top1["teacher"] > top1["baseline"] if "teacher" in top1 else None
+    numbers["comparison"] = verdict(entries, labels)
+    if "teacher" in entries:
+        teacher = entries["teacher"][0].log_probabilities
+        top1 = {run: model["top1"] for run, model in numbers["models"].items()}
+        numbers["fidelity"] = {run: average([fidelity(entry.log_probabilities, teacher, labels) for entry in entries[run]])
+                               for run in SCRIPTS}
+        ahead = top1["teacher"] - top1["baseline"]
+        numbers["comparison"]["advantage_recovered"] = (top1["distilled"] - top1["baseline"]) / ahead if ahead > 0 else None
+        numbers["comparison"]["teacher_beats_baseline"] = bool(ahead > 0)
+    confusion = {run: confusions(entries[run], labels) for run in entries}
+    numbers["confused_pairs"] = confused_pairs(confusion, names)
+    numbers["superclasses"] = superclass_errors({run: entries[run] for run in SCRIPTS}, labels, names)
     return numbers
 
 
-def measure(entry, labels, class_names):
-    """What one model's `entry` scores on the test images with `labels` (N,): fractions, and the loss in nats."""
-    probabilities, info = entry.probabilities.astype(np.float64), entry.info
-    predictions, classes = probabilities.argmax(1), np.arange(len(class_names))
-    counts = metrics.confusion_matrix(labels, predictions, labels=classes)
-    per_class = counts.diagonal() / counts.sum(1).clip(min=1)
-    return {
-        "model_name": info["model_name"], "epoch": info["epoch"], "val_accuracy": info["val_accuracy"],
-        "image_size": info["image_size"],
-        "top1": metrics.accuracy_score(labels, predictions),
+def predictions(entry):
+    return entry.log_probabilities.argmax(1)
+
+
+def measure(entry, labels, val_labels):
+    """What one model scores on the test images with `labels` (N,)."""
+    probabilities, info = np.exp(entry.log_probabilities), entry.info
+    predicted, classes = probabilities.argmax(1), np.arange(info["num_classes"])
+    recalls = metrics.recall_score(labels, predicted, labels=classes, average=None, zero_division=0)
+    scores = {
+        "model_name": info["model_name"], "epoch": float(info["epoch"]), "val_accuracy": info["val_accuracy"],
+        "image_size": info["image_size"], "top1": float((predicted == labels).mean()),
         "top5": float(metrics.top_k_accuracy_score(labels, probabilities, k=5, labels=classes)) if len(classes) > 5 else 1.0,
-        "macro_f1": metrics.f1_score(labels, predictions, labels=classes, average="macro", zero_division=0),
-        "loss": float(-np.log(probabilities[np.arange(len(labels)), labels].clip(min=1e-45)).mean()),
-        "per_class_accuracy": dict(zip(class_names, per_class.tolist())),
+        "macro_f1": float(metrics.f1_score(labels, predicted, labels=classes, average="macro", zero_division=0)),
+        "calibration": calibration(entry.log_probabilities, labels),
+        "per_class_accuracy": dict(zip(info["class_names"], recalls.tolist())),
         "parameters": sum(parameter.numel() for parameter in entry.model.parameters()),
-        "file_size_mb": round(entry.path.stat().st_size / 2**20, 2),
+        "file_size_mb": entry.path.stat().st_size / 2**20,
     }
+    if val_labels is not None:
+        temperature = best_temperature(entry.val_log_probabilities, val_labels)
+        scores["calibration_scaled"] = {"temperature": temperature, **calibration(soften(entry.log_probabilities, temperature), labels)}
+    return scores
 
 
-def differences(baseline, distilled):
+def average(items):
+    """The mean over seeds of dicts of numbers, key by key, dicts in dicts too; what is no float is alike in all, and kept.
+
+    Where there are scores, also their values by seed and their standard deviation (None with one seed).
+    """
+    mean = {}
+    for key, value in items[0].items():
+        values = [item[key] for item in items]
+        mean[key] = average(values) if isinstance(value, dict) else statistics.fmean(values) if isinstance(value, float) else value
+    if "top1" in mean:
+        mean["by_seed"] = {key: [item[key] for item in items] for key in ("top1", "top5", "macro_f1", "val_accuracy")}
+        mean["sd"] = {key: statistics.stdev(values) for key, values in mean["by_seed"].items()} if len(items) > 1 else None
+    return mean
+
+
+def verdict(entries, labels):
+    """The difference distilled - baseline in top-1 accuracy, its 95 % intervals and tests, and what follows from them."""
+    right = {run: np.array([predictions(entry) == labels for entry in entries[run]]) for run in SCRIPTS}  # (seeds, N)
+    by_seed = [float(gain) for gain in right["distilled"].mean(1) - right["baseline"].mean(1)]
+    alone = {"baseline": (right["baseline"] & ~right["distilled"]).sum(1), "distilled": (right["distilled"] & ~right["baseline"]).sum(1)}
+    result = {
+        "difference": statistics.fmean(by_seed), "difference_by_seed": by_seed,
+        "interval_over_images": bootstrap_interval(right["distilled"].mean(0) - right["baseline"].mean(0)),
+        "interval_over_seeds": t_interval(by_seed) if len(by_seed) > 1 else None,
+        "baseline_alone_right": float(alone["baseline"].mean()), "distilled_alone_right": float(alone["distilled"].mean()),
+        "mcnemar_p_by_seed": [mcnemar_p(int(b), int(d)) for b, d in zip(alone["baseline"], alone["distilled"])],
+        "t_test_p": float(scipy.stats.ttest_1samp(by_seed, 0).pvalue) if len(set(by_seed)) > 1 else None,
+        "rests_on": "seeds" if len(by_seed) >= T_SEEDS else "images",
+    }
+    low, high = result[f"interval_over_{result['rests_on']}"]
+    result["verdict"] = "better" if low > 0 else "worse" if high < 0 else "undecided"
+    return result
+
+
+def bootstrap_interval(gain, seed=0):
+    """95 % percentile interval of the mean of `gain` (N,) under the paired bootstrap over images (Efron 1979).
+
+    Few different values occur (-1, 0, 1 with one seed), so a resample is a draw of how often each occurs, from the
+    multinomial distribution: the same law as N draws with replacement, in no memory.
+    """
+    values, counts = np.unique(np.round(gain, 9), return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(len(gain), counts / len(gain), size=RESAMPLES)
+    return [float(bound) for bound in np.quantile(draws @ values / len(gain), (0.025, 0.975))]
+
+
+def t_interval(differences):
+    """95 % interval of the mean of paired differences over seeds, Student's t."""
+    mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    reach = float(scipy.stats.t.ppf(0.975, len(differences) - 1)) * error
+    return [mean - reach, mean + reach]
+
+
+def mcnemar_p(only_first, only_second):
+    """Exact two-sided p of McNemar's test (1947): the discordant images fall to either side with probability 1/2."""
+    discordant = only_first + only_second
+    return float(scipy.stats.binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
+def fidelity(student, teacher, labels):
+    """How alike a student and its teacher answer; log-probabilities (N, C). KL(teacher || student) at T = 1, in nats."""
+    same, wrong = student.argmax(1) == teacher.argmax(1), teacher.argmax(1) != labels
+    return {"agreement": float(same.mean()), "kl": float((np.exp(teacher) * (teacher - student)).sum(1).mean()),
+            "agreement_where_teacher_errs": float(same[wrong].mean()) if wrong.any() else float("nan")}
+
+
+def calibration(log_probabilities, labels):
+    """NLL in nats, Brier score (Brier 1950, sum over classes), expected calibration error over 15 equal-width bins."""
+    probabilities, rows = np.exp(log_probabilities), np.arange(len(labels))
+    brier = (probabilities**2).sum(1) - 2 * probabilities[rows, labels] + 1
+    confidence, accuracy, weight = reliability(log_probabilities, labels)
+    return {"nll": float(-log_probabilities[rows, labels].mean()), "brier": float(brier.mean()),
+            "ece": float((weight * np.abs(accuracy - confidence)).sum())}
+
+
+def reliability(log_probabilities, labels):
+    """Mean confidence, accuracy and share of the images (BINS,) by bins (0, 1/15], ... of the top probability."""
+    confidence, right = np.exp(log_probabilities.max(1)), log_probabilities.argmax(1) == labels
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    counts = np.bincount(bins, minlength=BINS)
+    return (np.bincount(bins, confidence, BINS) / counts.clip(1), np.bincount(bins, right, BINS) / counts.clip(1),
+            counts / len(labels))
+
+
+def soften(log_probabilities, temperature):
+    scaled = log_probabilities / temperature
+    return scaled - scipy.special.logsumexp(scaled, axis=1, keepdims=True)
+
+
+def best_temperature(log_probabilities, labels):
+    """The temperature with the least NLL (Guo et al. 2017), between 0.05 and 20."""
+    def nll(log_temperature):
+        return -soften(log_probabilities, np.exp(log_temperature))[np.arange(len(labels)), labels].mean()
+    return float(np.exp(scipy.optimize.minimize_scalar(nll, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
+
+
+def confusions(group, labels):
+    """How often each class (rows) is taken for each (columns), as shares of the true class, mean over the seeds (C, C)."""
+    classes = np.arange(group[0].info["num_classes"])
+    return np.mean([metrics.confusion_matrix(labels, predictions(entry), labels=classes, normalize="true") for entry in group], axis=0)
+
+
+def confused_pairs(confusion, names, most=8):
+    """The mistakes either student makes most often, and how often both make them: shares of the true class's images."""
+    wrong = {run: confusion[run] * (1 - np.eye(len(names))) for run in SCRIPTS}
+    worst = np.maximum(wrong["baseline"], wrong["distilled"])
+    order = [np.unravel_index(i, worst.shape) for i in np.argsort(-worst, axis=None, kind="stable")[:most]]
+    return [{"true": names[i], "predicted": names[j], **{run: float(wrong[run][i, j]) for run in SCRIPTS}}
+            for i, j in order if worst[i, j] > 0]
+
+
+def superclass_errors(entries, labels, names):
+    """Errors of each student and the share of them within the right superclass; None unless the classes are CIFAR-100's."""
+    of = {name: title for title, members in data_loader.CIFAR100_SUPERCLASSES.items() for name in members.split()}
+    if set(names) != set(of):
+        return None
+    titles = np.array([of[name] for name in names])
+    result = {}
+    for run, group in entries.items():
+        wrong = [predictions(entry) != labels for entry in group]
+        within = [(titles[predictions(entry)] == titles[labels])[bad].sum() for entry, bad in zip(group, wrong)]
+        result[run] = {"errors": float(np.mean([bad.sum() for bad in wrong])), "within_superclass": float(np.mean(within))}
+    return result
+
+
+def differences(infos):
     """What differs between the two runs besides the teacher, one phrase each: [] is a fair pair."""
-    ours, theirs = baseline["config"], distilled["config"]
-    shared = (ours.keys() & theirs.keys()) - utils.NEUTRAL
-    odd = [f"{name} ({ours[name]} and {theirs[name]})" for name in sorted(shared) if ours[name] != theirs[name]]
-    if baseline["split_fingerprint"] != distilled["split_fingerprint"]:
-        odd.append("the validation split")
-    return odd
+    odd = []
+    for baseline, distilled in zip(infos["baseline"], infos["distilled"]):
+        ours, theirs = baseline["config"], distilled["config"]
+        shared = (ours.keys() & theirs.keys()) - utils.NEUTRAL
+        odd += [f"{name} ({ours[name]} and {theirs[name]})" for name in sorted(shared) if ours[name] != theirs[name]]
+        odd += ["the model"] * (baseline["model_name"] != distilled["model_name"])
+        odd += ["the validation split"] * (baseline["split_fingerprint"] != distilled["split_fingerprint"])
+    return list(dict.fromkeys(odd))
 
 
 @torch.inference_mode()
@@ -188,109 +367,184 @@ def time_models(entries, device, seconds=6):
         utils.forward(model, images).cpu()  # waits for the device
         return time.perf_counter() - start
 
-    timings = {}
+    timings, first = {}, {run: group[0] for run, group in entries.items()}
     for batch, name in ((1, "latency_ms"), (64, "throughput")):
         inputs = {run: torch.rand(batch, 3, entry.info["image_size"], entry.info["image_size"], device=device)
-                  .contiguous(memory_format=torch.channels_last) for run, entry in entries.items()}
-        taken, end = {run: [] for run in entries}, time.perf_counter() + seconds / 2
-        for run, entry in entries.items():
+                  .contiguous(memory_format=torch.channels_last) for run, entry in first.items()}
+        taken, end = {run: [] for run in first}, time.perf_counter() + seconds / 2
+        for run, entry in first.items():
             clock(entry.model, inputs[run])
         while len(taken["baseline"]) < 5 or time.perf_counter() < end and len(taken["baseline"]) < 200:
-            for run, entry in entries.items():
+            for run, entry in first.items():
                 taken[run].append(clock(entry.model, inputs[run]))
         timings[name] = {run: statistics.median(values) * 1000 if batch == 1 else batch / statistics.median(values)
                          for run, values in taken.items()}
     return timings
 
 
-def training_times(entries):
-    """Hours each model took to train; the distilled student's without its teacher's, which stand beside them."""
-    return {"training_hours": {run: sum(row["seconds"] for row in entry.history) / 3600 if entry.history else None
-                               for run, entry in entries.items()}}
+def training_hours(entries):
+    """Hours each model took to train, mean over its seeds; the distilled student's without its teacher's, which stand beside."""
+    return {"training_hours": {
+        run: statistics.fmean(sum(row["seconds"] for row in entry.history) for entry in group) / 3600
+        if all(entry.history for entry in group) else None for run, group in entries.items()}}
 
 
 # Report ---------------------------------------------------------------------------------------------------------
 
 def write_report(numbers):
-    """The comparison as text of at most 100 columns."""
-    table, timings = numbers["models"], numbers["timings"]
-    runs, dataset = list(table), numbers["dataset"]
-    names = {run: table[run]["model_name"] for run in runs}
-    taught_by = f"taught by {names['teacher']}" if "teacher" in names else "distilled"
-    lines = [f"{names['baseline']} alone against {names['distilled']} {taught_by}",
-             f"{dataset['name']}: {dataset['test_images']} test images of {dataset['num_classes']} classes", ""]
-    lines += warnings(numbers)
-    difference = 100 * numbers["comparison"]["difference"]
-    lines += paragraph(f"The distilled student is {abs(difference):.2f} points {'above' if difference >= 0 else 'below'} "
-                       "the baseline in top-1 accuracy.") + [""]
-
-    def row(title, pattern, values):
-        cells = [pattern.format(values[run]) if values[run] is not None else "not known" for run in runs]
-        lines.append(f"{title:<40}" + "".join(f"{cell:>18}" for cell in cells))
-
-    def column(key):
-        return {run: table[run][key] for run in runs}
-
-    row("", "{}", LABELS)
-    row("model", "{}", names)
-    row("top-1 accuracy", "{:.2%}", column("top1"))
-    row("top-5 accuracy", "{:.2%}", column("top5"))
-    row("macro-F1", "{:.4f}", column("macro_f1"))
-    row("cross-entropy (nats)", "{:.4f}", column("loss"))
-    row("validation accuracy", "{:.2%}", column("val_accuracy"))
-    row("best epoch", "{}", column("epoch"))
-    row("image size (px)", "{}", column("image_size"))
-    row("parameters (millions)", "{:.2f}", {run: table[run]["parameters"] / 1e6 for run in runs})
-    row("file (MB)", "{:.1f}", column("file_size_mb"))
-    row("latency, batch 1 (ms)", "{:.2f}", timings["latency_ms"])
-    row("throughput, batch 64 (images/s)", "{:.0f}", timings["throughput"])
-    hours = timings["training_hours"]
-    row("training time (h)", "{:.2f}", hours)
-    lines += [""] + paragraph(cost(hours)) + [""] + per_class_lines(table)
+    """The comparison as text of at most 100 columns, the verdict first, the timings last."""
+    table, dataset, notes = numbers["models"], numbers["dataset"], numbers["notes"]
+    names = {run: table[run]["model_name"] for run in table}
+    title = f"{names['baseline']} alone against {names['distilled']} taught by {names.get('teacher', 'a teacher that is gone')}"
+    seeds = f"seed{'s' * (len(numbers['seeds']) > 1)} {', '.join(map(str, numbers['seeds']))}"
+    lines = [*paragraph(title), *paragraph(f"{dataset['name']}: {dataset['test_images']} test images of {dataset['num_classes']} classes, {seeds}"), ""]
+    warnings = [f"This is no fair pair, these differ between the two runs: {'; '.join(notes['unfair'])}."] * bool(notes["unfair"])
+    if numbers["comparison"].get("teacher_beats_baseline") is False:
+        warnings.append("The teacher does not beat the baseline on these images; little can be learned from it.")
+    warnings += [f"No teacher in this report: {notes['no_teacher']}."] * bool(notes["no_teacher"])
+    warnings += [f"No temperature scaling: {notes['no_validation']}."] * bool(notes["no_validation"])
+    warnings += [f"Left out: {', '.join(notes['left_out'])}."] * bool(notes["left_out"])
+    for text in warnings:
+        lines += paragraph("WARNING: " + text) + [""]
+    lines += paragraph(verdict_sentence(numbers["comparison"])) + [""]
+    lines += paragraph(alone_sentence(numbers["comparison"], dataset)) + paragraph(cost_sentence(numbers["timings"]["training_hours"]))
+    lines += ["", *score_lines(numbers), "", *changes_lines(table), "", *pair_lines(numbers["confused_pairs"])]
+    if numbers["superclasses"]:
+        lines += ["", "Errors within the right one of CIFAR-100's 20 superclasses"]
+        lines += [f"  {LABELS[run]:<12}{item['within_superclass']:>8.1f} of {item['errors']:.1f} errors "
+                  f"({item['within_superclass'] / max(item['errors'], 1):.1%})" for run, item in numbers["superclasses"].items()]
+    lines += ["", *paragraph("Trained with " + ", ".join(f"{key} {value}" for key, value in numbers["versions"].items())),
+              "", *timing_lines(numbers)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def warnings(numbers):
-    found = [f"The pair is not fair, these differ: {text}." for text in ["; ".join(numbers["unfair"])] if text]
-    if numbers["missing_teacher"]:
-        found.append(f"No column for the teacher: {numbers['missing_teacher']}.")
-    if numbers["teacher_worth_hearing"] is False:
-        found.append("The teacher is no better than the baseline on these images; expect little from it.")
-    return [line for text in found for line in paragraph("WARNING: " + text)] + [""] * bool(found)
+def paragraph(text):
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
 
 
-def cost(hours):
-    if None in hours.values() or "teacher" not in hours:
+def points(fraction):
+    return f"{100 * fraction:+.2f}"
+
+
+def verdict_sentence(comparison):
+    low, high = comparison[f"interval_over_{comparison['rests_on']}"]
+    over = f"over {len(comparison['difference_by_seed'])} seeds" if comparison["rests_on"] == "seeds" else "over test images"
+    if comparison["rests_on"] == "seeds":
+        test = f"paired t-test p = {comparison['t_test_p']:.2g}" if comparison["t_test_p"] is not None else "all seeds alike"
+    else:
+        test = f"McNemar's exact p = {', '.join(f'{p:.2g}' for p in comparison['mcnemar_p_by_seed'])}"
+    figures = f"{points(comparison['difference'])} points of top-1 accuracy (95 % interval {points(low)} to {points(high)} {over}, {test})"
+    return {"better": f"The distilled student is better than the baseline: {figures}.",
+            "worse": f"The distilled student is worse than the baseline: {figures}.",
+            "undecided": f"The data cannot tell whether distillation helped: {figures}; the interval includes zero."}[comparison["verdict"]]
+
+
+def alone_sentence(comparison, dataset):
+    mean = " on average over the seeds" if len(comparison["difference_by_seed"]) > 1 else ""
+    return (f"Of {dataset['test_images']} test images the distilled student alone gets {comparison['distilled_alone_right']:.4g} right, "
+            f"the baseline alone {comparison['baseline_alone_right']:.4g}{mean}.")
+
+
+def cost_sentence(hours):
+    if "teacher" not in hours or None in hours.values():
         return "What training cost is not known for every model: a last.pth is gone."
     total = hours["distilled"] + hours["teacher"]
-    return (f"Cost: {utils.duration(3600 * hours['baseline'])} of training for the baseline, "
-            f"{utils.duration(3600 * total)} for the distilled student, the teacher's "
-            f"{utils.duration(3600 * hours['teacher'])} included ({total / hours['baseline']:.1f} times as long).")
+    return (f"Training took {utils.duration(3600 * hours['baseline'])} for the baseline and {utils.duration(3600 * total)} for the "
+            f"distilled student, its teacher's {utils.duration(3600 * hours['teacher'])} included.")
 
 
-def paragraph(text):
-    return textwrap.wrap(text, WIDTH, break_long_words=False)
+def score_lines(numbers):
+    """The table of scores, a column a model, ± the standard deviation over seeds where there are several."""
+    table, runs = numbers["models"], list(numbers["models"])
+    lines = [f"{'Scores on the test images':<38}" + "".join(f"{LABELS[run]:>20}" for run in runs)]
 
+    def row(title, cell):
+        cells = {run: cell(run) for run in runs}
+        lines.append(f"  {title:<36}" + "".join(f"{cells[run] if cells[run] is not None else '-':>20}" for run in runs))
 
-def per_class_lines(table):
-    """Accuracy of every class for both students, and what distillation changed, most gained first."""
-    before, after = table["baseline"]["per_class_accuracy"], table["distilled"]["per_class_accuracy"]
-    lines = ["Accuracy by class, largest gain first", f"{'':<40}{'Baseline':>18}{'Distilled':>18}{'points':>18}"]
-    for name in sorted(before, key=lambda name: (before[name] - after[name], name)):
-        lines.append(f"{textwrap.shorten(name, 38):<40}{before[name]:>18.1%}{after[name]:>18.1%}"
-                     f"{100 * (after[name] - before[name]):>+18.1f}")
+    def percent(key):
+        return lambda run: f"{table[run][key]:.2%}" + (f" ± {100 * table[run]['sd'][key]:.2f}" if table[run]["sd"] else "")
+
+    def inner(section, key, pattern):
+        return lambda run: pattern.format(numbers[section][run][key]) if run in numbers.get(section, {}) else None
+
+    def calibrated(section, key):
+        return lambda run: f"{table[run][section][key]:.4f}" if section in table[run] else None
+    row("top-1 accuracy", percent("top1"))
+    row("top-5 accuracy", percent("top5"))
+    row("macro-F1", percent("macro_f1"))
+    row("validation accuracy", percent("val_accuracy"))
+    row("epoch kept, image size (px)", lambda run: f"{table[run]['epoch']:g}, {table[run]['image_size']}")
+    row("parameters (million), file (MB)", lambda run: f"{table[run]['parameters'] / 1e6:.2f}, {table[run]['file_size_mb']:.1f}")
+    lines.append("Calibration (nats; sum over classes; 15 equal-width bins)")
+    for section, note in (("calibration", ""), ("calibration_scaled", ", scaled")):
+        for key, title in (("nll", "cross-entropy (NLL)"), ("brier", "Brier score"), ("ece", "expected calibration error")):
+            row(title + note, calibrated(section, key))
+    row("temperature, fitted on validation", calibrated("calibration_scaled", "temperature"))
+    if "fidelity" in numbers:
+        lines.append("Fidelity to the teacher")
+        row("same top-1 answer", inner("fidelity", "agreement", "{:.2%}"))
+        row("same answer where the teacher errs", inner("fidelity", "agreement_where_teacher_errs", "{:.2%}"))
+        row("mean KL(teacher || student) (nats)", inner("fidelity", "kl", "{:.4f}"))
+        share = numbers["comparison"]["advantage_recovered"]
+        row("teacher's advantage recovered", lambda run: f"{share:.0%}" if run == "distilled" and share is not None else None)
     return lines
+
+
+def changes_lines(table, most=5):
+    """The classes whose accuracy distillation changed most, either way."""
+    before, after = table["baseline"]["per_class_accuracy"], table["distilled"]["per_class_accuracy"]
+    order = sorted(before, key=lambda name: before[name] - after[name])
+    lines = [f"{'Accuracy by class, most gained and lost':<38}{'Baseline':>20}{'Distilled':>20}{'points':>20}"]
+    gained = [name for name in order[:most] if after[name] > before[name]]
+    lost = [name for name in order[::-1][:most][::-1] if after[name] < before[name]]
+    return lines + [f"  {textwrap.shorten(name, 34):<36}{before[name]:>20.1%}{after[name]:>20.1%}{points(after[name] - before[name]):>20}"
+                    for name in gained + lost]
+
+
+def pair_lines(pairs):
+    lines = [f"{'Most confused: true class, taken for':<38}{'Baseline':>20}{'Distilled':>20}{'points':>20}"]
+    for pair in pairs:
+        name = textwrap.shorten(f"{pair['true']}, {pair['predicted']}", 34)
+        lines.append(f"  {name:<36}{pair['baseline']:>20.1%}{pair['distilled']:>20.1%}{points(pair['distilled'] - pair['baseline']):>20}")
+    return lines
+
+
+def timing_lines(numbers):
+    timings, runs = numbers["timings"], list(numbers["models"])
+    lines = [f"{'Timings on ' + timings['device']:<38.38}" + "".join(f"{LABELS[run]:>20}" for run in runs)]
+    for key, title, pattern in (("latency_ms", "one image (ms)", "{:.2f}"), ("throughput", "batches of 64 (images/s)", "{:.0f}"),
+                                ("training_hours", "training (h)", "{:.2f}")):
+        values = timings[key]
+        lines.append(f"  {title:<36}" + "".join(f"{pattern.format(values[run]) if values[run] is not None else 'not known':>20}" for run in runs))
+    return lines
+
+
+def write_files(entries, labels, numbers, report, results):
+    """predictions.npz (the first seed's), comparison.json and comparison_report.txt."""
+    first = {run: group[0] for run, group in entries.items()}
+    with utils.write_into_place(results / "predictions.npz", "wb") as file:
+        np.savez_compressed(file, labels=labels, class_names=np.array(first["baseline"].info["class_names"]),
+                            **{run: np.exp(entry.log_probabilities).astype(np.float32) for run, entry in first.items()})
+    with utils.write_into_place(results / "comparison.json") as file:
+        json.dump(numbers, file, indent=1, ensure_ascii=False)
+    with utils.write_into_place(results / "comparison_report.txt") as file:
+        file.write(report)
 
 
 # Figures --------------------------------------------------------------------------------------------------------
 
-def draw_figures(entries, labels, class_names, numbers, results):
+def write_figures(entries, labels, val_labels, test, numbers, results):
     """Write every figure as PNG (200 dpi) and PDF into `results`."""
-    seaborn.set_theme(style="whitegrid", context="paper")
-    for name, figure in (
-            ("training_curves", curves_figure(entries)),
-            ("accuracy_comparison", accuracy_figure(numbers)),
-            *((f"confusion_matrix_{run}", figure) for run, figure in confusion_figures(entries, labels, class_names))):
+    seaborn.set_theme(style="whitegrid", context="paper", rc={"hatch.linewidth": 0.8})
+    names = entries["baseline"][0].info["class_names"]
+    figures = [("training_curves", curves_figure(entries)), ("accuracy_comparison", accuracy_figure(numbers)),
+               ("reliability_diagram", reliability_figure(entries, labels, val_labels)), ("class_changes", changes_figure(numbers)),
+               ("gallery", gallery_figure(entries, labels, test, names))]
+    confusion = {run: confusions(group, labels) for run, group in entries.items()}
+    order = similarity_order(sum(confusion.values())) if len(names) > 20 else np.arange(len(names))
+    figures += [(f"confusion_matrix_{run}", confusion_figure(run, matrix, order, names, numbers)) for run, matrix in confusion.items()]
+    for name, figure in figures:
         for kind in ("png", "pdf"):
             with utils.write_into_place(results / f"{name}.{kind}", "wb") as file:
                 figure.savefig(file, format=kind, dpi=200, bbox_inches="tight",
@@ -299,58 +553,112 @@ def draw_figures(entries, labels, class_names, numbers, results):
 
 
 def curves_figure(entries):
-    """Training loss and validation accuracy over the epochs, with the epoch that was kept."""
+    """Cross-entropy on training images and validation accuracy over the epochs, a line a seed, the kept epoch marked."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for run, entry in entries.items():
-        if entry.history:
+    for run, group in entries.items():
+        for i, entry in enumerate(entry for entry in group if entry.history):
             epochs = [row["epoch"] for row in entry.history]
-            style = dict(color=COLOURS[run], linestyle={"teacher": ":", "baseline": "-"}.get(run, "--"), label=LABELS[run])
+            style = dict(color=COLOURS[run], linestyle=STYLES[run][0], label=LABELS[run] if i == 0 else None)
             left.plot(epochs, [row["ce_loss"] for row in entry.history], **style)
             right.plot(epochs, [100 * row["val_accuracy"] for row in entry.history], **style)
-            right.plot(entry.info["epoch"], 100 * entry.info["val_accuracy"], "o", color=COLOURS[run])
-    left.set(title="Cross-entropy on training images", xlabel="epoch", ylabel="cross-entropy (nats)")
-    right.set(title="Validation accuracy (dot: the epoch kept)", xlabel="epoch", ylabel="accuracy (%)")
+            right.plot(entry.info["epoch"], 100 * entry.info["val_accuracy"], STYLES[run][2], color=COLOURS[run])
+    left.set(title="Cross-entropy on training images, as augmented", xlabel="epoch", ylabel="cross-entropy (nats)")
+    right.set(title="Validation accuracy; the mark is the epoch kept", xlabel="epoch", ylabel="accuracy (%)")
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     return figure
 
 
 def accuracy_figure(numbers):
-    """Top-1, top-5 and macro-F1 side by side."""
+    """Top-1, top-5 and macro-F1 side by side, the standard deviation over seeds as whiskers."""
     table, scores = numbers["models"], {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "macro_f1": "macro-F1"}
     figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     width = 0.8 / len(table)
-    for i, run in enumerate(table):
-        bars = axis.bar(np.arange(3) + (i - (len(table) - 1) / 2) * width, [100 * table[run][key] for key in scores], width,
-                        color=COLOURS[run], hatch=HATCHES[run], edgecolor="white", label=LABELS[run])
+    for i, (run, model) in enumerate(table.items()):
+        sd = [100 * model["sd"][key] for key in scores] if model["sd"] else None
+        bars = axis.bar(np.arange(3) + (i - (len(table) - 1) / 2) * width, [100 * model[key] for key in scores], width, yerr=sd,
+                        color=COLOURS[run], hatch=STYLES[run][1], edgecolor="white", label=LABELS[run], capsize=3)
         axis.bar_label(bars, fmt="%.1f", padding=2)
     axis.set_xticks(range(3), scores.values())
-    axis.set(title=f"Scores on {numbers['dataset']['test_images']} test images of {numbers['dataset']['name']}",
+    axis.set(title=f"Scores on {numbers['dataset']['test_images']} test images of {numbers['dataset']['num_classes']} classes",
              ylabel="score (%)", ylim=(0, 108))
     axis.grid(axis="x", visible=False)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
     return figure
 
 
-def confusion_figures(entries, labels, class_names):
-    """(run, figure) of each model's confusion matrix; beyond 20 classes alike ones stand together, in one order for all."""
-    count = len(class_names)
-    classes = np.arange(count)
-    matrices = {run: metrics.confusion_matrix(labels, entry.probabilities.argmax(1), labels=classes, normalize="true")
-                for run, entry in entries.items()}
-    order = similarity_order(sum(matrices.values())) if count > 20 else classes
-    names, side = [class_names[i] for i in order], max(5.0, 0.14 * count)
-    for run, matrix in matrices.items():
-        figure, axis = plt.subplots(figsize=(side, side * 0.93), layout="constrained")
-        seaborn.heatmap(100 * matrix[np.ix_(order, order)], vmin=0, vmax=100, cmap="viridis" if count > 20 else "Blues", square=True, ax=axis,
-                        annot=count <= 20, fmt=".0f", xticklabels=names, yticklabels=names,
-                        cbar_kws={"label": "share of the true class (%)", "shrink": 0.7})
-        axis.tick_params(labelsize=9 if count <= 20 else 6.5, rotation=0)
-        axis.tick_params(axis="x", rotation=90 if count > 10 or max(map(len, names)) > 3 else 0)
-        axis.set(title=f"{LABELS[run]} ({entries[run].info['model_name']}): what each class is taken for",
-                 xlabel="predicted class", ylabel="true class")
-        yield run, figure
+def reliability_figure(entries, labels, val_labels):
+    """Accuracy against confidence before and after temperature scaling; below the diagonal a model is too sure."""
+    panels = {"As trained": lambda entry: entry.log_probabilities}
+    if val_labels is not None:
+        panels["Temperature fitted on validation images"] = lambda entry: soften(
+            entry.log_probabilities, best_temperature(entry.val_log_probabilities, val_labels))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.4), layout="constrained", squeeze=False)
+    for axis, (title, look) in zip(axes[0], panels.items()):
+        axis.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
+        for run, group in entries.items():
+            confidence, accuracy, share = reliability(np.concatenate([look(entry) for entry in group]), np.tile(labels, len(group)))
+            filled = share * len(labels) * len(group) >= 10  # the accuracy of fewer images is chance
+            axis.plot(100 * confidence[filled], 100 * accuracy[filled], color=COLOURS[run], linestyle=STYLES[run][0],
+                      marker=STYLES[run][2], markersize=4, label=LABELS[run])
+        axis.set(title=title, xlabel=f"confidence (%), {BINS} equal-width bins, those of 10 images and more", ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 101))
+        axis.legend(loc="upper left")
+    return figure
+
+
+def changes_figure(numbers):
+    """Accuracy of every class with and without a teacher, in the order of the change."""
+    before, after = (numbers["models"][run]["per_class_accuracy"] for run in SCRIPTS)
+    names = sorted(before, key=lambda name: after[name] - before[name])
+    figure, axis = plt.subplots(figsize=(6.5, max(2.8, 0.8 + 0.135 * len(names))), layout="constrained")
+    y = np.arange(len(names))
+    axis.hlines(y, [100 * before[name] for name in names], [100 * after[name] for name in names], color="#999999", linewidth=1)
+    for run, values, size in (("baseline", before, 6.5), ("distilled", after, 3.5)):  # where they meet, both show
+        axis.plot([100 * values[name] for name in names], y, STYLES[run][2], color=COLOURS[run], markersize=size, label=LABELS[run])
+    axis.set_yticks(y, names, fontsize=9 if len(names) <= 20 else 6.5)
+    axis.set(title="Accuracy by class, largest gain on top", xlabel="accuracy (%)", ylim=(-1, len(names)))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / figure.get_figheight()), ncols=2, frameon=False)
+    return figure
+
+
+def gallery_figure(entries, labels, test, names, most=8):
+    """Test images that the distilled student corrects and that it newly gets wrong, those it is surest of first."""
+    baseline, distilled = entries["baseline"][0], entries["distilled"][0]
+    before, after = predictions(baseline), predictions(distilled)
+    sure = distilled.log_probabilities.max(1)
+    figure, axes = plt.subplots(4, most // 2, figsize=(9, 9.6), layout="constrained")
+    for top, title, chosen in ((0, "corrected", (before != labels) & (after == labels)), (2, "newly wrong", (before == labels) & (after != labels))):
+        found = np.flatnonzero(chosen)
+        found = found[np.argsort(-sure[found], kind="stable")][:most]
+        for place, axis in enumerate(axes[top:top + 2].flat):
+            axis.axis("off")
+            if place < len(found):
+                i = found[place]
+                axis.imshow(data_loader.picture(test, i))
+                axis.set_title(f"{title}: {names[labels[i]]}\n" + "\n".join(
+                    f"{LABELS[run]}: {names[predicted[i]]} {np.exp(entry.log_probabilities[i, predicted[i]]):.0%}"
+                    for run, entry, predicted in (("baseline", baseline, before), ("distilled", distilled, after))), fontsize=8)
+    figure.suptitle("Test images that the distilled student corrects (above) and newly gets wrong (below)")
+    return figure
+
+
+def confusion_figure(run, matrix, order, names, numbers):
+    """A confusion matrix (C, C), classes in `order`."""
+    count, side = len(names), max(5.0, 0.14 * len(names))
+    names = [names[i] for i in order]
+    figure, axis = plt.subplots(figsize=(side, side * 0.93), layout="constrained")
+    seaborn.heatmap(100 * matrix[np.ix_(order, order)], cmap="Blues", square=True, ax=axis, annot=count <= 20, fmt=".0f",
+                    norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a mistake of a few percent stays visible
+                    xticklabels=names, yticklabels=names, cbar_kws={"label": "share of the true class (%)", "shrink": 0.7},
+                    linewidths=0.2 if count > 20 else 0, linecolor="#eeeeee")
+    axis.tick_params(labelsize=9 if count <= 20 else 6.5, rotation=0)
+    axis.tick_params(axis="x", rotation=90 if count > 10 or max(map(len, names)) > 3 else 0)
+    axis.set_title(f"{LABELS[run]} ({numbers['models'][run]['model_name']}): what each class is taken for" +
+                   "; alike classes stand together" * (count > 20), fontsize=11 if count <= 20 else 14)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    return figure
 
 
 def similarity_order(confusion):

@@ -18,15 +18,15 @@ def main():
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
 
-    utils.seed_everything(args.seed)
-    student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
-
     def objective(images, logits, labels):
         ce = models.cross_entropy(logits, labels, args.label_smoothing)
         return {"loss": ce, "ce_loss": ce}
 
-    info = models.describe("baseline", student, args.student_model, data, args)
-    best = train(student, objective, info, data, args, args.fresh)
+    for run_args in utils.each_seed(args):
+        utils.seed_everything(run_args.seed)
+        student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
+        info = models.describe("baseline", student, args.student_model, data, run_args)
+        best = train(student, objective, info, data, run_args, args.fresh)
     utils.choose_best(args, info)
     print(f"the baseline is in {best}; next: python train_distillation.py{' --quick' if args.quick else ''}")
 

@@ -8,6 +8,7 @@ checkpoints/distilled/ and results/distilled_history.csv. After an interruption 
 stopped. `train` stands here and in train_baseline.py, the same to the letter, so that each reads alone.
 """
 import sys
+from pathlib import Path
 
 import torch
 
@@ -24,14 +25,14 @@ def main():
     teacher_file = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(teacher_file, args, data, device)
 
-    utils.seed_everything(args.seed)
-    student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
-
     def objective(images, logits, labels):
         return distill(teacher, images, logits, labels, args)
 
-    info = models.describe("distilled", student, args.student_model, data, args, teacher=about_teacher)
-    best = train(student, objective, info, data, args, args.fresh)
+    for run_args in utils.each_seed(args):
+        utils.seed_everything(run_args.seed)
+        student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
+        info = models.describe("distilled", student, args.student_model, data, run_args, teacher=about_teacher)
+        best = train(student, objective, info, data, run_args, args.fresh)
     utils.choose_best(args, info)
     print(f"the distilled student is in {best}; next: python evaluate.py{' --quick' if args.quick else ''}")
 
@@ -46,7 +47,7 @@ def distill(teacher, images, logits, labels, args):
 
 def find_teacher(args, data):
     """Path of the teacher of a former run where it is finished and fits, else None."""
-    folder = utils.run_folder("teacher", args)
+    folder = utils.run_folder("teacher", utils.teacher_args(args))
     if args.fresh_teacher or not utils.is_finished(folder):
         return None
     unfit = models.why_unfit(utils.load_file(folder / "best_model.pth"), args, data)
@@ -89,11 +90,10 @@ def load_teacher(path, args, data, device):
     if accuracy < least:
         raise utils.UserError(f"a teacher below {least:.1%} on {info['num_classes']} classes would teach noise; train it "
                               "longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
-    baseline = utils.run_folder("baseline", args) / "best_model.pth"
-    if baseline.is_file():
+    for baseline in utils.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         other = utils.load_file(baseline)
         if other["split_fingerprint"] == info["split_fingerprint"] and other["val_accuracy"] >= accuracy:
-            print(f"warning: the baseline without a teacher reaches {other['val_accuracy']:.2%}; this teacher may not help")
+            print(f"warning: {baseline} reaches {other['val_accuracy']:.2%} without a teacher; this one may not help")
     return models.freeze(teacher), {"path": str(path), "sha256": utils.sha256(path), "val_accuracy": accuracy}
 
 

@@ -154,7 +154,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
 OPTIONAL = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS", "TEACHER_CHECKPOINT"}  # may be None
 # Settings that do not change what a run computes, so that a run goes on when they change.
 NEUTRAL = {"dataset_dir", "data_dir", "num_workers", "device", "checkpoint_dir", "results_dir", "quick", "fresh",
-           "fresh_teacher"}
+           "fresh_teacher", "seeds"}
 # Settings that matter to a distilled student through its teacher alone.
 TEACHER_ONLY = {"teacher_model", "teacher_weights", "teacher_checkpoint", "teacher_epochs", "teacher_learning_rate"}
 
@@ -187,6 +187,8 @@ def parse_args(script, description, argv=None):
         for run in ("baseline", "distilled"):
             parser.add_argument(f"--{run}-checkpoint", type=existing_file, help=f"other {run} checkpoint than the default")
     else:
+        parser.add_argument("--seeds", type=integer(0), nargs="+", help="train one student for each of these seeds, a "
+                                                                        "finished one skipped; in place of --seed")
         parser.add_argument("--fresh", action="store_true", help="move a former run aside and start anew")
     if script == "distillation":
         parser.add_argument("--fresh-teacher", action="store_true", help="move the teacher aside and train it again")
@@ -194,6 +196,10 @@ def parse_args(script, description, argv=None):
     if unknown:
         parser.error(unknown_argument(unknown[0], script, parser))
     check_combinations(script, args, parser)
+    if getattr(args, "seeds", None):
+        if any(flag.split("=")[0] == "--seed" for flag in argv):
+            parser.error("argument --seed: give --seed or --seeds, not both")
+        args.seed = args.seeds[0]  # the teacher's, which is trained once
     if args.quick:
         args.checkpoint_dir, args.results_dir = str(Path(args.checkpoint_dir, "quick")), str(Path(args.results_dir, "quick"))
     return args
@@ -232,6 +238,8 @@ def check_combinations(script, args, parser):
         parser.error(f"argument --dataset-dir: must be an existing folder, not {args.dataset_dir!r}")
     if script == "evaluate":
         return
+    if args.seeds and len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: each seed once")
     if args.dataset_name == "ImageFolder" and not args.dataset_dir:
         parser.error("argument --dataset-name: ImageFolder needs --dataset-dir DIR with train/<class>/* and test/<class>/*")
     if args.dataset_dir and args.dataset_name != "ImageFolder":
@@ -320,13 +328,18 @@ def setup(args):
     args.amp_dtype = wanted
     if name == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change within a pass
-        print(f"device: {torch.cuda.get_device_name()}, {wanted}")
-    elif name == "mps":
-        print(f"device: Apple GPU, {wanted}")
-    else:
+    slow = ""
+    if name == "cpu":
         windows = " (the default torch for Windows has no CUDA: see README, Troubleshooting)" if os.name == "nt" else ""
-        print(f"device: CPU, {torch.get_num_threads()} threads, {wanted}; without a GPU large images take long{windows}")
+        slow = f"; without a GPU large images take long{windows}"
+    print(f"device: {device_name(device)}, {wanted}{slow}")
     return device
+
+
+def device_name(device):
+    """What a person calls the device: the GPU's name, or the number of CPU threads in use."""
+    return {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU",
+            "cpu": lambda: f"CPU, {torch.get_num_threads()} threads"}[device.type]()
 
 
 def first_line(error):
@@ -567,7 +580,7 @@ def teacher_args(args):
     own = {name: value for name, value in vars(args).items()
            if name not in ("student_model", "student_weights", "temperature", "alpha", "kl_direction", *TEACHER_ONLY)}
     own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate, "teacher_image_size": None,
-            "image_size": args.teacher_image_size or args.image_size, "fresh": args.fresh_teacher}
+            "image_size": args.teacher_image_size or args.image_size, "fresh": args.fresh_teacher, "seeds": None}
     return argparse.Namespace(**own)
 
 
@@ -581,12 +594,25 @@ def is_finished(folder):
     return last["progress"]["epoch"] == last["identity"]["num_epochs"]
 
 
+def each_seed(args):
+    """The settings of each student to train: those of `args` with one seed of --seeds after the other, or alone."""
+    for seed in args.seeds or [args.seed]:
+        yield argparse.Namespace(**{**vars(args), "seed": seed})
+
+
 def run_folder(run, args):
-    return Path(args.checkpoint_dir, run)
+    """checkpoints/<run>/, or below it seed_<n>/ for a student of several seeds."""
+    return Path(args.checkpoint_dir, run, *([f"seed_{args.seed}"] if getattr(args, "seeds", None) else []))
 
 
 def history_file(run, args):
-    return Path(args.results_dir, f"{run}_history.csv")
+    return Path(args.results_dir, *([f"seed_{args.seed}"] if getattr(args, "seeds", None) else []), f"{run}_history.csv")
+
+
+def student_checkpoints(folder):
+    """The best_model.pth of a student's folder and of its seed_<n>/ folders, those moved aside not among them."""
+    found = [folder / "best_model.pth", *(path / "best_model.pth" for path in folder.glob("seed_*") if path.name[5:].isdigit())]
+    return sorted(path for path in found if path.is_file())
 
 
 def identity(info):
@@ -610,10 +636,13 @@ def open_run(info, args, fresh):
             return last
         before = last["identity"]
         reason = "other " + ", ".join(name for name in before | same if before.get(name) != same.get(name))
-    if folder.exists() and any(folder.iterdir()):
-        n = next(n for n in range(1, sys.maxsize) if not folder.with_name(f"{run}.{n}").exists())
-        aside = folder.with_name(f"{run}.{n}")
+    if (folder / "last.pth").exists() or (folder / "best_model.pth").exists():
+        n = next(n for n in range(1, sys.maxsize) if not folder.with_name(f"{folder.name}.{n}").exists())
+        aside = folder.with_name(f"{folder.name}.{n}")
         os.replace(folder, aside)
+        for seeds in aside.glob("seed_*"):  # the runs of several seeds stay where they are
+            folder.mkdir(exist_ok=True)
+            os.replace(seeds, folder / seeds.name)
         with contextlib.suppress(FileNotFoundError):
             shutil.move(history_file(run, args), aside)
         print(f"the former {run} run ({reason}) is now in {aside}")
@@ -683,7 +712,7 @@ def choose_best(args, like):
     """
     folder, best = Path(args.checkpoint_dir), None
     for run in ("baseline", "distilled"):
-        for candidate in sorted(folder.glob(f"{run}/**/best_model.pth")):
+        for candidate in student_checkpoints(folder / run):
             info = load_file(candidate)
             if all(info[key] == like[key] for key in ("dataset", "class_names", "split_fingerprint")) and \
                     (best is None or info["val_accuracy"] > best[1]["val_accuracy"]):
@@ -691,5 +720,5 @@ def choose_best(args, like):
     if best:
         with write_into_place(folder / "best_model.pth", "wb") as file, open(best[0], "rb") as source:
             shutil.copyfileobj(source, file)
-        print(f"best student so far: {best[1]['run']}, {best[1]['val_accuracy']:.2%} on validation images; "
+        print(f"best student so far: {best[0].parent.relative_to(folder)}, {best[1]['val_accuracy']:.2%} on validation images; "
               f"copied to {folder / 'best_model.pth'}")
