@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import transforms
 
-from utils import UserError
+from utils import UserError, first_line
 
 SMALL = 96              # px: square images of one size up to this side are kept on the device
 CROP_PADDING = 1 / 8    # of the side, on each side: 4 px for CIFAR, as everywhere since He et al. 2015
@@ -207,9 +207,13 @@ def image_size(file):
 
 
 def read_image(file):
-    """A picture file as an RGB PIL image, see `to_rgb`."""
-    with Image.open(file) as image:
-        return to_rgb(image)
+    """A picture file (path or open file) as an RGB PIL image, see `to_rgb`. Raises UserError where it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
+        name = file if isinstance(file, (str, Path)) else getattr(file, "filename", None) or getattr(file, "name", "the file")
+        raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
 
 
 def to_rgb(image):
@@ -357,9 +361,9 @@ class Loader:
             if seed is not None:  # enough for the smallest crop to fill the output
                 self.side = math.ceil(max(self.size, self.teacher_size) / CROP_SCALE[0] ** 0.5)
             crop = crop_to_size(image_size, crop_pct, interpolation) if seed is None else None
-            self.batches = []
+            self.batches = []  # of indices, which the DataLoader, keeping its workers, decodes epoch by epoch
             self.photographs = torch.utils.data.DataLoader(
-                Photographs(images, self.side, crop), batch_sampler=_Batches(self), num_workers=num_workers,
+                Photographs(images, self.side, crop), batch_sampler=self.batches, num_workers=num_workers,
                 pin_memory=device.type == "cuda", persistent_workers=num_workers > 0)
 
     def __len__(self):
@@ -409,7 +413,7 @@ class Loader:
                 chosen = chosen.to(self.device)
                 yield chosen, self.pixels[chosen], torch.ones(len(chosen), device=self.device)
         else:
-            self.batches = [chosen.tolist() for chosen in batches]
+            self.batches[:] = [chosen.tolist() for chosen in batches]
             for chosen, (pixels, aspect, _) in zip(batches, self.photographs):
                 yield chosen.to(self.device), pixels, aspect.to(self.device, torch.float32)
 
@@ -434,15 +438,3 @@ def evaluation_loader(images, info, args, device):
     """The loader of all `images`, once and in order, cropped as the model of `info` wants it."""
     return Loader(images, device, info["image_size"], info["interpolation"], crop_pct=info["crop_pct"],
                   num_workers=args.num_workers)
-
-
-class _Batches:
-    """Hands a DataLoader, which keeps its workers from epoch to epoch, the batches its Loader last chose."""
-    def __init__(self, loader):
-        self.loader = loader
-
-    def __iter__(self):
-        return iter(self.loader.batches)
-
-    def __len__(self):
-        return len(self.loader.batches)

@@ -35,8 +35,8 @@ def test_three_commands(tmp_path):
     checkpoints, results = tmp_path / "with space ü" / "c" / "quick", tmp_path / "with space ü" / "r" / "quick"
     assert {str(path.relative_to(checkpoints)).replace("\\", "/") for path in checkpoints.rglob("*.pth")} == {
         "best_model.pth", *(f"{run}/{name}.pth" for run in ("baseline", "teacher", "distilled") for name in ("best_model", "last"))}
-    figures = ("training_curves", "accuracy_comparison", "confusion_matrix_baseline", "confusion_matrix_distilled",
-               "confusion_matrix_teacher")
+    figures = ("training_curves", "accuracy_comparison", "reliability_diagram", "class_changes", "gallery",
+               "confusion_matrix_baseline", "confusion_matrix_distilled", "confusion_matrix_teacher")
     assert {path.name for path in results.iterdir()} == {
         "comparison_report.txt", "comparison.json", "predictions.npz", *(f"{run}_history.csv" for run in (
             "baseline", "teacher", "distilled")), *(f"{name}.{kind}" for name in figures for kind in ("png", "pdf"))}
@@ -56,7 +56,7 @@ def test_three_commands(tmp_path):
     students = {name: torch.load(checkpoints / name / "best_model.pth", weights_only=True) for name in ("baseline", "distilled")}
     best = max(students.values(), key=lambda info: info["val_accuracy"])
     assert torch.load(checkpoints / "best_model.pth", weights_only=True)["run"] == best["run"]
-    assert f"{100 * abs(accuracies['distilled'] - accuracies['baseline']):.2f} points" in report
+    assert f"{100 * (accuracies['distilled'] - accuracies['baseline']):+.2f} points" in report
 
 
 def test_wrong_use_writes_nothing(tmp_path):

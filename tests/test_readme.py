@@ -72,6 +72,40 @@ def test_recipes_of_the_explainability_team(folder, package, word, output):
         assert np.asarray(image.convert("L")).std() > 5
 
 
+def odd_pictures():
+    """(name, file content, whether it can be read) of what people upload."""
+    random = np.random.default_rng(0)
+    grey, colour = random.integers(0, 256, (40, 60), dtype=np.uint8), random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images = {"grey": Image.fromarray(grey), "rgba": Image.fromarray(np.dstack([colour, grey])), "dot": Image.new("RGB", (1, 1)),
+              "palette": Image.fromarray(colour).quantize(16), "deep": Image.fromarray(grey.astype(np.uint16) * 257),
+              "turned": Image.fromarray(colour), "line": Image.new("RGB", (1, 500)), "black and white": Image.fromarray(grey > 99)}
+    for name, image in images.items():
+        stream = io.BytesIO()
+        image.save(stream, "PNG", **({"exif": turned} if name == "turned" else {}))
+        yield name, stream.getvalue(), True
+    whole = io.BytesIO()
+    Image.fromarray(colour).save(whole, "JPEG")
+    yield "truncated", whole.getvalue()[:-700], False
+    yield "text", b"no picture", False
+    yield "empty", b"", False
+
+
+@pytest.mark.parametrize("name, content, readable", list(odd_pictures()))
+def test_odd_pictures_get_a_prediction_or_one_sentence(folder, name, content, readable):
+    model, info = models.load_model(folder / "checkpoints" / "best_model.pth")
+    file = folder / f"{name}.png"
+    file.write_bytes(content)
+    if readable:
+        assert model(data_loader.build_transform(info)(data_loader.read_image(file))[None]).shape == (1, 10)
+        assert model(data_loader.build_transform(info)(Image.open(file))[None]).shape == (1, 10)
+    else:
+        with pytest.raises(utils.UserError, match=f"{name}.png cannot be read as a picture") as error:
+            data_loader.read_image(file)
+        assert "\n" not in str(error.value)
+
+
 def test_streamlit_recipe(folder, monkeypatch):
     testing = pytest.importorskip("streamlit.testing.v1")
     monkeypatch.chdir(folder)
@@ -79,7 +113,9 @@ def test_streamlit_recipe(folder, monkeypatch):
     page = testing.AppTest.from_file(str(folder / "page.py"), default_timeout=60).run()
     assert not page.exception
     page.file_uploader[0].upload("picture.png", (folder / "picture.png").read_bytes(), "image/png").run()
-    assert not page.exception and page.main.children
+    assert not page.exception and not page.error and page.main.children
+    page.file_uploader[0].upload("broken.png", b"no picture", "image/png").run()
+    assert not page.exception and "broken.png cannot be read as a picture" in page.error[0].value
 
 
 def test_flask_recipe(folder, monkeypatch):
@@ -87,9 +123,12 @@ def test_flask_recipe(folder, monkeypatch):
     monkeypatch.chdir(folder)
     scope = {"__name__": "server"}
     exec(compile(recipe("flask"), "server.py", "exec"), scope)
-    picture = io.BytesIO((folder / "picture.png").read_bytes())
-    answer = scope["app"].test_client().post("/", data={"picture": (picture, "picture.png")})
-    assert answer.status_code == 200 and answer.json["class"] in map(str, range(10)) and 0 < answer.json["probability"] <= 1
+    for name, content, readable in odd_pictures():
+        answer = scope["app"].test_client().post("/", data={"picture": (io.BytesIO(content), name)})
+        if readable:
+            assert answer.status_code == 200 and answer.json["class"] in map(str, range(10)) and 0 < answer.json["probability"] <= 1
+        else:
+            assert answer.status_code == 400 and answer.text.startswith(f"{name} cannot be read as a picture")
 
 
 def test_settings_table_is_config(request):

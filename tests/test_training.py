@@ -136,7 +136,7 @@ def test_teacher_below_the_baseline_is_warned_about(run, capsys):
     best = torch.load(folder / "baseline" / "best_model.pth", weights_only=True)
     torch.save({**best, "val_accuracy": 1.0}, folder / "baseline" / "best_model.pth")
     run("distillation")
-    assert "warning: the baseline without a teacher reaches 100.00%" in capsys.readouterr().out
+    assert "best_model.pth reaches 100.00% without a teacher" in capsys.readouterr().out
 
 
 def test_given_teacher_must_fit(run, tmp_path):
@@ -164,6 +164,29 @@ def test_finished_run_says_so_and_is_left_alone(run, capsys):
     out = capsys.readouterr().out
     assert "already trained" in out and "epoch" not in out.replace("--num-epochs", "")
     assert (folder / "baseline" / "last.pth").stat().st_mtime_ns == before and not (folder / "baseline.1").exists()
+
+
+def test_several_seeds(run, tmp_path, capsys):
+    """A folder each, the teacher once, each student that of its seed alone; finished ones skipped; the plain run apart."""
+    folder = run("baseline", "--seeds", "3", "4")
+    run("baseline", "--seed", "4")
+    assert_equal_weights(weights(folder / "baseline"), weights(folder / "baseline" / "seed_4"))
+    assert not torch.equal(weights(folder / "baseline" / "seed_3")["conv_stem.weight"], weights(folder / "baseline")["conv_stem.weight"])
+    run("distillation", "--seeds", "3", "4")
+    assert capsys.readouterr().out.count("teacher epoch   1/2") == 1 and not (folder / "teacher" / "seed_3").exists()
+    assert utils.load_file(folder / "teacher" / "best_model.pth")["config"]["seed"] == 3
+    assert (tmp_path / "r" / "quick" / "seed_4" / "distilled_history.csv").is_file()
+    before = (folder / "baseline" / "seed_3" / "last.pth").stat().st_mtime_ns
+    capsys.readouterr()
+    run("baseline", "--seeds", "5", "3")
+    out = capsys.readouterr().out
+    assert out.count("already trained") == 1 and out.count("baseline epoch   2/2") == 1
+    run("baseline", "--fresh")  # moves the plain run aside, not the seeds
+    assert (folder / "baseline" / "seed_3" / "last.pth").stat().st_mtime_ns == before
+    assert (folder / "baseline.1" / "best_model.pth").is_file() and not list((folder / "baseline.1").glob("seed_*"))
+    run("baseline", "--seeds", "3", "--learning-rate", "0.001")
+    assert (folder / "baseline" / "seed_3.1" / "best_model.pth").is_file()
+    assert len(utils.student_checkpoints(folder / "baseline")) == 4
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9", "--mixup-alpha", "0.4", "--cutmix-alpha", "1"]])

@@ -95,6 +95,9 @@ def test_quick_never_touches_a_real_run(script):
     ("baseline", ["--student-model", "efficientnet_b8", "--pretrained"], ["no pretrained weights"]),
     ("baseline", ["--student-model", "vit_tiny_patch16_224", "--image-size", "128"], ["224 px alone"]),
     ("distillation", ["--fresh-teacher", "--teacher-checkpoint", "config.py"], ["no teacher is trained"]),
+    ("baseline", ["--seeds", "0", "1", "0"], ["each seed once"]),
+    ("baseline", ["--seeds", "0", "1", "--seed", "2"], ["not both"]),
+    ("baseline", ["--seeds", "0", "x"], ["whole number"]),
     ("evaluate", ["--seed", "1"], ["train_baseline.py and train_distillation.py"]),
     ("evaluate", ["--baseline-checkpoint", "/no/such/file"], ["existing file"]),
 ])
