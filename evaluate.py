@@ -474,7 +474,7 @@ def score_lines(numbers):
     row("top-5 accuracy", percent("top5"))
     row("macro-F1", percent("macro_f1"))
     row("validation accuracy", percent("val_accuracy"))
-    row("epoch kept, image size (px)", lambda run: f"{table[run]['epoch']:g}, {table[run]['image_size']}")
+    row("epoch kept, image size (px)", lambda run: f"{table[run]['epoch']:.3g}, {table[run]['image_size']}")
     row("parameters (million), file (MB)", lambda run: f"{table[run]['parameters'] / 1e6:.2f}, {table[run]['file_size_mb']:.1f}")
     lines.append("Calibration (nats; sum over classes; 15 equal-width bins)")
     for section, note in (("calibration", ""), ("calibration_scaled", ", scaled")):
@@ -603,8 +603,9 @@ def reliability_figure(entries, labels, val_labels):
             filled = share * len(labels) * len(group) >= 10  # the accuracy of fewer images is chance
             axis.plot(100 * confidence[filled], 100 * accuracy[filled], color=COLOURS[run], linestyle=STYLES[run][0],
                       marker=STYLES[run][2], markersize=4, label=LABELS[run])
-        axis.set(title=title, xlabel=f"confidence (%), {BINS} equal-width bins, those of 10 images and more", ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 101))
+        axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 101))
         axis.legend(loc="upper left")
+    figure.suptitle(f"How often a model that is so sure is right: {BINS} equal-width bins, those of 10 images and more")
     return figure
 
 
