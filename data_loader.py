@@ -9,6 +9,7 @@ worker processes onto square canvases. Both are cropped, flipped and resized on 
 import hashlib
 import json
 import math
+import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,14 +23,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import transforms
+from tqdm import tqdm
 
-from utils import UserError, first_line
+from utils import FORMAT_VERSION, UserError, WrongUse, first_line, load_file, save_file
 
 SMALL = 96              # px: square images of one size up to this side are kept on the device
 CROP_PADDING = 1 / 8    # of the side, on each side: 4 px for CIFAR, as everywhere since He et al. 2015
 CROP_SCALE = (0.35, 1)  # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)
 DOWNLOAD_TIMEOUT = 20   # s without an answer
+DOWNLOAD_MB = {"CIFAR100": 340, "CIFAR10": 340, "Flowers102": 700}  # archive and what is in it
 EVAL_PIXELS = 32 * 224**2  # pixels of an evaluation batch: 32 images of 224 px
 INTERPOLATIONS = {"bilinear": transforms.InterpolationMode.BILINEAR, "bicubic": transforms.InterpolationMode.BICUBIC}
 
@@ -99,20 +102,20 @@ def open_dataset(args):
                 np.arange(len(whole.labels)), test_size=args.val_fraction, stratify=whole.labels.numpy(),
                 random_state=args.split_seed)
         except ValueError as error:
-            raise UserError(f"the {len(whole.labels)} training images cannot be split with --val-fraction "
+            raise WrongUse(f"the {len(whole.labels)} training images cannot be split with --val-fraction "
                             f"{args.val_fraction:g}, every class on both sides: {error}") from None
         train_indices, val_indices = np.sort(train_indices), np.sort(val_indices)
         train, val = whole.select(train_indices), whole.select(val_indices)
         chosen = {"val_indices": val_indices.tolist()}
     if len(train.labels) < args.batch_size:
-        raise UserError(f"--batch-size {args.batch_size} is more than the {len(train.labels)} training images")
+        raise WrongUse(f"--batch-size {args.batch_size} is more than the {len(train.labels)} training images")
     content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names, **chosen}
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    fingerprint = digest(json.dumps(content).encode())
     augmentation = args.augmentation
     if augmentation == "auto":
         augmentation = "crop" if args.dataset_name == "Digits" else "resized_crop" if train.pixels is None else "flip_crop"
     if train.pixels is None and augmentation in ("crop", "flip_crop"):
-        raise UserError(f"--augmentation {augmentation} pads and crops small images; photographs take resized_crop or none")
+        raise WrongUse(f"--augmentation {augmentation} pads and crops small images; photographs take resized_crop or none")
     return Dataset(args.dataset_name, class_names, train, val, fingerprint, augmentation)
 
 
@@ -131,7 +134,7 @@ def read_part(name, part, args):
         labels = torch.from_numpy(digits.target[chosen].astype(np.int64))
         return Images(gray[:, None].repeat(1, 3, 1, 1), None, labels, []), [str(i) for i in digits.target_names]
     if name == "ImageFolder":
-        return read_folder(Path(args.dataset_dir, part))
+        return read_folder(Path(args.dataset_dir, part), args.data_dir)
     cls = getattr(torchvision.datasets, name)
     source = download(cls, args.data_dir, **({"split": part} if name == "Flowers102" else {"train": part != "test"}))
     if name == "Flowers102":
@@ -142,6 +145,11 @@ def read_part(name, part, args):
 
 def download(cls, data_dir, **part):
     """Open a torchvision dataset, downloaded on first use. Raises UserError with what to do by hand."""
+    folder = Path(data_dir, getattr(cls, "base_folder", "flowers-102"))
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
+    if not folder.exists() and (free := shutil.disk_usage(data_dir).free / 2**20) < DOWNLOAD_MB[cls.__name__]:
+        raise UserError(f"{cls.__name__} needs {DOWNLOAD_MB[cls.__name__]} MB in {data_dir} while it is unpacked, and the disk has "
+                        f"{free:.0f} MB left; make room or choose another --data-dir")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # urllib would wait for ever on a network that answers nothing
     try:
@@ -161,28 +169,70 @@ def download(cls, data_dir, **part):
         socket.setdefaulttimeout(timeout)
 
 
-def read_folder(folder):
-    """The pictures of `folder`/<class>/*, classes in sorted order: (Images, class names)."""
+def read_folder(folder, data_dir):
+    """The pictures of `folder`/<class>/*, classes in sorted order: (Images, class names).
+
+    All are decoded once, so that a broken one is found before training; what came out is kept in `data_dir`/decoded/
+    for the next time, as long as names, sizes and dates of the files stay the same. Raises UserError for all faults at once.
+    """
     try:
         source = torchvision.datasets.ImageFolder(str(folder), loader=read_image)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no folder of pictures in one folder per class: {error}") from None
-    labels = torch.tensor(source.targets)
+        raise UserError(f"{folder} is no folder of pictures in one folder per class: {first_line(error)}") from None
     files = [Path(file) for file, _ in source.samples]
     names = [file.relative_to(folder).as_posix() for file in files]
+    stats = [file.stat() for file in files]
+    signature = digest(json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]).encode())
+    kept = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{digest(str(folder.resolve()).encode())[:12]}.pth")
+    pixels, fits = load_decoded(kept, signature)
+    if not fits:
+        pixels = decode(folder, files)
+        checksum = None if pixels is None else digest(pixels.numpy())
+        try:
+            save_file({"format_version": FORMAT_VERSION, "signature": signature, "checksum": checksum, "pixels": pixels}, kept)
+        except OSError as error:
+            print(f"the decoded pictures could not be kept in {kept} ({error.strerror}); they will be decoded again next time")
+    return Images(pixels, None if pixels is not None else source, torch.tensor(source.targets), names), source.classes
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def load_decoded(kept, signature):
+    """(pixels or None, whether the file of decoded pictures is there, whole, and of the same pictures)."""
+    if not kept.exists():
+        return None, False
+    try:
+        content = load_file(kept)
+        if content["signature"] != signature:
+            return None, False
+        if content["pixels"] is None or digest(content["pixels"].numpy()) == content["checksum"]:
+            return content["pixels"], True
+    except (UserError, KeyError):
+        pass
+    print(f"{kept} is damaged and will be made again")
+    return None, False
+
+
+def decode(folder, files):
+    """The pixels (N, 3, H, H) of small square pictures of one size, else None; reads every file and reports all faults."""
+    def read(file):
+        try:
+            image = read_image(file)
+        except UserError as error:
+            return str(error)
+        return np.asarray(image) if small else image.size
+
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        sizes = list(pool.map(image_size, files))
-        unreadable = [str(file) for file, size in zip(files, sizes) if size is None]
-        if unreadable:
-            raise UserError(f"{len(unreadable)} of {len(files)} files in {folder} cannot be read as pictures: "
-                            f"{', '.join(unreadable[:10])}{', …' if len(unreadable) > 10 else ''}")
-        width, height = sizes[0]
-        pixels = None
-        if width == height <= SMALL and set(sizes) == {sizes[0]}:
-            pixels = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-            for i, image in enumerate(pool.map(read_image, files)):
-                pixels[i] = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-    return Images(pixels, None if pixels is not None else source, labels, names), source.classes
+        sizes = set(pool.map(image_size, files)) - {None}
+        small = len(sizes) == 1 and all(width == height <= SMALL for width, height in sizes)
+        images = list(tqdm(pool.map(read, files), total=len(files), desc=f"reading {folder}", leave=False, disable=None))
+    faults = [fault for fault in images if isinstance(fault, str)]
+    if faults:
+        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: {'; '.join(faults[:10])}"
+                        f"{'; …' if len(faults) > 10 else ''}")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if small else None
 
 
 def check_class_folders(folder, class_names):

@@ -413,7 +413,7 @@ def write_report(numbers):
         lines += ["", "Errors within the right one of CIFAR-100's 20 superclasses"]
         lines += [f"  {LABELS[run]:<12}{item['within_superclass']:>8.1f} of {item['errors']:.1f} errors "
                   f"({item['within_superclass'] / max(item['errors'], 1):.1%})" for run, item in numbers["superclasses"].items()]
-    lines += ["", *paragraph("Trained with " + ", ".join(f"{key} {value}" for key, value in numbers["versions"].items())),
+    lines += ["", *paragraph("Trained with " + ", ".join(f"{key} {value}" for key, value in numbers["versions"].items() if value)),
               "", *timing_lines(numbers)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 

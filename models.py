@@ -80,7 +80,7 @@ def describe(run, model, name, data, args, **more):
         "interpolation": cfg["interpolation"] if cfg["interpolation"] in ("bilinear", "bicubic") else "bicubic",
         "mean": [float(value) for value in cfg["mean"]], "std": [float(value) for value in cfg["std"]],
         "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
-        "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(), "versions": utils.versions(), **more,
+        "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(), "versions": utils.versions(model.pixel_mean.device), **more,
     }
 
 

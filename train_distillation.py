@@ -112,14 +112,15 @@ def train(model, objective, info, data, args, fresh):
     device = model.pixel_mean.device
     loader = data_loader.training_loader(data, info, args, device)
     val_loader = data_loader.evaluation_loader(data.val, info, args, device)
+    utils.check_room(model, info, args)
     utils.rehearse(model, objective, loader, info, args)
     state = utils.new_state(model, len(loader), args)
     progress = utils.restore(last, state) if last else utils.new_progress()
     step = utils.training_step(state, objective, args)
 
     while progress["epoch"] < args.num_epochs:
-        row = utils.train_one_epoch(state, step, loader, progress,
-                                    save=lambda: utils.save_last(state, progress, info, args))
+        row = utils.train_one_epoch(state, step, loader, progress, lambda: utils.save_last(state, progress, info, args),
+                                    args.save_minutes)
         row |= utils.validate(state.validated, val_loader)
         utils.finish_epoch(state, progress, row, info, args)
     return best

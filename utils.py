@@ -10,13 +10,17 @@ import csv
 import difflib
 import errno
 import hashlib
+import io
 import math
 import os
+import pickle
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +39,13 @@ FORMAT_VERSION = 1  # of every checkpoint; raised when a reader of the former fo
 
 
 class UserError(Exception):
-    """Something a person can put right; its text is the one message they see, exit status 1."""
+    """Something a person can put right; its text is the one message they see."""
+    code = 1  # exit status
+
+
+class WrongUse(UserError):
+    """Settings that cannot work with the data at hand, found before any work."""
+    code = 2
 
 
 class Stopped(Exception):
@@ -147,6 +157,8 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "EMA_DECAY": (BOTH, number(0, 1, True, False), "decay of the average of the weights that is validated and kept, 0: off"),
     "SEED": (BOTH, integer(0), "seed of initial weights, order and augmentation"),
     "DEVICE": (ALL, choice("auto", "cuda", "mps", "cpu"), "device: auto, cuda, mps or cpu"),
+    "DETERMINISTIC": (BOTH, None, "bit-identical runs on CUDA too, at a cost in speed; CPU runs always are"),
+    "SAVE_MINUTES": (BOTH, number(0, low_allowed=False), "minutes between saves of the state within an epoch"),
     "AMP_DTYPE": (BOTH, choice("auto", "bf16", "fp16", "fp32"), "precision: auto, bf16, fp16 or fp32"),
     "CHECKPOINT_DIR": (ALL, path, "folder of the checkpoints"),
     "RESULTS_DIR": (ALL, path, "folder of histories, report and figures"),
@@ -154,7 +166,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
 OPTIONAL = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS", "TEACHER_CHECKPOINT"}  # may be None
 # Settings that do not change what a run computes, so that a run goes on when they change.
 NEUTRAL = {"dataset_dir", "data_dir", "num_workers", "device", "checkpoint_dir", "results_dir", "quick", "fresh",
-           "fresh_teacher", "seeds"}
+           "fresh_teacher", "seeds", "save_minutes"}
 # Settings that matter to a distilled student through its teacher alone.
 TEACHER_ONLY = {"teacher_model", "teacher_weights", "teacher_checkpoint", "teacher_epochs", "teacher_learning_rate"}
 
@@ -234,6 +246,8 @@ def check_combinations(script, args, parser):
         parser.error("argument --device: cuda needs an NVIDIA GPU and a CUDA build of torch, and this torch finds none")
     if args.device == "mps" and not torch.backends.mps.is_available():
         parser.error("argument --device: mps needs an Apple GPU, and this torch finds none")
+    if getattr(args, "deterministic", False) and args.device == "mps":
+        parser.error("argument --deterministic: torch promises no deterministic results on Apple GPUs")
     if args.dataset_dir and not Path(args.dataset_dir).is_dir():
         parser.error(f"argument --dataset-dir: must be an existing folder, not {args.dataset_dir!r}")
     if script == "evaluate":
@@ -279,11 +293,12 @@ def run_script(main):
         stream.reconfigure(errors="replace")  # a class name that the terminal cannot show is no reason to stop
     signal.signal(signal.SIGTERM, _on_signal)
     signal.signal(signal.SIGINT, _on_signal)
+    code = 1
     try:
         main()
         return 0
     except UserError as error:
-        message = str(error)
+        message, code = str(error), error.code
     except Stopped as stop:
         return stop.code
     except torch.OutOfMemoryError:
@@ -292,9 +307,10 @@ def run_script(main):
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
                                getattr(errno, "EDQUOT", None)):
             raise
-        message = f"{error.strerror}: {error.filename or 'while writing'}; nothing that was saved before is lost"
+        message = (f"{error.strerror}: {error.filename or 'while writing'}; make room or choose other folders, and the same "
+                   "command goes on from what was saved last")
     print(f"error: {message}", file=sys.stderr)
-    return 1
+    return code
 
 
 _signal_code = None  # 130 or 143 once asked to stop
@@ -326,7 +342,10 @@ def setup(args):
         native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         wanted = "fp32" if name != "cuda" else "bf16" if native else "fp16"
     args.amp_dtype = wanted
-    if name == "cuda":
+    if getattr(args, "deterministic", False):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    elif name == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change within a pass
     slow = ""
     if name == "cpu":
@@ -352,9 +371,19 @@ def seed_everything(seed):
     np.random.seed(seed % 2**32)
 
 
-def versions():
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "timm": str(timm.__version__),
-            "torchvision": str(torchvision.__version__), "numpy": str(np.__version__)}
+def versions(device):
+    """What a model was trained with: device, versions, and the git commit of these scripts (None outside a repository)."""
+    return {"device": device_name(device), "commit": git_commit(), "python": platform.python_version(),
+            "torch": str(torch.__version__), "timm": str(timm.__version__), "torchvision": str(torchvision.__version__),
+            "numpy": str(np.__version__)}
+
+
+def git_commit():
+    try:
+        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return git.stdout.strip() or None
 
 
 def duration(seconds):
@@ -382,7 +411,7 @@ class TrainState(NamedTuple):
 
 def new_state(model, steps_per_epoch, args):
     """AdamW without decay on biases and norms, linear warm-up then cosine per step, scaler for fp16, EMA if asked."""
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr=args.learning_rate, fused=True)
     total = args.num_epochs * steps_per_epoch
     warmup = min(round(args.warmup_epochs * steps_per_epoch), total - 1)
     scheduler = CosineAnnealingLR(optimizer, total - warmup)
@@ -402,11 +431,13 @@ def training_step(state, objective, args):
     """The function `step(images, labels)` that makes one update and returns what it measured, all on the device.
 
     images (B, 3, H, W) in [0, 1], or a pair of such: the student's and the teacher's size of the same pictures;
-    labels (B,) int64 or, mixed, (B, C) floats. Returns a dict of 0-d float32 tensors: what `objective` returns,
-    with "loss" among it, and "correct", the number of right predictions (absent for mixed labels).
+    labels (B,) int64 or, mixed, (B, C) floats. Returns a dict of 0-d tensors: what `objective` returns, "loss" among
+    it, "correct", the number of right predictions (absent for mixed labels), and "finite", whether loss and gradient were.
+    From the first step on that is not finite, no update is made; under fp16 the scaler skips just the steps it must.
     """
-    device = state.model.pixel_mean.device
+    device, parameters = state.model.pixel_mean.device, list(state.model.parameters())
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.amp_dtype]
+    diverged = torch.zeros((), device=device)
 
     def step(images, labels):
         student_images = images[0] if isinstance(images, tuple) else images
@@ -415,15 +446,18 @@ def training_step(state, objective, args):
             measured = objective(images, logits, labels)
         state.optimizer.zero_grad(set_to_none=True)
         state.scaler.scale(measured["loss"]).backward()
-        if args.clip_grad:
-            state.scaler.unscale_(state.optimizer)
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), args.clip_grad)
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        finite = torch.isfinite(norm) & torch.isfinite(measured["loss"].detach())
+        if not state.scaler.is_enabled():
+            diverged.logical_or_(~finite)
+            state.optimizer.found_inf = diverged  # the fused optimizer leaves all as it is where this is 1, without a sync
         state.scaler.step(state.optimizer)
         state.scaler.update()
         measured = {name: value.detach() for name, value in measured.items()}
         if labels.ndim == 1:
             measured["correct"] = (logits.detach().argmax(1) == labels).sum().float()
-        return measured
+        return {**measured, "finite": finite}
     return step
 
 
@@ -447,31 +481,40 @@ def rehearse(model, objective, loader, info, args):
           f"about {duration(seconds * len(loader) * args.num_epochs)} in all", flush=True)
 
 
-def train_one_epoch(state, step, loader, progress, save):
+def train_one_epoch(state, step, loader, progress, save, save_minutes):
     """Train over the rest of epoch progress["epoch"], from progress["step"] on; return the row of its history.
 
     The sums of what `step` measures stay on the device and are read a few times a second, since every read waits
-    for the device. `save()` is called, and `Stopped` raised, when a signal asks to stop. Raises UserError at a loss
-    that is not finite.
+    for the device. `save()` is called every `save_minutes`, and when a signal asks to stop, which raises `Stopped`.
+    Raises UserError where training diverges.
     """
     global _can_save
     epoch, count, device = progress["epoch"], progress["step"], state.model.pixel_mean.device
+    if progress["random_state"] is not None:
+        torch.set_rng_state(progress["random_state"])
     sums = {name: torch.tensor(value, device=device) for name, value in progress["sums"].items()}
-    bad_step = torch.tensor(-1, device=device)  # the first step whose loss is not finite
+    bad_step = torch.tensor(-1, device=device)  # the first step whose loss or gradient is not finite
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     state.model.train()
     bar = tqdm(total=len(loader), initial=count, desc=f"epoch {epoch + 1}", leave=False, disable=None, mininterval=0.3)
-    start, start_step, shown, learning_rate = time.perf_counter(), count, 0.0, state.scheduler.get_last_lr()[0]
+    start, start_step, seconds_before = time.perf_counter(), count, progress["seconds"]
+    shown = saved = start
+    learning_rate, scaled = state.scheduler.get_last_lr()[0], state.scaler.is_enabled()
 
     def read():
-        values = {name: float(value) / count for name, value in sums.items()}
-        if int(bad_step) >= 0:
-            raise UserError(
-                f"the loss was no longer finite at step {int(bad_step)} of epoch {epoch + 1}, learning rate "
-                f"{learning_rate:.2e}; try a lower --learning-rate, a longer --warmup-epochs or "
-                "--amp-dtype fp32; the checkpoints of the epochs before are kept")
-        return values
+        if not scaled and int(bad_step) >= 0 or scaled and state.scaler.get_scale() < 1:
+            where = f"step {int(bad_step)}" if not scaled else f"step {count}, where the gradient overflows at any scale of the fp16 scaler"
+            raise UserError(f"training diverged: the loss or its gradient is not finite at {where} of epoch {epoch + 1}, learning rate "
+                            f"{learning_rate:.2e}{f', scale {state.scaler.get_scale():g}' if scaled else ''}; try a lower --learning-rate, "
+                            "a longer --warmup-epochs or --amp-dtype fp32; what was saved before is kept")
+        return {name: float(value) / count for name, value in sums.items()}
+
+    def save_now():
+        read()
+        progress.update(step=count, sums={name: float(value) for name, value in sums.items()}, random_state=torch.get_rng_state(),
+                        seconds=seconds_before + time.perf_counter() - start)
+        save()
 
     _can_save = True
     try:
@@ -482,33 +525,36 @@ def train_one_epoch(state, step, loader, progress, save):
             if state.ema:
                 state.ema.update(state.model, step=epoch * len(loader) + count + 1)
             count += 1
+            finite = measured.pop("finite")
+            bad_step = torch.where((bad_step < 0) & ~finite, count, bad_step)
+            measured["skipped"] = (~finite).float()
             for name, value in measured.items():
                 sums[name] = sums[name] + value if name in sums else value
-            bad_step = torch.where((bad_step < 0) & ~torch.isfinite(measured["loss"]), count, bad_step)
             bar.update()
-            if not bar.disable and time.perf_counter() - shown > 0.3:
-                shown, values = time.perf_counter(), read()
+            now = time.perf_counter()
+            if not bar.disable and now - shown > 0.3:
+                shown, values = now, read()
                 accuracy = f"acc {values['correct'] / loader.batch_size:.1%}, " if "correct" in values else ""
                 memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB" if device.type == "cuda" else ""
-                speed = (count - start_step) * loader.batch_size / (shown - start)
+                speed = (count - start_step) * loader.batch_size / (now - start)
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {accuracy}{speed:.0f} images/s{memory}", refresh=False)
             if _signal_code:
-                read()
-                progress.update(step=count, sums={name: float(value) for name, value in sums.items()},
-                                seconds=progress["seconds"] + time.perf_counter() - start)
-                save()
+                save_now()
                 bar.close()
                 stop(f"step {count} of epoch {epoch + 1}")
+            if now - saved > 60 * save_minutes:
+                save_now()
+                saved = time.perf_counter()
         values = read()
     finally:
         bar.close()
     seconds = time.perf_counter() - start
     return {
         "epoch": epoch + 1, "train_loss": values["loss"], "ce_loss": values["ce_loss"], "kd_loss": values.get("kd_loss"),
-        "train_accuracy": values["correct"] / loader.batch_size if "correct" in values else None,
-        "learning_rate": learning_rate,
+        "train_accuracy": values["correct"] / loader.batch_size if "correct" in values else None, "learning_rate": learning_rate,
+        "skipped_steps": round(values["skipped"] * count),
         "images_per_second": (count - start_step) * loader.batch_size / seconds if count > start_step else None,
-        "seconds": progress["seconds"] + seconds, "peak_memory_mb": peak_memory_mb(device),
+        "seconds": seconds_before + seconds, "peak_memory_mb": peak_memory_mb(device),
     }
 
 
@@ -542,11 +588,24 @@ def write_into_place(target, mode="w"):
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".tmp")
-    with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, target)
+    try:
+        with open(beside, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def save_file(checkpoint, target):
+    """Write a checkpoint into place; through memory, since torch hides a full disk behind an error of its own."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with write_into_place(target, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def sha256(target):
@@ -557,22 +616,32 @@ def sha256(target):
 
 def load_file(target):
     """Load a checkpoint onto the CPU without running any code it may carry. Raises UserError where it cannot be read."""
+    target = Path(target)
+    if not target.is_file():
+        raise UserError(f"{target} is a folder, not a checkpoint" if target.is_dir() else f"there is no {target}")
     try:
-        checkpoint = torch.load(target, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no {target}") from None
-    except Exception as error:
-        raise UserError(f"{target} cannot be read as a checkpoint (damaged, or not of this project): "
-                        f"{type(error).__name__}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{target} is no checkpoint of this project in format {FORMAT_VERSION}")
+        with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else contextlib.nullcontext():
+            checkpoint = torch.load(target, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "Unsupported operand 149" in str(error):  # 149: pickle protocol 4 and later
+            raise UserError(f"{target} carries code and was refused; nothing of it was run. A checkpoint of this project holds "
+                            "tensors and plain values alone") from None
+        raise UserError(f"{target} is damaged, or no checkpoint at all") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise UserError(f"{target} is damaged, or no checkpoint at all") from None
+    version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{target} is no checkpoint of this project" if version is None else
+                        f"{target} is in format {version}, and this project reads format {FORMAT_VERSION}")
     return checkpoint
 
 
 # A run's folder -------------------------------------------------------------------------------------------------
 
 HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate",
-           "images_per_second", "seconds", "peak_memory_mb")
+           "images_per_second", "seconds", "peak_memory_mb", "skipped_steps")
 
 
 def teacher_args(args):
@@ -625,10 +694,52 @@ def identity(info):
     return same
 
 
+_locks = []  # open for as long as this process lives
+
+
+def lock(folder):
+    """Keep `folder` for this process; the system lets go of it when the process ends, however it ends.
+
+    The lock lies beside the folder, which may be moved aside. Raises UserError where another process has it.
+    """
+    file = folder.with_name(f".{folder.name}.lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = open(file, "a", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        if folder not in [mine for mine, _ in _locks]:  # locked twice by one process is fine
+            raise UserError(f"another process is training in {folder}; wait for it, stop it, or choose another "
+                            "--checkpoint-dir") from None
+        return
+    _locks.append((folder, handle))
+
+
+def check_room(model, info, args):
+    """Raise UserError where the disk has too little room for the checkpoints of a run, before it starts."""
+    copies = 2 * (3 + bool(args.ema_decay)) + 2  # weights, two moments and EMA in last.pth, weights in best_model.pth, each twice
+    needed = copies * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    folder = run_folder(info["run"], args)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"the checkpoints in {folder} need {needed / 2**20:.0f} MB, and the disk has {free / 2**20:.0f} MB left; "
+                        "make room or choose another --checkpoint-dir")
+
+
 def open_run(info, args, fresh):
     """The former last.pth to go on from, or None after moving whatever else lies in the run's folder aside."""
     run, same = info["run"], identity(info)
     folder = run_folder(run, args)
+    lock(folder)
+    for leftover in [*folder.glob("*.tmp"), history_file(run, args).with_name(f"{run}_history.csv.tmp")]:
+        leftover.unlink(missing_ok=True)  # of a run that was killed while it saved
     reason = "--fresh" if fresh else "other settings"
     if (folder / "last.pth").exists() and not fresh:
         last = load_file(folder / "last.pth")
@@ -650,14 +761,15 @@ def open_run(info, args, fresh):
 
 
 def new_progress():
-    """Where a run stands: epochs and steps done, sums of the epoch under way, rows of history, best accuracy."""
-    return {"epoch": 0, "step": 0, "sums": {}, "seconds": 0.0, "history": [], "best_accuracy": -1.0}
+    """Where a run stands: epochs and steps done, sums of the epoch under way, rows of history, best accuracy, torch's
+    random state (of models with dropout; None: as it is)."""
+    return {"epoch": 0, "step": 0, "sums": {}, "seconds": 0.0, "history": [], "best_accuracy": -1.0, "random_state": None}
 
 
 def save_last(state, progress, info, args):
     states = {name: part.state_dict() for name, part in state._asdict().items() if part is not None}
-    with write_into_place(run_folder(info["run"], args) / "last.pth", "wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, "identity": identity(info), "progress": progress, "states": states}, file)
+    save_file({"format_version": FORMAT_VERSION, "identity": identity(info), "progress": progress, "states": states},
+              run_folder(info["run"], args) / "last.pth")
 
 
 def restore(last, state):
@@ -671,8 +783,7 @@ def restore(last, state):
 def save_best(target, model, info, row):
     """Write best_model.pth: `info` (plain values), the weights as contiguous CPU tensors, epoch and accuracy."""
     weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
-    with write_into_place(target, "wb") as file:
-        torch.save({**info, "state_dict": weights, "epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}, file)
+    save_file({**info, "state_dict": weights, "epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}, target)
 
 
 def finish_epoch(state, progress, row, info, args):
@@ -685,7 +796,7 @@ def finish_epoch(state, progress, row, info, args):
         progress["best_accuracy"] = row["val_accuracy"]
     row["seconds"] += row.pop("val_seconds")
     progress["history"].append(row)
-    progress.update(epoch=row["epoch"], step=0, sums={}, seconds=0.0)
+    progress.update(epoch=row["epoch"], step=0, sums={}, seconds=0.0, random_state=torch.get_rng_state())
     write_history(history_file(run, args), progress["history"])
     save_last(state, progress, info, args)
     accuracy = f"train {row['train_accuracy']:6.2%}  " if row["train_accuracy"] is not None else ""

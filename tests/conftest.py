@@ -18,6 +18,17 @@ torch.set_num_threads(1)
 
 import utils  # noqa: E402
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes, not seconds; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU, skipped without")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 TINY = ["--student-model", "test_efficientnet", "--teacher-model", "test_resnet", "--image-size", "32"]
 
 

@@ -6,10 +6,12 @@ import hashlib
 import io
 import pickle
 import socket
+import struct
 import tarfile
 import threading
 import time
 import types
+import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -208,11 +210,12 @@ def test_training_never_opens_the_test_part(arguments, tmp_path, monkeypatch):
     list(loader_of(data, types.SimpleNamespace(batch_size=4)).epoch(0))
     assert parts == ["train"] and opened and not any(f"{folder / 'test'}" in file for file in opened)
     for name in ("CIFAR100", "CIFAR10", "Flowers102"):
-        def forbid(*positional, root, download, **part):
+        def opened_part(self, root, download, **part):
             assert part in ({"train": True}, {"split": "train"}, {"split": "val"})
             raise OSError("seen")
-        monkeypatch.setattr(data_loader.torchvision.datasets, name, forbid)
-        with pytest.raises((utils.UserError, AttributeError, OSError)):
+        cls = getattr(torchvision.datasets, name)
+        monkeypatch.setattr(data_loader.torchvision.datasets, name, type(name, (cls,), {"__init__": opened_part}))
+        with pytest.raises(utils.UserError, match="seen"):
             data_loader.open_dataset(arguments("baseline", "--dataset-name", name))
     assert evaluate.data_loader.open_test is data_loader.open_test
 
@@ -345,7 +348,8 @@ def test_small_pictures_of_one_size_are_kept_as_pixels(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("no test", "must have the same class folders"), ("other class", "1 differ: fox"), ("broken", "2 of 24 files"),
+    ("no test", "must have the same class folders"), ("other class", "1 differ: fox"), ("broken", "2 of 24 files .* at fault: .*cat/001.png cannot be read"),
+    ("truncated", "1 of 24 files .* dog/002.jpg|dog.002.jpg"), ("huge", "1 of 24 files"), ("many", "12 of 24 files"),
     ("empty class", "eel"), ("no train", "train is no folder of pictures"), ("one picture", "--val-fraction")])
 def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, message):
     folder = write_pictures(tmp_path / "pictures")
@@ -358,6 +362,18 @@ def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, message
     elif fault == "broken":
         for name in ("cat/001.png", "dog/002.png"):
             (folder / "train" / name).write_bytes(b"no picture")
+    elif fault == "many":
+        for file in sorted((folder / "train").rglob("*.png"))[:12]:
+            file.write_bytes(b"")
+    elif fault == "truncated":
+        stream = io.BytesIO()
+        Image.open(folder / "train" / "dog" / "002.png").save(stream, "JPEG")
+        (folder / "train" / "dog" / "002.png").unlink()
+        (folder / "train" / "dog" / "002.jpg").write_bytes(stream.getvalue()[:-900])
+    elif fault == "huge":  # a head of 50,000 x 50,000 pixels; nobody should try to decode it
+        head = b"IHDR" + struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)
+        (folder / "train" / "dog" / "002.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)))
     elif fault == "empty class":
         for file in (folder / "train" / "eel").iterdir():
             file.unlink()
@@ -368,7 +384,45 @@ def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, message
             file.unlink()
     with pytest.raises(utils.UserError, match=message) as error:
         data_loader.open_dataset(folder_args(arguments, folder))
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(error.value).count("cannot be read") <= 10
+
+
+def test_pictures_are_decoded_once(arguments, tmp_path, monkeypatch, capsys):
+    """Kept in data/, found again, rebuilt when a source file changes or the kept file is damaged."""
+    folder = write_pictures(tmp_path / "pictures", sizes=((32, 32),))
+    args, decoded = folder_args(arguments, folder), []
+    original = data_loader.decode
+    monkeypatch.setattr(data_loader, "decode", lambda *rest: decoded.append(1) or original(*rest))
+
+    def open_again(times):
+        data = data_loader.open_dataset(args)
+        assert len(decoded) == times
+        return data.train.pixels
+
+    first = open_again(1)
+    assert torch.equal(first, open_again(1))
+    Image.new("RGB", (32, 32), "red").save(folder / "train" / "cat" / "000.png")
+    changed = open_again(2)
+    assert not torch.equal(first, changed) and torch.equal(changed, open_again(2))
+    kept, = (tmp_path / "data" / "decoded").glob("pictures-train-*.pth")
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 255
+    for damage in (bytes(content), b"", content[:500]):
+        kept.write_bytes(damage)
+        times = len(decoded) + 1
+        assert torch.equal(changed, open_again(times)) and "damaged" in capsys.readouterr().out
+    (folder / "train" / "eel" / "007.png").unlink()
+    assert len(open_again(len(decoded) + 1)) == len(changed) - 1
+    monkeypatch.setattr(data_loader, "save_file", lambda *rest: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    Image.new("RGB", (32, 32), "blue").save(folder / "train" / "cat" / "000.png")
+    open_again(len(decoded) + 1)
+    assert "No space left on device" in capsys.readouterr().out
+
+
+def test_too_little_room_for_a_download_is_said_before_it(arguments, monkeypatch):
+    monkeypatch.setattr(data_loader.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=100 * 2**20))
+    with pytest.raises(utils.UserError, match="CIFAR100 needs 340 MB in .* the disk has 100 MB left"):
+        data_loader.open_dataset(arguments("baseline", "--dataset-name", "CIFAR100"))
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------

@@ -52,12 +52,12 @@ def test_fair_pair(run, monkeypatch):
     """Bit-identical initial weights, new head included, and bit-identical batches in both students' runs."""
     seen = {"baseline": [], "distilled": [], "teacher": []}
 
-    def spy(state, step, loader, progress, save):
+    def spy(state, step, loader, progress, *rest):
         name = current[-1]
         if progress["epoch"] == 0:
             seen[name].append({key: value.clone() for key, value in state.model.state_dict().items()})
         return original(state, lambda images, labels: (seen[name].append((images.clone(), labels.clone())), step(images, labels))[1],
-                        loader, progress, save)
+                        loader, progress, *rest)
     current, original, new_state = [], utils.train_one_epoch, utils.open_run
     monkeypatch.setattr(utils, "train_one_epoch", spy)
     monkeypatch.setattr(utils, "open_run", lambda info, *rest: current.append(info["run"]) or new_state(info, *rest))
@@ -85,7 +85,7 @@ def test_outputs_of_a_run(run, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert list(rows[0]) == ["epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy",
-                             "learning_rate", "images_per_second", "seconds", "peak_memory_mb"]
+                             "learning_rate", "images_per_second", "seconds", "peak_memory_mb", "skipped_steps"]
     parts = [float(rows[0][name]) for name in ("train_loss", "ce_loss", "kd_loss")]
     assert parts[0] == pytest.approx(0.7 * parts[2] + 0.3 * parts[1], rel=1e-4)
     info = utils.load_file(folder / "distilled" / "best_model.pth")
@@ -256,10 +256,10 @@ def test_teacher_is_frozen_while_it_teaches(run, monkeypatch):
 
 
 def test_data_of_other_shapes(arguments):
-    with pytest.raises(utils.UserError, match="--batch-size 5000"):
-        data_loader.open_dataset(arguments("baseline", "--batch-size", "5000"))
-    with pytest.raises(utils.UserError, match="--val-fraction 0.001"):
-        data_loader.open_dataset(arguments("baseline", "--val-fraction", "0.001"))
+    for flags in (["--batch-size", "5000"], ["--val-fraction", "0.001"]):
+        with pytest.raises(utils.WrongUse, match=" ".join(flags)) as error:
+            data_loader.open_dataset(arguments("baseline", *flags))
+        assert error.value.code == 2
 
 
 @pytest.mark.parametrize("error, code, words", [

@@ -176,11 +176,12 @@ def test_epoch_is_the_loop_one_would_write(arguments):
     loader = TwoBatches()
     state = utils.new_state(model, 2, args)
     row = utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), loader,
-                                utils.new_progress(), save=None)
+                                utils.new_progress(), None, 10)
 
     no_decay = [p for p in plain.parameters() if p.ndim <= 1]
     decay = [p for p in plain.parameters() if p.ndim > 1]
-    optimizer = torch.optim.AdamW([{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": args.weight_decay}])
+    optimizer = torch.optim.AdamW([{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": args.weight_decay}],
+                                  fused=True)
     mean, std = (torch.tensor(plain.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     losses, correct = [], 0
     for (images, labels), rate in zip(loader.batches, (args.learning_rate, args.learning_rate)):
@@ -204,9 +205,9 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(arguments, poi
     model = models.build_model("test_efficientnet", 10)
     args = arguments("baseline")
     state = utils.new_state(model, 2, args)
-    with pytest.raises(utils.UserError, match=f"at step {poison + 1} of epoch 1"):
+    with pytest.raises(utils.UserError, match=f"diverged.* at step {poison + 1} of epoch 1"):
         utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), TwoBatches(poison=poison),
-                              utils.new_progress(), save=None)
+                              utils.new_progress(), None, 10)
 
 
 def test_rehearsal_leaves_no_trace(arguments, capsys):
@@ -225,7 +226,7 @@ def test_ema_is_what_is_validated(arguments):
     state = utils.new_state(model, 2, args)
     assert state.validated is state.ema.module
     utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), TwoBatches(),
-                          utils.new_progress(), save=None)
+                          utils.new_progress(), None, 10)
     assert not torch.equal(state.validated.conv_stem.weight, model.conv_stem.weight)
 
 
