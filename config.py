@@ -52,8 +52,9 @@ AMP_DTYPE = "auto"                # auto, bf16, fp16, fp32; auto: on CUDA bf16 o
 CHECKPOINT_DIR = "checkpoints"
 RESULTS_DIR = "results"
 
-# --quick: a complete small run in minutes without GPU, network or pretrained weights
+# --quick: a complete small run in minutes without GPU, network or pretrained weights, whatever stands above
 QUICK = dict(
-    DATASET_NAME="Digits", IMAGE_SIZE=32, PRETRAINED=False, BATCH_SIZE=64, NUM_EPOCHS=15, LEARNING_RATE=4e-3,
-    TEACHER_EPOCHS=22, TEACHER_LEARNING_RATE=3e-3,
+    DATASET_NAME="Digits", DATASET_DIR=None, IMAGE_SIZE=32, TEACHER_IMAGE_SIZE=None, AUGMENTATION="auto", PRETRAINED=False,
+    STUDENT_WEIGHTS=None, TEACHER_WEIGHTS=None, TEACHER_CHECKPOINT=None,
+    BATCH_SIZE=64, NUM_EPOCHS=15, LEARNING_RATE=4e-3, TEACHER_EPOCHS=22, TEACHER_LEARNING_RATE=3e-3,
 )

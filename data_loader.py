@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shutil
+import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -390,6 +391,12 @@ class Photographs(torch.utils.data.Dataset):
         return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1), aspect, label
 
 
+def leave_signals_to_the_parent(_):
+    """Ctrl-C reaches the whole process group; a worker that died of it would end the training before it is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class Loader:
     """Batches of one part of a dataset, on the device.
 
@@ -414,7 +421,7 @@ class Loader:
             self.batches = []  # of indices, which the DataLoader, keeping its workers, decodes epoch by epoch
             self.photographs = torch.utils.data.DataLoader(
                 Photographs(images, self.side, crop), batch_sampler=self.batches, num_workers=num_workers,
-                pin_memory=device.type == "cuda", persistent_workers=num_workers > 0)
+                pin_memory=device.type == "cuda", persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_the_parent)
 
     def __len__(self):
         count = len(self.labels)

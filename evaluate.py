@@ -59,21 +59,22 @@ def main():
     pairs, left_out = find_pairs(args)
     infos = {run: [utils.load_file(path) for path in paths] for run, paths in pairs.items()}
     check_comparable(infos, pairs)
-    teacher_path, no_teacher = find_teacher(infos["distilled"])
+    teacher_path, no_teacher = find_teacher(infos["distilled"], args)
     paths = {**pairs, **({"teacher": [teacher_path]} if teacher_path else {})}
 
     first = infos["distilled"][0]
     test = open_test_images(first, args)
     val, no_val = open_validation_images(first, args)
-    entries = {run: [load_entry(path, test, val, args, device) for path in paths[run]] for run in paths}
+    entries = {run: [load_entry(path, test, val, first, args, device) for path in paths[run]] for run in paths}
     labels, val_labels = test.labels.numpy(), val.labels.numpy() if val else None
 
     started = time.perf_counter()
     numbers = compare(entries, labels, val_labels)
-    numbers["notes"] = {"unfair": differences(infos), "no_teacher": no_teacher, "no_validation": no_val, "left_out": left_out}
+    numbers["notes"] = {"unfair": differences(infos) + unfinished(pairs), "no_teacher": no_teacher, "no_validation": no_val, "left_out": left_out}
     write_figures(entries, labels, val_labels, test, numbers, Path(args.results_dir))
+    seconds = time.perf_counter() - started
     numbers["timings"] = {"device": utils.device_name(device), **time_models(entries, device), **training_hours(entries),
-                          "statistics_and_figures_seconds": time.perf_counter() - started}
+                          "statistics_and_figures_seconds": seconds}
     report = write_report(numbers)
     write_files(entries, labels, numbers, report, Path(args.results_dir))
     print(report)
@@ -94,9 +95,13 @@ def find_pairs(args):
     common = sorted(seeds["baseline"] & seeds["distilled"])
     if any(given.values()) or not common:
         pairs = {run: [Path(given[run] or folders[run] / "best_model.pth")] for run in SCRIPTS}
-        for run, script in SCRIPTS.items():
-            if not pairs[run][0].is_file():
-                raise utils.UserError(f"there is no {pairs[run][0]}; make it with: python {script}{' --quick' * args.quick}")
+        missing, seeded = [run for run in SCRIPTS if not pairs[run][0].is_file()], [run for run in SCRIPTS if seeds[run]]
+        if missing and len(seeded) == 1 and not any(given.values()):
+            [run], [other] = seeded, set(SCRIPTS) - set(seeded)
+            raise utils.UserError(f"the {run} run has several seeds, the {other} run none; make them with: python {SCRIPTS[other]} "
+                                  f"--seeds {' '.join(map(str, sorted(seeds[run])))}{' --quick' * args.quick}")
+        for run in missing:
+            raise utils.UserError(f"there is no {pairs[run][0]}; make it with: python {SCRIPTS[run]}{' --quick' * args.quick}")
         return pairs, [f"{run} seed {seed}" for run in SCRIPTS for seed in sorted(seeds[run])]
     pairs = {run: [folders[run] / f"seed_{seed}" / "best_model.pth" for seed in common] for run in SCRIPTS}
     left_out = [f"{run} seed {seed} (the other run lacks it)" for run in SCRIPTS for seed in sorted(seeds[run] - set(common))]
@@ -108,20 +113,27 @@ def check_comparable(infos, pairs):
     """Raise UserError unless all students tell apart the same classes of the same dataset."""
     all_infos, all_paths = sum(infos.values(), []), sum(pairs.values(), [])
     for info, path in zip(all_infos, all_paths):
+        if "state_dict" not in info:
+            raise utils.UserError(f"{path} holds no model; best_model.pth beside it may")
         if any(info[key] != all_infos[0][key] for key in ("dataset", "class_names")):
             raise utils.UserError(f"{all_paths[0]} and {path} cannot be compared: they tell apart other classes "
                                   f"({all_infos[0]['dataset']}, {all_infos[0]['num_classes']}; {info['dataset']}, "
                                   f"{info['num_classes']})")
 
 
-def find_teacher(infos):
-    """(path of the teacher that the distilled students record, None), or (None, why there is none)."""
+def find_teacher(infos, args):
+    """(path of the teacher that the distilled students record, None), or (None, why there is none).
+
+    Where the recorded path leads nowhere, the teacher of this folder of checkpoints is taken if it is the very same.
+    """
     teachers = [info.get("teacher") for info in infos]
     if not all(teachers):
         return None, "the distilled checkpoint names no teacher"
     if len({teacher["sha256"] for teacher in teachers}) > 1:
         return None, "the distilled students had different teachers"
-    path = Path(teachers[0]["path"])
+    path, here = Path(teachers[0]["path"]), Path(args.checkpoint_dir, "teacher", "best_model.pth")
+    if not path.is_file() and here.is_file() and utils.sha256(here) == teachers[0]["sha256"]:
+        path = here
     if not path.is_file():
         return None, f"the teacher {path} is gone"
     if utils.sha256(path) != teachers[0]["sha256"]:
@@ -153,9 +165,11 @@ def open_validation_images(info, args):
     return data.val, None
 
 
-def load_entry(path, test, val, args, device):
-    """Load the model of `path` and let it look at the test and the validation images."""
+def load_entry(path, test, val, first, args, device):
+    """Load the model of `path` and let it look at the test images, and at the validation images where they are its own too."""
     model, info = models.load_model(path, device)
+    if info["split_fingerprint"] != first["split_fingerprint"]:
+        val = None  # it was trained on some of these
 
     def look(images):
         if images is None:
@@ -214,7 +228,7 @@ def measure(entry, labels, val_labels):
         "parameters": sum(parameter.numel() for parameter in entry.model.parameters()),
         "file_size_mb": entry.path.stat().st_size / 2**20,
     }
-    if val_labels is not None:
+    if entry.val_log_probabilities is not None:
         temperature = best_temperature(entry.val_log_probabilities, val_labels)
         scores["calibration_scaled"] = {"temperature": temperature, **calibration(soften(entry.log_probabilities, temperature), labels)}
     return scores
@@ -228,7 +242,10 @@ def average(items):
     mean = {}
     for key, value in items[0].items():
         values = [item[key] for item in items]
-        mean[key] = average(values) if isinstance(value, dict) else statistics.fmean(values) if isinstance(value, float) else value
+        if None in values or not isinstance(value, (dict, float)):
+            mean[key] = value
+        else:
+            mean[key] = average(values) if isinstance(value, dict) else statistics.fmean(values)
     if "top1" in mean:
         mean["by_seed"] = {key: [item[key] for item in items] for key in ("top1", "top5", "macro_f1", "val_accuracy")}
         mean["sd"] = {key: statistics.stdev(values) for key, values in mean["by_seed"].items()} if len(items) > 1 else None
@@ -282,7 +299,7 @@ def fidelity(student, teacher, labels):
     """How alike a student and its teacher answer; log-probabilities (N, C). KL(teacher || student) at T = 1, in nats."""
     same, wrong = student.argmax(1) == teacher.argmax(1), teacher.argmax(1) != labels
     return {"agreement": float(same.mean()), "kl": float((np.exp(teacher) * (teacher - student)).sum(1).mean()),
-            "agreement_where_teacher_errs": float(same[wrong].mean()) if wrong.any() else float("nan")}
+            "agreement_where_teacher_errs": float(same[wrong].mean()) if wrong.any() else None}
 
 
 def calibration(log_probabilities, labels):
@@ -347,13 +364,20 @@ def superclass_errors(entries, labels, names):
 def differences(infos):
     """What differs between the two runs besides the teacher, one phrase each: [] is a fair pair."""
     odd = []
-    for baseline, distilled in zip(infos["baseline"], infos["distilled"]):
-        ours, theirs = baseline["config"], distilled["config"]
-        shared = (ours.keys() & theirs.keys()) - utils.NEUTRAL
+    pairs = [(*pair, set()) for pair in zip(infos["baseline"], infos["distilled"])]
+    pairs += [(group[0], other, {"seed"}) for group in infos.values() for other in group[1:]]  # one seed with another
+    for one, other, may_differ in pairs:
+        ours, theirs = one["config"], other["config"]
+        shared = (ours.keys() & theirs.keys()) - utils.NEUTRAL - may_differ
         odd += [f"{name} ({ours[name]} and {theirs[name]})" for name in sorted(shared) if ours[name] != theirs[name]]
-        odd += ["the model"] * (baseline["model_name"] != distilled["model_name"])
-        odd += ["the validation split"] * (baseline["split_fingerprint"] != distilled["split_fingerprint"])
+        odd += ["the model"] * (one["model_name"] != other["model_name"])
+        odd += ["the validation split"] * (one["split_fingerprint"] != other["split_fingerprint"])
     return list(dict.fromkeys(odd))
+
+
+def unfinished(pairs):
+    """A phrase for each student whose training has not come to its end."""
+    return [f"{path.parent} is not trained to its end" for path in sum(pairs.values(), []) if not utils.is_finished(path.parent)]
 
 
 @torch.inference_mode()
@@ -422,6 +446,10 @@ def paragraph(text):
     return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
 
 
+def cut(name, width):
+    return name if len(name) <= width else name[:width - 1] + "…"
+
+
 def points(fraction):
     return f"{100 * fraction:+.2f}"
 
@@ -446,8 +474,9 @@ def alone_sentence(comparison, dataset):
 
 
 def cost_sentence(hours):
-    if "teacher" not in hours or None in hours.values():
-        return "What training cost is not known for every model: a last.pth is gone."
+    missing = [LABELS[run].lower() for run in LABELS if hours.get(run) is None]
+    if missing:
+        return f"What training cost is not known of: {', '.join(missing)}."
     total = hours["distilled"] + hours["teacher"]
     return (f"Training took {utils.duration(3600 * hours['baseline'])} for the baseline and {utils.duration(3600 * total)} for the "
             f"distilled student, its teacher's {utils.duration(3600 * hours['teacher'])} included.")
@@ -466,7 +495,10 @@ def score_lines(numbers):
         return lambda run: f"{table[run][key]:.2%}" + (f" ± {100 * table[run]['sd'][key]:.2f}" if table[run]["sd"] else "")
 
     def inner(section, key, pattern):
-        return lambda run: pattern.format(numbers[section][run][key]) if run in numbers.get(section, {}) else None
+        def cell(run):
+            value = numbers.get(section, {}).get(run, {}).get(key)
+            return None if value is None else pattern.format(value)
+        return cell
 
     def calibrated(section, key):
         return lambda run: f"{table[run][section][key]:.4f}" if section in table[run] else None
@@ -498,14 +530,14 @@ def changes_lines(table, most=5):
     lines = [f"{'Accuracy by class, most gained and lost':<38}{'Baseline':>20}{'Distilled':>20}{'points':>20}"]
     gained = [name for name in order[:most] if after[name] > before[name]]
     lost = [name for name in order[::-1][:most][::-1] if after[name] < before[name]]
-    return lines + [f"  {textwrap.shorten(name, 34):<36}{before[name]:>20.1%}{after[name]:>20.1%}{points(after[name] - before[name]):>20}"
+    return lines + [f"  {cut(name, 34):<36}{before[name]:>20.1%}{after[name]:>20.1%}{points(after[name] - before[name]):>20}"
                     for name in gained + lost]
 
 
 def pair_lines(pairs):
     lines = [f"{'Most confused: true class, taken for':<38}{'Baseline':>20}{'Distilled':>20}{'points':>20}"]
     for pair in pairs:
-        name = textwrap.shorten(f"{pair['true']}, {pair['predicted']}", 34)
+        name = f"{cut(pair['true'], 16)}, {cut(pair['predicted'], 16)}"
         lines.append(f"  {name:<36}{pair['baseline']:>20.1%}{pair['distilled']:>20.1%}{points(pair['distilled'] - pair['baseline']):>20}")
     return lines
 
@@ -527,7 +559,7 @@ def write_files(entries, labels, numbers, report, results):
         np.savez_compressed(file, labels=labels, class_names=np.array(first["baseline"].info["class_names"]),
                             **{run: np.exp(entry.log_probabilities).astype(np.float32) for run, entry in first.items()})
     with utils.write_into_place(results / "comparison.json") as file:
-        json.dump(numbers, file, indent=1, ensure_ascii=False)
+        json.dump(numbers, file, indent=1, ensure_ascii=False, allow_nan=False)
     with utils.write_into_place(results / "comparison_report.txt") as file:
         file.write(report)
 

@@ -59,8 +59,10 @@ def gradcam_layer(model, image_size):
              if isinstance(module, torch.nn.Conv2d)]
     training = model.training
     try:
-        with torch.inference_mode():
+        with torch.inference_mode():  # timm's models take any size or raise what convolutions raise
             features = model.eval().forward_features(torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(f"{model.pretrained_cfg['architecture']} cannot take images of {image_size} px: {utils.first_line(error)}") from None
     finally:
         model.train(training)
         for hook in hooks:
@@ -96,7 +98,7 @@ def load_model(path, device="cpu"):
     try:
         model = build_model(info["model_name"], info["num_classes"])
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError) as error:
         raise UserError(f"the weights in {path} do not fit {info.get('model_name')}: "
                         f"{utils.first_line(error)}") from None
     return model.to(device).eval(), info
@@ -152,8 +154,10 @@ def why_unfit(info, args, data):
 
 
 def least_accuracy(num_classes):
-    """Validation accuracy below which a teacher knows too little to teach: well above chance."""
-    return max(3 / num_classes, 2 / num_classes + 0.02)
+    """Validation accuracy below which a teacher knows too little to teach: thrice chance, or, with two or three classes,
+    where nobody can reach that, half the way from chance to perfect."""
+    least = max(3 / num_classes, 2 / num_classes + 0.02)
+    return least if least < 1 else (1 + 1 / num_classes) / 2
 
 
 def freeze(teacher):

@@ -94,7 +94,7 @@ def load_teacher(path, args, data, device):
         other = utils.load_file(baseline)
         if other["split_fingerprint"] == info["split_fingerprint"] and other["val_accuracy"] >= accuracy:
             print(f"warning: {baseline} reaches {other['val_accuracy']:.2%} without a teacher; this one may not help")
-    return models.freeze(teacher), {"path": str(path), "sha256": utils.sha256(path), "val_accuracy": accuracy}
+    return models.freeze(teacher), {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
 
 
 def train(model, objective, info, data, args, fresh):

@@ -58,12 +58,12 @@ class Stopped(Exception):
 
 # Command line ---------------------------------------------------------------------------------------------------
 
-def integer(low):
+def integer(low, high=None):
     def parse(text):
         with contextlib.suppress(ValueError):
-            if int(text) >= low:
+            if int(text) >= low and (high is None or int(text) <= high):
                 return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}{f' and at most {high}' if high else ''}, not {text!r}")
     return parse
 
 
@@ -120,6 +120,7 @@ def suggest(text, known):
     return f" (closest: {', '.join(lowered[name] for name in close)})" if close else ""
 
 
+MAX_SEED = 2**32 - 1  # numpy's
 BOTH, DISTILLATION, ALL = ("baseline", "distillation"), ("distillation",), ("baseline", "distillation", "evaluate")
 SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its value, help)
     "DATASET_NAME": (BOTH, choice("CIFAR100", "CIFAR10", "Flowers102", "Digits", "ImageFolder"),
@@ -131,7 +132,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "AUGMENTATION": (BOTH, choice("auto", "none", "crop", "flip_crop", "resized_crop"),
                      "augmentation: auto, none, crop, flip_crop or resized_crop"),
     "VAL_FRACTION": (BOTH, number(0, 1, False, False), "share of the training images held out for validation"),
-    "SPLIT_SEED": (BOTH, integer(0), "seed of the choice of validation images"),
+    "SPLIT_SEED": (BOTH, integer(0, MAX_SEED), "seed of the choice of validation images"),
     "NUM_WORKERS": (ALL, integer(0), "processes that decode photographs"),
     "TEACHER_MODEL": (DISTILLATION, model_name, "timm name of the teacher"),
     "STUDENT_MODEL": (BOTH, model_name, "timm name of the student"),
@@ -142,7 +143,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "TEMPERATURE": (DISTILLATION, number(0, low_allowed=False), "temperature T of the soft targets"),
     "ALPHA": (DISTILLATION, number(0, 1), "weight of the soft targets; the labels get the rest"),
     "KL_DIRECTION": (DISTILLATION, choice("forward", "reverse"),
-                     "forward: KL(teacher || student), reverse: KL(student || teacher)"),
+                     "forward: KL(teacher ‖ student), reverse: KL(student ‖ teacher)"),
     "BATCH_SIZE": (BOTH, integer(1), "images a training step"),
     "NUM_EPOCHS": (BOTH, integer(1), "epochs of the student"),
     "LEARNING_RATE": (BOTH, number(0, low_allowed=False), "peak learning rate of the student"),
@@ -155,7 +156,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "MIXUP_ALPHA": (BOTH, number(0), "alpha of mixup, 0: off"),
     "CUTMIX_ALPHA": (BOTH, number(0), "alpha of cutmix, 0: off"),
     "EMA_DECAY": (BOTH, number(0, 1, True, False), "decay of the average of the weights that is validated and kept, 0: off"),
-    "SEED": (BOTH, integer(0), "seed of initial weights, order and augmentation"),
+    "SEED": (BOTH, integer(0, MAX_SEED), "seed of initial weights, order and augmentation"),
     "DEVICE": (ALL, choice("auto", "cuda", "mps", "cpu"), "device: auto, cuda, mps or cpu"),
     "DETERMINISTIC": (BOTH, None, "bit-identical runs on CUDA too, at a cost in speed; CPU runs always are"),
     "SAVE_MINUTES": (BOTH, number(0, low_allowed=False), "minutes between saves of the state within an epoch"),
@@ -188,6 +189,8 @@ def parse_args(script, description, argv=None):
     defaults = {name: getattr(config, name) for name in SETTINGS}
     if "--quick" in argv:
         defaults.update(config.QUICK)
+    if script == "evaluate":
+        defaults["DATASET_DIR"] = None  # the checkpoint knows its own
     for name, (scripts, parse, text) in SETTINGS.items():
         if script in scripts:
             how = {"type": parse} if parse else {"action": argparse.BooleanOptionalAction}
@@ -199,7 +202,7 @@ def parse_args(script, description, argv=None):
         for run in ("baseline", "distilled"):
             parser.add_argument(f"--{run}-checkpoint", type=existing_file, help=f"other {run} checkpoint than the default")
     else:
-        parser.add_argument("--seeds", type=integer(0), nargs="+", help="train one student for each of these seeds, a "
+        parser.add_argument("--seeds", type=integer(0, MAX_SEED), nargs="+", help="train one student for each of these seeds, a "
                                                                         "finished one skipped; in place of --seed")
         parser.add_argument("--fresh", action="store_true", help="move a former run aside and start anew")
     if script == "distillation":
@@ -301,8 +304,14 @@ def run_script(main):
         message, code = str(error), error.code
     except Stopped as stop:
         return stop.code
-    except torch.OutOfMemoryError:
-        message = "the GPU has too little memory for this; try a smaller --batch-size or --image-size"
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if "deterministic" in str(error):
+            message = f"--deterministic is not possible with this model: {first_line(error)}"
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
+                any(text in str(error) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")):
+            message = "there is too little memory for this; try a smaller --batch-size or --image-size"
+        else:
+            raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
                                getattr(errno, "EDQUOT", None)):
@@ -326,7 +335,7 @@ def _on_signal(number, frame):
 
 
 def stop(place):
-    print(f"stopped after {place}, all saved; the same command goes on from there")
+    print(f"stopped after {place}, all saved; the same command (without --fresh) goes on from there")
     raise Stopped(_signal_code)
 
 
@@ -472,7 +481,10 @@ def rehearse(model, objective, loader, info, args):
     with torch.random.fork_rng(devices=[model.pixel_mean.device] if model.pixel_mean.is_cuda else []):
         for _ in range(3):
             start = time.perf_counter()
-            float(step(images, labels)["loss"])  # waits for the device
+            try:
+                float(step(images, labels)["loss"])  # waits for the device
+            except ValueError as error:  # BatchNorm over a single value
+                raise WrongUse(f"--batch-size {args.batch_size} cannot be trained with: {first_line(error)}") from None
             seconds = time.perf_counter() - start
     del state, step
     if torch.cuda.is_available():
@@ -490,8 +502,10 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
     """
     global _can_save
     epoch, count, device = progress["epoch"], progress["step"], state.model.pixel_mean.device
-    if progress["random_state"] is not None:
-        torch.set_rng_state(progress["random_state"])
+    if progress["random_states"]:
+        torch.set_rng_state(progress["random_states"]["cpu"])
+        if device.type == "cuda" and progress["random_states"]["cuda"] is not None:
+            torch.cuda.set_rng_state(progress["random_states"]["cuda"])
     sums = {name: torch.tensor(value, device=device) for name, value in progress["sums"].items()}
     bad_step = torch.tensor(-1, device=device)  # the first step whose loss or gradient is not finite
     if device.type == "cuda":
@@ -512,7 +526,7 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
 
     def save_now():
         read()
-        progress.update(step=count, sums={name: float(value) for name, value in sums.items()}, random_state=torch.get_rng_state(),
+        progress.update(step=count, sums={name: float(value) for name, value in sums.items()}, random_states=random_states(device),
                         seconds=seconds_before + time.perf_counter() - start)
         save()
 
@@ -556,6 +570,10 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
         "images_per_second": (count - start_step) * loader.batch_size / seconds if count > start_step else None,
         "seconds": seconds_before + seconds, "peak_memory_mb": peak_memory_mb(device),
     }
+
+
+def random_states(device):
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
 
 
 def peak_memory_mb(device):
@@ -757,13 +775,17 @@ def open_run(info, args, fresh):
         with contextlib.suppress(FileNotFoundError):
             shutil.move(history_file(run, args), aside)
         print(f"the former {run} run ({reason}) is now in {aside}")
+    elif (history := history_file(run, args)).exists():  # of a run with another --checkpoint-dir
+        n = next(n for n in range(1, sys.maxsize) if not history.with_suffix(f".{n}.csv").exists())
+        os.replace(history, history.with_suffix(f".{n}.csv"))
+        print(f"the history of another {run} run is now in {history.with_suffix(f'.{n}.csv')}")
     return None
 
 
 def new_progress():
     """Where a run stands: epochs and steps done, sums of the epoch under way, rows of history, best accuracy, torch's
     random state (of models with dropout; None: as it is)."""
-    return {"epoch": 0, "step": 0, "sums": {}, "seconds": 0.0, "history": [], "best_accuracy": -1.0, "random_state": None}
+    return {"epoch": 0, "step": 0, "sums": {}, "seconds": 0.0, "history": [], "best_accuracy": -1.0, "random_states": None}
 
 
 def save_last(state, progress, info, args):
@@ -796,7 +818,7 @@ def finish_epoch(state, progress, row, info, args):
         progress["best_accuracy"] = row["val_accuracy"]
     row["seconds"] += row.pop("val_seconds")
     progress["history"].append(row)
-    progress.update(epoch=row["epoch"], step=0, sums={}, seconds=0.0, random_state=torch.get_rng_state())
+    progress.update(epoch=row["epoch"], step=0, sums={}, seconds=0.0, random_states=random_states(state.model.pixel_mean.device))
     write_history(history_file(run, args), progress["history"])
     save_last(state, progress, info, args)
     accuracy = f"train {row['train_accuracy']:6.2%}  " if row["train_accuracy"] is not None else ""

@@ -117,22 +117,21 @@ def test_missing_checkpoint_names_the_command(trained, tmp_path, monkeypatch, ru
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize("fault, words", [("gone", "is gone"), ("other", "SHA-256"), ("none", None)])
+@pytest.mark.parametrize("fault, words", [("gone", "is gone"), ("other", "SHA-256"), ("moved", None), ("none", None)])
 def test_teacher_that_is_gone_or_another_is_left_out(trained, tmp_path, monkeypatch, fault, words):
     """The teacher is found by the path recorded when it taught, and held to its SHA-256."""
-    teacher = trained / "c" / "quick" / "teacher" / "best_model.pth"
-    content = teacher.read_bytes()
-    try:
-        if fault == "gone":
-            teacher.unlink()
-        elif fault == "other":
-            teacher.write_bytes(content + b"x")
-        results = run_again(trained, tmp_path / "r", monkeypatch)
-    finally:
-        teacher.write_bytes(content)
+    shutil.copytree(trained / "c", tmp_path / "c")
+    teacher = tmp_path / "c" / "quick" / "teacher" / "best_model.pth"
+    recorded = teacher if fault != "moved" else tmp_path / "where it was" / "best_model.pth"
+    change(tmp_path, "distilled", teacher={"path": str(recorded), "sha256": utils.sha256(teacher), "val_accuracy": 0.5})
+    if fault == "gone":
+        teacher.unlink()
+    elif fault == "other":
+        teacher.write_bytes(teacher.read_bytes() + b"x")
+    results = run_again(tmp_path, tmp_path / "r", monkeypatch)
     report = (results / "comparison_report.txt").read_text(encoding="utf-8")
     numbers = json.loads((results / "comparison.json").read_text(encoding="utf-8"))
-    assert ("teacher" in numbers["models"]) == (fault == "none") == ("WARNING: No teacher in this report" not in report)
+    assert ("teacher" in numbers["models"]) == (fault in ("moved", "none")) == ("WARNING: No teacher in this report" not in report)
     assert words is None or words in report.replace("\n", " ")
 
 
@@ -152,6 +151,29 @@ def test_unfair_pair_is_named(trained, tmp_path, monkeypatch):
 
 def test_fair_pair_is_not_blamed(trained):
     assert "no fair pair" not in (trained / "r" / "quick" / "comparison_report.txt").read_text(encoding="utf-8")
+
+
+def test_unfinished_run_is_named(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "c", tmp_path / "c")
+    last = tmp_path / "c" / "quick" / "distilled" / "last.pth"
+    content = utils.load_file(last)
+    content["progress"]["epoch"] -= 1
+    torch.save(content, last)
+    results = run_again(tmp_path, tmp_path / "r", monkeypatch)
+    head = (results / "comparison_report.txt").read_text(encoding="utf-8").replace("\n", " ")
+    assert "no fair pair" in head and "distilled is not trained to its end" in head
+
+
+def test_seeds_of_one_run_alone_name_the_command_for_the_other(trained, tmp_path, monkeypatch):
+    for seed in (0, 4):
+        shutil.copytree(trained / "c" / "quick" / "baseline", tmp_path / "c" / "quick" / "baseline" / f"seed_{seed}")
+    with pytest.raises(utils.UserError, match="python train_distillation.py --seeds 0 4"):
+        run_again(tmp_path, tmp_path / "r", monkeypatch)
+
+
+def test_last_pth_is_no_model(trained, tmp_path, monkeypatch):
+    with pytest.raises(utils.UserError, match="last.pth holds no model"):
+        run_again(trained, tmp_path / "r", monkeypatch, "--baseline-checkpoint", str(trained / "c" / "quick" / "baseline" / "last.pth"))
 
 
 def test_other_classes_cannot_be_compared(trained, tmp_path, monkeypatch):
@@ -285,6 +307,7 @@ def test_fidelity_by_hand_and_by_scipy():
     assert got["agreement"] == pytest.approx(np.mean(same))
     assert got["agreement_where_teacher_errs"] == pytest.approx(sum(a and b for a, b in zip(same, wrong)) / sum(wrong))
     assert evaluate.fidelity(teacher, teacher, labels) == {"agreement": 1, "kl": 0, "agreement_where_teacher_errs": 1}
+    assert evaluate.fidelity(student, teacher, teacher.argmax(1))["agreement_where_teacher_errs"] is None
 
 
 def pair_of(labels, wrong_baseline, wrong_distilled, seeds=1):

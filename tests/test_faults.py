@@ -19,15 +19,15 @@ import data_loader
 import models
 import train_baseline
 import utils
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_pictures
 
 TINY_BASELINE = ["--quick", "--device", "cpu", *TINY[:2], *TINY[4:]]
 
 
-def start(folder, *flags, script="train_baseline.py"):
+def start(folder, *flags, script="train_baseline.py", own_group=False):
     return subprocess.Popen([sys.executable, ROOT / script, *TINY_BASELINE, "--checkpoint-dir", str(folder / "c"),
                              "--results-dir", str(folder / "r"), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
+                            text=True, encoding="utf-8", start_new_session=own_group, env={**os.environ, "PYTHONUTF8": "1"})
 
 
 def wait_for(condition, seconds=60):
@@ -89,9 +89,30 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == code and "Traceback" not in err
-    assert "the same command goes on from there" in out.splitlines()[-1]
+    assert "the same command (without --fresh) goes on from there" in out.splitlines()[-1]
     progress = utils.load_file(last)["progress"]
     assert progress["step"] > 0 or progress["epoch"] > 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
+def test_ctrl_c_in_a_terminal_reaches_data_workers_too(tmp_path):
+    """The whole process group gets the signal; the workers leave it to the training process, which saves."""
+    pictures = write_pictures(tmp_path / "pictures", counts=(("train", 40), ("test", 2)))
+    process = start(tmp_path, "--dataset-name", "ImageFolder", "--dataset-dir", str(pictures), "--batch-size", "4", "--num-epochs", "200",
+                    "--num-workers", "2", own_group=True)
+    wait_for((tmp_path / "c" / "quick" / "baseline" / "last.pth").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err and "all saved" in out
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["--batch-size", "1"], 2, "--batch-size 1 cannot be trained with"),
+    (["--student-model", "inception_v3"], 1, "inception_v3 cannot take images of 32 px")])
+def test_what_only_the_model_can_tell_is_one_sentence(tmp_path, flags, code, words):
+    process = start(tmp_path, *flags)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and words in err and "Traceback" not in err, err
 
 
 def test_state_is_saved_within_an_epoch(arguments):

@@ -95,6 +95,8 @@ def test_quick_never_touches_a_real_run(script):
     ("baseline", ["--student-model", "efficientnet_b8", "--pretrained"], ["no pretrained weights"]),
     ("baseline", ["--student-model", "vit_tiny_patch16_224", "--image-size", "128"], ["224 px alone"]),
     ("distillation", ["--fresh-teacher", "--teacher-checkpoint", "config.py"], ["no teacher is trained"]),
+    ("baseline", ["--seed", "18446744073709551616"], ["at most 4294967295"]),
+    ("baseline", ["--split-seed", "4294967296"], ["at most 4294967295"]),
     ("baseline", ["--seeds", "0", "1", "0"], ["each seed once"]),
     ("baseline", ["--seeds", "0", "1", "--seed", "2"], ["not both"]),
     ("baseline", ["--seeds", "0", "x"], ["whole number"]),
@@ -208,6 +210,22 @@ def test_loss_that_is_not_finite_stops_the_run_and_names_the_step(arguments, poi
     with pytest.raises(utils.UserError, match=f"diverged.* at step {poison + 1} of epoch 1"):
         utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), TwoBatches(poison=poison),
                               utils.new_progress(), None, 10)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_mixed_precision_learns_in_float32_weights(arguments, precision, device):
+    """One batch learned by heart under autocast, with the scaler under fp16; the loss itself in float32."""
+    args = arguments("baseline", "--learning-rate", "0.003", "--warmup-epochs", "0")
+    args.amp_dtype = precision
+    model = models.build_model("test_efficientnet", 10).to(device)
+    state = utils.new_state(model, 30, args)
+    assert state.scaler.is_enabled() == (precision == "fp16")
+    step = utils.training_step(state, cross_entropy_objective, args)
+    images, labels = (tensor.to(device) for tensor in TwoBatches().batches[0])
+    losses = [step(images, labels)["loss"] for _ in range(30)]
+    assert losses[0].dtype == torch.float32 and losses[-1] < 0.5 * losses[0]
+    assert all(parameter.dtype == torch.float32 and torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 def test_rehearsal_leaves_no_trace(arguments, capsys):

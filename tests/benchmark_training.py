@@ -1,0 +1,198 @@
+"""How near the training loop runs to the hardware's limit, on made-up images of CIFAR's shape.
+
+    python tests/benchmark_training.py                                   # EfficientNet-B0, B2 as teacher, 224 px, batch 16
+    python tests/benchmark_training.py --image-size 32 --batch-size 128 --json FILE
+
+Three loops take turns, so that a machine that slows down slows them all; medians over the rounds:
+
+(a) plain: what people write: torchvision's PIL transforms, a DataLoader with its best number of workers, NCHW, autocast,
+    `.item()` in every step;
+(b) project: this project's loader, step and pass, as the training scripts run them;
+(c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already there.
+
+Each for cross-entropy (CE) and for distillation (KD). Images are upscaled from 32 px to --image-size.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+
+import data_loader
+import models
+import train_distillation
+import utils
+
+CLASSES = 100
+
+
+class PlainDataset(torch.utils.data.Dataset):
+    """Images as torchvision's CIFAR100 hands them out: PIL, through a transform."""
+    def __init__(self, pixels, labels, size):
+        self.pixels, self.labels = pixels, labels
+        self.transform = transforms.Compose([
+            transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(),
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.ToTensor(),
+            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+
+
+def autocast(device, amp_dtype):
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[amp_dtype]
+    return torch.autocast(device.type, precision, enabled=precision is not None)
+
+
+def plain_loop(args, device, pixels, labels, workers):
+    """(a): a function that trains a round and returns its images/s."""
+    student = models.build_model(args.model, CLASSES).to(device, memory_format=torch.contiguous_format)
+    teacher = models.build_model(args.teacher, CLASSES).to(device, memory_format=torch.contiguous_format).eval()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
+    loader = torch.utils.data.DataLoader(PlainDataset(pixels, labels, args.image_size), args.batch_size, shuffle=True, drop_last=True,
+                                         num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0)
+
+    def run(distil):
+        student.train()
+        start = time.perf_counter()
+        total = 0.0
+        for images, targets in loader:
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            with autocast(device, args.amp_dtype):
+                logits = student(images)
+                loss = F.cross_entropy(logits, targets)
+                if distil:
+                    with torch.no_grad():
+                        teacher_logits = teacher(images)
+                    loss = 0.3 * loss + 0.7 * 16 * F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1), reduction="batchmean")
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            total += loss.item()
+        return len(loader) * args.batch_size / (time.perf_counter() - start)
+    return run
+
+
+def settings_of(args, distil):
+    flags = ["--student-model", args.model, "--no-pretrained", "--image-size", str(args.image_size), "--batch-size", str(args.batch_size),
+             "--learning-rate", "1e-4", "--num-epochs", "1000"]
+    settings = utils.parse_args("distillation" if distil else "baseline", "", flags + ["--teacher-model", args.teacher] * distil)
+    settings.amp_dtype = args.amp_dtype
+    return settings
+
+
+def objective_of(args, settings, distil, device):
+    if not distil:
+        def objective(images, logits, labels):
+            ce = models.cross_entropy(logits, labels)
+            return {"loss": ce, "ce_loss": ce}
+        return objective
+    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device))
+    return lambda images, logits, labels: train_distillation.distill(teacher, images, logits, labels, settings)
+
+
+def project_loop(args, device, pixels, labels, distil):
+    """(b): a function that trains an epoch as the scripts do and returns its images/s, from the history's own column."""
+    settings = settings_of(args, distil)
+    student = models.build_model(args.model, CLASSES).to(device)
+    part = data_loader.Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), None, torch.from_numpy(labels), [])
+    data = data_loader.Dataset("made up", [str(i) for i in range(CLASSES)], part, part, "", "flip_crop")
+    info = {"image_size": args.image_size, "interpolation": "bicubic", "num_classes": CLASSES}
+    loader = data_loader.training_loader(data, info, settings, device)
+    state = utils.new_state(student, len(loader), settings)
+    step = utils.training_step(state, objective_of(args, settings, distil, device), settings)
+    progress = utils.new_progress()
+
+    def run():
+        row = utils.train_one_epoch(state, step, loader, progress, None, 1e9)
+        progress["epoch"] += 1
+        return row["images_per_second"]
+    return run
+
+
+def ceiling_loop(args, device, distil):
+    """(c): a function that makes as many steps on one resident batch, nothing else, and returns its images/s."""
+    settings = settings_of(args, distil)
+    student = models.build_model(args.model, CLASSES).to(device).train()
+    objective = objective_of(args, settings, distil, device)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, CLASSES, (args.batch_size,), device=device)
+
+    def step():
+        with autocast(device, args.amp_dtype):
+            loss = objective(images, student(images), labels)["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
+    def run():
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            loss = step()
+        float(loss)  # waits for the device
+        return args.steps * args.batch_size / (time.perf_counter() - start)
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="efficientnet_b0")
+    parser.add_argument("--teacher", default="efficientnet_b2")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="numbers of workers to choose the best of for (a)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp-dtype", default="auto")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    args = parser.parse_args()
+    device = utils.setup(args)
+    random = np.random.default_rng(0)
+    count = args.steps * args.batch_size
+    pixels, labels = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), random.integers(0, CLASSES, count)
+
+    tried = {workers: plain_loop(args, device, pixels, labels, workers) for workers in args.workers}
+    warm = {workers: (run(False), run(False))[1] for workers, run in tried.items()}
+    plain = tried[max(warm, key=warm.get)]
+    rows = []
+    for distil in (False, True):
+        loops = {"plain": lambda: plain(distil), "project": project_loop(args, device, pixels, labels, distil),
+                 "ceiling": ceiling_loop(args, device, distil)}
+        for run in loops.values():
+            run()
+        rounds = [{name: run() for name, run in loops.items()} for _ in range(args.rounds)]
+        rows.append({"loss": "KD" if distil else "CE", **{name: statistics.median(one[name] for one in rounds) for name in loops},
+                     "project / plain": statistics.median(one["project"] / one["plain"] for one in rounds),
+                     "project / ceiling": statistics.median(one["project"] / one["ceiling"] for one in rounds)})
+    print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, {utils.device_name(device)}, {args.amp_dtype}, "
+          f"torch {torch.__version__}; (a) with {max(warm, key=warm.get)} workers; images/s, medians of {args.rounds} rounds of {args.steps} steps")
+    print("| loss | (a) plain | (b) project | (c) ceiling | b/a | b/c |\n| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {row['loss']} | {row['plain']:.0f} | {row['project']:.0f} | {row['ceiling']:.0f} | {row['project / plain']:.2f} | "
+              f"{row['project / ceiling']:.3f} |")
+    if args.json:
+        args.json.write_text(json.dumps({"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
