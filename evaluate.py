@@ -661,11 +661,14 @@ def gallery_figure(entries, labels, test, names, most=8):
     baseline, distilled = entries["baseline"][0], entries["distilled"][0]
     before, after = predictions(baseline), predictions(distilled)
     sure = distilled.log_probabilities.max(1)
-    figure, axes = plt.subplots(4, most // 2, figsize=(9, 9.6), layout="constrained")
-    for top, title, chosen in ((0, "corrected", (before != labels) & (after == labels)), (2, "newly wrong", (before == labels) & (after != labels))):
+    parts = []
+    for title, chosen in (("corrected", (before != labels) & (after == labels)), ("newly wrong", (before == labels) & (after != labels))):
         found = np.flatnonzero(chosen)
-        found = found[np.argsort(-sure[found], kind="stable")][:most]
-        for place, axis in enumerate(axes[top:top + 2].flat):
+        parts.append((title, found[np.argsort(-sure[found], kind="stable")][:most]))
+    rows = [max(1, -(-len(found) // 4)) for _, found in parts]
+    figure, axes = plt.subplots(sum(rows), 4, figsize=(9, 0.4 + 2.3 * sum(rows)), layout="constrained", squeeze=False)
+    for top, (title, found) in zip((0, rows[0]), parts):
+        for place, axis in enumerate(axes[top:top + rows[top > 0]].flat):
             axis.axis("off")
             if place < len(found):
                 i = found[place]

@@ -148,7 +148,7 @@ def ceiling_loop(args, device, distil):
         start = time.perf_counter()
         for _ in range(args.steps):
             loss = step()
-        float(loss)  # waits for the device
+        float(loss.detach())  # waits for the device
         return args.steps * args.batch_size / (time.perf_counter() - start)
     return run
 
