@@ -31,6 +31,7 @@ KL_DIRECTION = "forward"          # forward: KL(teacher || student), Hinton's; r
 
 # Optimisation: AdamW, linear warm-up, then cosine to zero, per step
 BATCH_SIZE = 16                   # images a step; fits a 6 GB GPU at 224 px with room to spare
+ACCUMULATE_STEPS = 1              # batches whose gradients add up to one update: the large batch's but for BatchNorm
 NUM_EPOCHS = 50                   # epochs of the student, baseline and distilled alike
 LEARNING_RATE = 1e-3              # peak, above 0; for AdamW from pretrained weights
 WEIGHT_DECAY = 0.05               # AdamW's, kept off biases and norms

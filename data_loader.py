@@ -108,8 +108,9 @@ def open_dataset(args):
         train_indices, val_indices = np.sort(train_indices), np.sort(val_indices)
         train, val = whole.select(train_indices), whole.select(val_indices)
         chosen = {"val_indices": val_indices.tolist()}
-    if len(train.labels) < args.batch_size:
-        raise WrongUse(f"--batch-size {args.batch_size} is more than the {len(train.labels)} training images")
+    if len(train.labels) < args.batch_size * args.accumulate_steps:
+        times = f" --accumulate-steps {args.accumulate_steps}" * (args.accumulate_steps > 1)
+        raise WrongUse(f"--batch-size {args.batch_size}{times} is more than the {len(train.labels)} training images")
     content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names, **chosen}
     fingerprint = digest(json.dumps(content).encode())
     augmentation = args.augmentation
@@ -412,7 +413,7 @@ class Loader:
         self.batch_size = batch_size or min(512, max(16, EVAL_PIXELS // image_size**2))
         self.labels, self.pixels = images.labels.to(device), None
         if images.pixels is not None:
-            self.pixels, self.side = images.pixels.to(device), images.pixels.shape[-1]
+            self.pixels, self.side = images.pixels.to(home_of(images.pixels, device)), images.pixels.shape[-1]
         else:
             self.side = self.size
             if seed is not None:  # enough for the smallest crop to fill the output
@@ -429,7 +430,8 @@ class Loader:
 
     def __iter__(self):
         whole = torch.tensor([[0.0, 0.0, self.side, self.side]], device=self.device)
-        for chosen, pixels, _ in self._decoded(torch.arange(len(self.labels)).split(self.batch_size)):
+        for chosen, pixels, _ in self._decoded(torch.arange(len(self.labels), device="cpu" if self.pixels is None else self.pixels.device)
+                                               .split(self.batch_size)):
             images = self._on_device(pixels)
             if self.pixels is not None:
                 images = resample(images, whole.expand(len(images), 4), whole.new_zeros(len(images), dtype=torch.bool),
@@ -442,6 +444,8 @@ class Loader:
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         count = len(self.labels)
         order = torch.randperm(count, generator=generator)
+        if self.pixels is not None:
+            order = order.to(self.pixels.device)  # once, for each copy from pageable memory waits for the device
         boxes = random_boxes(self.augmentation, count, self.side, generator).to(self.device)
         flips = torch.rand(count, generator=generator) < (0.5 if self.augmentation in ("flip_crop", "resized_crop") else 0)
         flips = flips.to(self.device)
@@ -467,8 +471,10 @@ class Loader:
         """For each batch of indices: (indices, uint8 pixels (B, 3, H, W), aspect (B,)), the first and last on the device."""
         if self.pixels is not None:
             for chosen in batches:
-                chosen = chosen.to(self.device)
-                yield chosen, self.pixels[chosen], torch.ones(len(chosen), device=self.device)
+                pixels = self.pixels[chosen]
+                if self.pixels.device != self.device:  # kept in host memory: through a pinned copy, which does not wait
+                    chosen, pixels = (tensor.pin_memory().to(self.device, non_blocking=True) for tensor in (chosen, pixels))
+                yield chosen, pixels, torch.ones(len(pixels), device=self.device)
         else:
             self.batches[:] = [chosen.tolist() for chosen in batches]
             for chosen, (pixels, aspect, _) in zip(batches, self.photographs):
@@ -478,6 +484,17 @@ class Loader:
         return pixels.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last).float() / 255
 
 
+def home_of(pixels, device):
+    """Where the images live: on the device, or, where they would take more than half of its free memory, on the host."""
+    if device.type == "cuda":
+        size, free = pixels.numel(), torch.cuda.mem_get_info(device)[0]
+        if size > free / 2:
+            print(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has {free / 2**30:.1f} GB free")
+            return torch.device("cpu")
+        print(f"images: {len(pixels)} of them, {size / 2**20:.0f} MB, live on the GPU")
+    return device
+
+
 def seed_of(*numbers):
     """One 32-bit seed out of several numbers, well spread."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -485,7 +502,7 @@ def seed_of(*numbers):
 
 def training_loader(data, info, args, device):
     """The loader of data.train for a model of `info`: what a fair pair shares but for the teacher's own view."""
-    return Loader(data.train, device, info["image_size"], info["interpolation"], batch_size=args.batch_size,
+    return Loader(data.train, device, info["image_size"], info["interpolation"], batch_size=args.batch_size * args.accumulate_steps,
                   num_workers=args.num_workers, seed=args.seed, augmentation=data.augmentation,
                   teacher_image_size=getattr(args, "teacher_image_size", None),
                   mixup=mixing(info["num_classes"], args))

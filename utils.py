@@ -144,7 +144,8 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "ALPHA": (DISTILLATION, number(0, 1), "weight of the soft targets; the labels get the rest"),
     "KL_DIRECTION": (DISTILLATION, choice("forward", "reverse"),
                      "forward: KL(teacher ‖ student), reverse: KL(student ‖ teacher)"),
-    "BATCH_SIZE": (BOTH, integer(1), "images a training step"),
+    "BATCH_SIZE": (BOTH, integer(1), "images that go through the model at once"),
+    "ACCUMULATE_STEPS": (BOTH, integer(1), "batches a training step is made of, one after the other, to save memory"),
     "NUM_EPOCHS": (BOTH, integer(1), "epochs of the student"),
     "LEARNING_RATE": (BOTH, number(0, low_allowed=False), "peak learning rate of the student"),
     "WEIGHT_DECAY": (BOTH, number(0), "weight decay of AdamW, not on biases and norms"),
@@ -273,7 +274,7 @@ def check_combinations(script, args, parser):
                          "the student's")
     if args.num_epochs < args.warmup_epochs:
         parser.error(f"argument --num-epochs: {args.num_epochs} is less than --warmup-epochs {args.warmup_epochs:g}")
-    if (args.mixup_alpha or args.cutmix_alpha) and args.batch_size % 2:
+    if (args.mixup_alpha or args.cutmix_alpha) and args.batch_size * args.accumulate_steps % 2:
         parser.error(f"argument --batch-size: mixup and cutmix pair images up and need an even number, not {args.batch_size}")
     for role, size in roles:
         name, weights = getattr(args, f"{role}_model"), getattr(args, f"{role}_weights")
@@ -440,7 +441,7 @@ def training_step(state, objective, args):
     """The function `step(images, labels)` that makes one update and returns what it measured, all on the device.
 
     images (B, 3, H, W) in [0, 1], or a pair of such: the student's and the teacher's size of the same pictures;
-    labels (B,) int64 or, mixed, (B, C) floats. Returns a dict of 0-d tensors: what `objective` returns, "loss" among
+    labels (B,) int64 or, mixed, (B, C) floats. They go through the model in args.accumulate_steps parts. Returns a dict of 0-d tensors: what `objective` returns, "loss" among
     it, "correct", the number of right predictions (absent for mixed labels), and "finite", whether loss and gradient were.
     From the first step on that is not finite, no update is made; under fp16 the scaler skips just the steps it must.
     """
@@ -448,26 +449,51 @@ def training_step(state, objective, args):
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.amp_dtype]
     diverged = torch.zeros((), device=device)
 
-    def step(images, labels):
+    def backward(images, labels):
+        """Add the gradient of a part of the batch; return what was measured, its share of the whole."""
         student_images = images[0] if isinstance(images, tuple) else images
         with torch.autocast(device.type, precision, enabled=precision is not None):
             logits = forward(state.model, student_images)
             measured = objective(images, logits, labels)
-        state.optimizer.zero_grad(set_to_none=True)
+        measured = {name: value / args.accumulate_steps for name, value in measured.items()}
         state.scaler.scale(measured["loss"]).backward()
+        measured = {name: value.detach() for name, value in measured.items()}
+        if labels.ndim == 1:
+            measured["correct"] = (logits.detach().argmax(1) == labels).sum().float()
+        return measured
+
+    def step(images, labels):
+        state.optimizer.zero_grad(set_to_none=True)
+        try:
+            parts = [backward(*part) for part in split(images, labels, args.accumulate_steps)]
+        except torch.OutOfMemoryError:
+            raise UserError(out_of_memory(args, device)) from None
+        measured = {name: sum(part[name] for part in parts) for name in parts[0]}
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
-        finite = torch.isfinite(norm) & torch.isfinite(measured["loss"].detach())
+        finite = torch.isfinite(norm) & torch.isfinite(measured["loss"])
         if not state.scaler.is_enabled():
             diverged.logical_or_(~finite)
             state.optimizer.found_inf = diverged  # the fused optimizer leaves all as it is where this is 1, without a sync
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        measured = {name: value.detach() for name, value in measured.items()}
-        if labels.ndim == 1:
-            measured["correct"] = (logits.detach().argmax(1) == labels).sum().float()
         return {**measured, "finite": finite}
     return step
+
+
+def split(images, labels, parts):
+    """A batch in so many equal parts: (images, labels) each, a pair of image sizes staying a pair."""
+    if isinstance(images, tuple):
+        return zip(zip(*(view.chunk(parts) for view in images)), labels.chunk(parts))
+    return zip(images.chunk(parts), labels.chunk(parts))
+
+
+def out_of_memory(args, device):
+    peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)" if device.type == "cuda" else ""
+    if args.batch_size < 4:
+        return f"there is too little memory for a batch of {args.batch_size}{peak}; try a smaller --image-size"
+    return (f"there is too little memory for a batch of {args.batch_size}{peak}; try --batch-size {args.batch_size // 2} --accumulate-steps "
+            f"{2 * args.accumulate_steps}, which makes the same updates but for BatchNorm")
 
 
 def rehearse(model, objective, loader, info, args):

@@ -140,6 +140,25 @@ def test_epoch_follows_from_seed_and_number_alone(arguments):
     assert not torch.equal(first[0][0], next(loader_of(data, args, seed=6).epoch(3))[0])
 
 
+@pytest.mark.parametrize("free, home", [(1000 * 2**20, "cuda"), (2**17, "cpu")])
+def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch, capsys, free, home):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**33))
+    pixels = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
+    assert data_loader.home_of(pixels, torch.device("cuda")).type == home
+    assert capsys.readouterr().out.count("\n") == 1 and data_loader.home_of(pixels, CPU) == CPU
+
+
+@pytest.mark.cuda
+def test_images_in_host_memory_make_the_same_batches(arguments, monkeypatch):
+    args = arguments("baseline", "--augmentation", "flip_crop")
+    data = data_loader.open_dataset(args)
+    make = lambda: data_loader.Loader(data.train, torch.device("cuda"), 32, "bicubic", batch_size=64, seed=5, augmentation="flip_crop")
+    resident = make()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    for (a, b), (c, d) in zip(resident.epoch(1), make().epoch(1), strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d) and a.is_cuda
+
+
 def test_mixing_is_timms_and_follows_the_seed(arguments):
     args = arguments("baseline", "--mixup-alpha", "0.8")
     data = data_loader.open_dataset(args)

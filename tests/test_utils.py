@@ -10,6 +10,7 @@ import timm
 import torch
 
 import config
+import data_loader
 import models
 import utils
 
@@ -226,6 +227,63 @@ def test_mixed_precision_learns_in_float32_weights(arguments, precision, device)
     losses = [step(images, labels)["loss"] for _ in range(30)]
     assert losses[0].dtype == torch.float32 and losses[-1] < 0.5 * losses[0]
     assert all(parameter.dtype == torch.float32 and torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_accumulated_gradient_is_the_large_batchs(arguments):
+    """BatchNorm in eval mode, where it knows no batch: 16 images at once or in four parts give one gradient."""
+    images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    gradients, measured = [], []
+    for parts in (1, 4):
+        args = arguments("baseline", "--accumulate-steps", str(parts), "--clip-grad", "0")
+        utils.seed_everything(0)
+        state = utils.new_state(models.build_model("test_efficientnet", 10).eval(), 10, args)
+        measured.append(utils.training_step(state, cross_entropy_objective, args)(images, labels))
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
+    assert measured[0]["loss"].item() == pytest.approx(measured[1]["loss"].item(), rel=1e-6)
+    assert measured[0]["correct"] == measured[1]["correct"]
+
+
+def test_accumulation_sees_the_images_of_the_large_batch(arguments):
+    one, two = (arguments("baseline", *flags) for flags in (["--batch-size", "32"], ["--batch-size", "8", "--accumulate-steps", "4"]))
+    data = data_loader.open_dataset(one)
+    info = {"image_size": 32, "interpolation": "bicubic", "num_classes": 10}
+    a, b = (next(data_loader.training_loader(data, info, args, torch.device("cpu")).epoch(0)) for args in (one, two))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    pair = (a[0], a[0][..., ::2])
+    parts = list(utils.split(pair, a[1], 4))
+    assert len(parts) == 4 and parts[1][0][1].shape == (8, 3, 32, 16) and torch.equal(parts[1][1], a[1][8:16])
+
+
+@pytest.mark.parametrize("batch, advice", [(16, "--batch-size 8 --accumulate-steps 2"), (2, "--image-size")])
+def test_out_of_memory_says_what_to_try(arguments, batch, advice):
+    def objective(images, logits, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    args = arguments("baseline", "--batch-size", str(batch))
+    state = utils.new_state(models.build_model("test_efficientnet", 10), 10, args)
+    with pytest.raises(utils.UserError, match=advice):
+        utils.training_step(state, objective, args)(*TwoBatches().batches[0])
+
+
+@pytest.mark.cuda
+def test_loop_never_waits_for_the_device(arguments):
+    """The loop without its reads, on CUDA: torch raises at any synchronisation."""
+    args, device = arguments("baseline"), torch.device("cuda")
+    data = data_loader.open_dataset(args)
+    model = models.build_model("test_efficientnet", 10).to(device).train()
+    info = models.describe("baseline", model, "test_efficientnet", data, args)
+    loader = data_loader.training_loader(data, info, args, device)
+    state = utils.new_state(model, len(loader), args)
+    step, batches = utils.training_step(state, cross_entropy_objective, args), loader.epoch(0)
+    for _ in range(3):
+        step(*next(batches))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, labels in batches:
+            step(images, labels)
+            state.scheduler.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_rehearsal_leaves_no_trace(arguments, capsys):
