@@ -24,10 +24,11 @@ STUDENT_WEIGHTS = None            # a local weight file (.pth, .safetensors) ins
 TEACHER_WEIGHTS = None            # the same for the teacher
 TEACHER_CHECKPOINT = None         # a best_model.pth to teach with, instead of fine-tuning TEACHER_MODEL first
 
-# Distillation: ALPHA * T^2 * KL(soft targets at temperature T) + (1 - ALPHA) * cross-entropy(labels)
+# Distillation: ALPHA * soft + (1 - ALPHA) * cross-entropy(labels), where soft is T^2 * KL at temperature T for "kd"
+DISTILLATION_LOSS = "kd"          # kd (Hinton 2015), dkd (Zhao 2022), dist (Huang 2022), lskd (Sun 2024): see models.py
 TEMPERATURE = 4.0                 # above 0; Hinton et al. 2015 use 1 to 20
 ALPHA = 0.7                       # 0 to 1, weight of the soft targets; 0 is plain cross-entropy
-KL_DIRECTION = "forward"          # forward: KL(teacher || student), Hinton's; reverse: KL(student || teacher)
+KL_DIRECTION = "forward"          # of kd and lskd. forward: KL(teacher || student), Hinton's; reverse: KL(student || teacher)
 
 # Optimisation: AdamW, linear warm-up, then cosine to zero, per step
 BATCH_SIZE = 16                   # images a step; fits a 6 GB GPU at 224 px with room to spare

@@ -130,10 +130,59 @@ def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
     return F.kl_div(first, second, reduction="batchmean", log_target=True) * temperature**2
 
 
-def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha, direction="forward", label_smoothing=0.0):
-    """alpha * T^2 * KL + (1 - alpha) * cross-entropy, as a dict of its 0-d parts: loss, ce_loss, kd_loss (unweighted)."""
+def lskd_loss(student_logits, teacher_logits, temperature, direction="forward"):
+    """kd_loss of standardised logits: each image's have mean 0 and standard deviation 1 (Sun et al. 2024, Logit
+    Standardization in Knowledge Distillation). The temperature divides them after that; the paper uses 2."""
+    def standardise(logits):
+        logits = logits.float()
+        return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    return kd_loss(standardise(student_logits), standardise(teacher_logits), temperature, direction)
+
+
+def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
+    """T^2 * (TCKD + beta * NCKD), a mean over B in float32 (Zhao et al. 2022, Decoupled Knowledge Distillation).
+
+    TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the others alone, both
+    KL(teacher || student); labels (B,) int64. beta = 8 is the paper's for most CIFAR-100 pairs, its alpha is 1.
+    """
+    true = F.one_hot(labels, student_logits.shape[1]).bool()
+
+    def shares(logits):
+        logits = logits.float() / temperature
+        log_p = F.log_softmax(logits, 1)
+        binary = torch.stack([log_p[true], log_p.masked_fill(true, -torch.inf).logsumexp(1)], 1)
+        others = F.log_softmax(logits[~true].view(len(logits), -1), 1)
+        return binary, others
+    parts = [F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+             for student, teacher in zip(shares(student_logits), shares(teacher_logits.detach()))]
+    return temperature**2 * (parts[0] + beta * parts[1])
+
+
+def dist_loss(student_logits, teacher_logits, temperature):
+    """T^2 * (inter + intra), in float32 (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
+
+    1 - Pearson's correlation between the two models' softened probabilities (B, C): inter over the classes of each image,
+    intra over the images of each class, so it needs batches of more than a few images. Each is a mean; the paper's weights are 1.
+    """
+    student, teacher = (F.softmax(logits.float() / temperature, 1) for logits in (student_logits, teacher_logits.detach()))
+
+    def one_minus_correlation(a, b):  # of the rows
+        return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
+    return temperature**2 * (one_minus_correlation(student, teacher) + one_minus_correlation(student.T, teacher.T))
+
+
+def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha, direction="forward", label_smoothing=0.0, loss="kd"):
+    """alpha * soft + (1 - alpha) * cross-entropy, as a dict of its 0-d parts: loss, ce_loss, kd_loss (soft, unweighted).
+
+    `loss` names the soft part: kd, dkd, dist or lskd. Logits (B, C); alpha weighs and temperature softens in all of them alike.
+    """
     ce = cross_entropy(student_logits, labels, label_smoothing)
-    kd = kd_loss(student_logits, teacher_logits, temperature, direction)
+    if loss == "dkd":
+        kd = dkd_loss(student_logits, teacher_logits, labels, temperature)
+    elif loss == "dist":
+        kd = dist_loss(student_logits, teacher_logits, temperature)
+    else:
+        kd = {"kd": kd_loss, "lskd": lskd_loss}[loss](student_logits, teacher_logits, temperature, direction)
     return {"loss": alpha * kd + (1 - alpha) * ce, "ce_loss": ce, "kd_loss": kd}
 
 

@@ -42,7 +42,7 @@ def distill(teacher, images, logits, labels, args):
     with torch.no_grad():
         teacher_logits = utils.forward(teacher, images[1] if isinstance(images, tuple) else images)
     return models.distillation_loss(logits, teacher_logits, labels, args.temperature, args.alpha, args.kl_direction,
-                                    args.label_smoothing)
+                                    args.label_smoothing, args.distillation_loss)
 
 
 def find_teacher(args, data):

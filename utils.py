@@ -140,6 +140,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "STUDENT_WEIGHTS": (BOTH, existing_file, "local file of the student's pretrained weights, instead of a download"),
     "TEACHER_WEIGHTS": (DISTILLATION, existing_file, "local file of the teacher's pretrained weights"),
     "TEACHER_CHECKPOINT": (DISTILLATION, existing_file, "best_model.pth of a teacher, instead of fine-tuning one"),
+    "DISTILLATION_LOSS": (DISTILLATION, choice("kd", "dkd", "dist", "lskd"), "loss against the teacher: kd, dkd, dist or lskd"),
     "TEMPERATURE": (DISTILLATION, number(0, low_allowed=False), "temperature T of the soft targets"),
     "ALPHA": (DISTILLATION, number(0, 1), "weight of the soft targets; the labels get the rest"),
     "KL_DIRECTION": (DISTILLATION, choice("forward", "reverse"),
@@ -267,6 +268,10 @@ def check_combinations(script, args, parser):
         roles.append(("teacher", args.teacher_image_size or args.image_size))
         if args.teacher_epochs < args.warmup_epochs and not args.teacher_checkpoint:
             parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than --warmup-epochs {args.warmup_epochs:g}")
+        if args.distillation_loss == "dkd" and (args.mixup_alpha or args.cutmix_alpha):
+            parser.error("argument --distillation-loss: dkd sets the true class apart and knows no labels mixed by mixup or cutmix")
+        if args.distillation_loss in ("dkd", "dist") and args.kl_direction == "reverse":
+            parser.error(f"argument --kl-direction: {args.distillation_loss} has no direction to reverse, kd and lskd have")
         if args.fresh_teacher and args.teacher_checkpoint:
             parser.error("argument --fresh-teacher: no teacher is trained where --teacher-checkpoint gives one")
         if args.cutmix_alpha and roles[0][1] != roles[1][1]:
@@ -567,6 +572,8 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
             count += 1
             finite = measured.pop("finite")
             bad_step = torch.where((bad_step < 0) & ~finite, count, bad_step)
+            if scaled:  # a step that the scaler skips may have no finite loss to add up
+                measured = {name: torch.nan_to_num(value, 0.0, 0.0, 0.0) for name, value in measured.items()}
             measured["skipped"] = (~finite).float()
             for name, value in measured.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -691,7 +698,7 @@ HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_l
 def teacher_args(args):
     """The settings of the teacher's own fine-tuning, under the names that `train` reads."""
     own = {name: value for name, value in vars(args).items()
-           if name not in ("student_model", "student_weights", "temperature", "alpha", "kl_direction", *TEACHER_ONLY)}
+           if name not in ("student_model", "student_weights", "distillation_loss", "temperature", "alpha", "kl_direction", *TEACHER_ONLY)}
     own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate, "teacher_image_size": None,
             "image_size": args.teacher_image_size or args.image_size, "fresh": args.fresh_teacher, "seeds": None}
     return argparse.Namespace(**own)

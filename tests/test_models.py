@@ -101,6 +101,56 @@ def test_gradient_keeps_its_scale_between_temperatures(batch):
     assert 0.5 < norms[0] / norms[1] < 2
 
 
+def reference_dkd(student, teacher, labels, temperature, beta=8.0):
+    """Zhao et al. 2022, equations 6 and 7, image by image in float64."""
+    total = 0.0
+    for p, q, t in zip(softmax64(teacher, temperature), softmax64(student, temperature), labels.tolist()):
+        tckd = p[t] * np.log(p[t] / q[t]) + (1 - p[t]) * np.log((1 - p[t]) / (1 - q[t]))
+        others = [i for i in range(len(p)) if i != t]
+        nckd = sum(p[i] / (1 - p[t]) * np.log(p[i] / (1 - p[t]) / (q[i] / (1 - q[t]))) for i in others)
+        total += tckd + beta * nckd
+    return temperature**2 * total / len(labels)
+
+
+def reference_dist(student, teacher, labels, temperature):
+    """Huang et al. 2022, equations 6 to 9, with numpy's correlation coefficient in float64."""
+    q, p = softmax64(student, temperature), softmax64(teacher, temperature)
+    inter = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p)])
+    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T)])
+    return temperature**2 * (inter + intra)
+
+
+def reference_lskd(student, teacher, labels, temperature):
+    """Sun et al. 2024, algorithm 1: the z-score of the logits, then KL(teacher || student) at T, in float64."""
+    def z(logits):
+        logits = logits.double()
+        return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True)
+    p, q = softmax64(z(teacher), temperature), softmax64(z(student), temperature)
+    return temperature**2 * (p * np.log(p / q)).sum(1).mean()
+
+
+@pytest.mark.parametrize("loss, reference", [("dkd", reference_dkd), ("dist", reference_dist), ("lskd", reference_lskd)])
+@pytest.mark.parametrize("temperature", [1, 4])
+def test_other_losses_agree_with_float64_references(batch, loss, reference, temperature):
+    parts = models.distillation_loss(*batch, temperature, 0.7, loss=loss)
+    assert parts["kd_loss"].item() == pytest.approx(reference(*batch, temperature), rel=1e-5)
+    assert parts["loss"].item() == pytest.approx(0.7 * parts["kd_loss"].item() + 0.3 * parts["ce_loss"].item(), rel=1e-5)
+    student, teacher, labels = batch
+    assert abs(models.distillation_loss(teacher, teacher, labels, temperature, 0.7, loss=loss)["kd_loss"].item()) < 1e-4
+    large = (student.sign() * 100).half().requires_grad_()
+    models.distillation_loss(large, teacher.requires_grad_(), labels, temperature, 0.7, loss=loss)["loss"].backward()
+    assert torch.isfinite(large.grad).all() and teacher.grad is None
+
+
+def test_dkd_with_beta_of_the_teachers_doubt_is_kd(batch):
+    """The paper's equation 5: KD = TCKD + (1 - p_t) NCKD, image by image."""
+    for i in range(4):
+        student, teacher, labels = (tensor[i:i + 1] for tensor in batch)
+        doubt = 1 - torch.softmax(teacher / 4, 1)[0, labels[0]].item()
+        assert models.dkd_loss(student, teacher, labels, 4, beta=doubt).item() == pytest.approx(
+            models.kd_loss(student, teacher, 4).item(), rel=1e-4)
+
+
 def test_label_smoothing_and_soft_labels(batch):
     student, teacher, labels = batch
     hard = models.distillation_loss(student, teacher, labels, 4, 0.5, label_smoothing=0.1)
