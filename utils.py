@@ -579,7 +579,7 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
                 sums[name] = sums[name] + value if name in sums else value
             bar.update()
             now = time.perf_counter()
-            if not bar.disable and now - shown > 0.3:
+            if now - shown > (5 if bar.disable else 0.3):  # also without a bar: a run that diverged should not go on for hours
                 shown, values = now, read()
                 accuracy = f"acc {values['correct'] / loader.batch_size:.1%}, " if "correct" in values else ""
                 memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB" if device.type == "cuda" else ""

@@ -94,6 +94,15 @@ def test_signals_save_and_say_how_to_go_on(tmp_path, number, code):
     assert progress["step"] > 0 or progress["epoch"] > 0
 
 
+def test_second_ctrl_c_stops_at_once(monkeypatch):
+    monkeypatch.setattr(utils, "_can_save", True)
+    utils._on_signal(signal.SIGINT, None)
+    assert utils._signal_code == 130
+    with pytest.raises(SystemExit) as stop:
+        utils._on_signal(signal.SIGINT, None)
+    assert stop.value.code == 130
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
 def test_ctrl_c_in_a_terminal_reaches_data_workers_too(tmp_path):
     """The whole process group gets the signal; the workers leave it to the training process, which saves."""
@@ -189,6 +198,13 @@ def test_full_disk_ends_with_one_message_and_the_last_good_checkpoint(small_disk
     process.communicate()
 
 
+def test_read_only_folder(small_disk):
+    ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(small_disk), b"tmpfs", 32 | 1, b"")  # MS_REMOUNT | MS_RDONLY
+    process = start(small_disk, "--num-epochs", "1")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Read-only file system" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flag", ["--checkpoint-dir", "--results-dir"])
 def test_file_in_place_of_a_folder(tmp_path, flag):
     (tmp_path / "file").write_text("")
@@ -224,18 +240,18 @@ def test_diverging_run_keeps_what_was_saved(tmp_path):
         assert all(torch.isfinite(value).all() for value in weights.values())
 
 
-@pytest.mark.cuda
-def test_skipped_fp16_steps_are_counted_and_are_no_divergence(arguments):
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_skipped_fp16_steps_are_counted_and_are_no_divergence(arguments, name):
     args = arguments("baseline")
-    args.amp_dtype, device = "fp16", torch.device("cuda")
+    args.amp_dtype, device = "fp16", torch.device(name)
     model = models.build_model("test_efficientnet", 10).to(device)
     state = utils.new_state(model, 20, args)
-    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**40})  # overflows at first, then settles
+    state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 2.0**26})  # overflows at first, then settles
     data = data_loader.open_dataset(args)
     info = models.describe("baseline", model, "test_efficientnet", data, args)
     loader = data_loader.training_loader(data, info, args, device)
     row = utils.train_one_epoch(state, utils.training_step(state, objective, args), loader, utils.new_progress(), None, 10)
-    assert 0 < row["skipped_steps"] < 20 and all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert 0 < row["skipped_steps"] < 20 and math.isfinite(row["train_loss"]) and all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 # Reproducible -----------------------------------------------------------------------------------------------------
