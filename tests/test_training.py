@@ -194,6 +194,13 @@ def test_stopped_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, cap
     def forget(rows):
         return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_second")} for row in rows]
 
+    build_model = models.build_model
+
+    def with_dropout(*args):
+        model = build_model(*args)
+        model.drop_rate = 0.3  # timm's head reads it: torch's random state must go on as well
+        return model
+    monkeypatch.setattr(models, "build_model", with_dropout)
     folder = run("baseline", *flags)
     whole, history = weights(folder / "baseline"), utils.load_file(folder / "baseline" / "last.pth")["progress"]["history"]
 

@@ -390,3 +390,17 @@ def test_students_on_other_data_are_no_rivals(arguments, odd):
 @pytest.mark.parametrize("seconds, text", [(45, "45 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_durations_read_well(seconds, text):
     assert utils.duration(seconds) == text
+
+
+def test_best_epoch_is_kept_by_validation_accuracy_the_earlier_of_equals(arguments):
+    args = arguments("baseline")
+    info = {"format_version": utils.FORMAT_VERSION, "run": "baseline", "config": vars(args), "model_name": "m", "split_fingerprint": "f"}
+    model = models.build_model("test_efficientnet", 10)
+    state, progress = utils.new_state(model, 2, args), utils.new_progress()
+    for epoch, accuracy in enumerate((0.5, 0.7, 0.7, 0.6), 1):
+        row = dict.fromkeys(utils.HISTORY, 0.0) | {"epoch": epoch, "val_accuracy": accuracy, "val_seconds": 1.0}
+        utils.finish_epoch(state, progress, row, info, args)
+    kept = utils.load_file(utils.run_folder("baseline", args) / "best_model.pth")
+    assert (kept["epoch"], kept["val_accuracy"]) == (2, 0.7)
+    last = utils.load_file(utils.run_folder("baseline", args) / "last.pth")
+    assert last["progress"]["epoch"] == 4 and last["progress"]["history"][0]["seconds"] == 1.0
