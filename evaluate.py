@@ -155,7 +155,8 @@ def open_test_images(info, args):
 
 def open_validation_images(info, args):
     """(validation images of the students' split, None), or (None, why they cannot be had); for temperature scaling alone."""
-    settings = argparse.Namespace(**{**info["config"], "dataset_dir": args.dataset_dir, "data_dir": args.data_dir})
+    settings = argparse.Namespace(**{**info["config"], "dataset_dir": args.dataset_dir, "data_dir": args.data_dir,
+                                     "batch_size": 1, "accumulate_steps": 1, "augmentation": "auto"})  # nothing is trained
     try:
         data = data_loader.open_dataset(settings)
     except utils.UserError as error:

@@ -171,6 +171,18 @@ def test_seeds_of_one_run_alone_name_the_command_for_the_other(trained, tmp_path
         run_again(tmp_path, tmp_path / "r", monkeypatch)
 
 
+def test_checkpoint_of_before_a_setting_came_is_read(trained, tmp_path, monkeypatch):
+    """Settings are added as the project grows; only those of the split are needed again."""
+    shutil.copytree(trained / "c", tmp_path / "c")
+    path = tmp_path / "c" / "quick" / "distilled" / "best_model.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    needed = {"dataset_name", "dataset_dir", "val_fraction", "split_seed", "seed"}
+    torch.save({**checkpoint, "config": {name: value for name, value in checkpoint["config"].items() if name in needed}}, path)
+    results = run_again(tmp_path, tmp_path / "r", monkeypatch)
+    numbers = json.loads((results / "comparison.json").read_text(encoding="utf-8"))
+    assert numbers["models"]["distilled"]["calibration_scaled"]["temperature"] > 0
+
+
 def test_last_pth_is_no_model(trained, tmp_path, monkeypatch):
     with pytest.raises(utils.UserError, match="last.pth holds no model"):
         run_again(trained, tmp_path / "r", monkeypatch, "--baseline-checkpoint", str(trained / "c" / "quick" / "baseline" / "last.pth"))
