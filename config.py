@@ -49,6 +49,7 @@ EMA_DECAY = 0.0                   # average of the weights, 0.999 say, used for 
 SEED = 42                         # weights of the new classifier head, order of images, augmentation
 DEVICE = "auto"                   # auto, cuda, mps, cpu; auto takes the first there is
 DETERMINISTIC = False             # bit-identical runs on CUDA too, slower; on CPUs runs always are
+CUDA_GRAPH = False                # capture the step on NVIDIA GPUs, faster at small batches; off, for it was never run on one
 SAVE_MINUTES = 10.0               # minutes between saves within an epoch, above 0; each epoch ends with one anyway
 AMP_DTYPE = "auto"                # auto, bf16, fp16, fp32; auto: on CUDA bf16 or else fp16, fp32 elsewhere
 CHECKPOINT_DIR = "checkpoints"

@@ -305,6 +305,12 @@ def resample(images, boxes, flip, size, interpolation, margin=0):
     top, left, height, width = boxes.unbind(1)
     rows = resize_matrix(top, height, images.shape[2], size, interpolation, margin)  # (B, size, H)
     columns = resize_matrix(left, width, images.shape[3], size, interpolation, margin)
+    return resize(images, rows, columns, flip)
+
+
+def resize(images, rows, columns, flip):
+    """images (B, 3, H, W) times the matrices rows (B, S, H) and columns (B, S, W), mirrored where flip (B,), clipped to [0, 1]
+    as PIL clips: (B, 3, S, S) in channels_last."""
     columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     narrow = (images @ columns.transpose(1, 2)[:, None]).clamp_(0, 1)  # PIL clips between its two passes too
     return (rows[:, None] @ narrow).clamp_(0, 1).contiguous(memory_format=torch.channels_last)
@@ -424,6 +430,13 @@ class Loader:
                 Photographs(images, self.side, crop), batch_sampler=self.batches, num_workers=num_workers,
                 pin_memory=device.type == "cuda", persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_the_parent)
 
+        self.shifts = {}  # by output size, the matrices of whole images shifted by whole pixels: few, so made once
+        if augmentation in ("crop", "flip_crop"):
+            margin = crop_margin(self.side)
+            starts = torch.arange(-margin, margin + 1.0, device=device)
+            self.shifts = {size: resize_matrix(starts, torch.full_like(starts, self.side), self.side, size, interpolation, margin)
+                           for size in (self.size, self.teacher_size)}
+
     def __len__(self):
         count = len(self.labels)
         return count // self.batch_size if self.seed is not None else math.ceil(count / self.batch_size)
@@ -456,9 +469,7 @@ class Loader:
             box = boxes[at]
             if self.augmentation == "resized_crop":
                 box = resized_boxes(box, aspect, self.side)
-            views = [resample(images, box, flips[at], size, self.interpolation,
-                              crop_margin(self.side) if "crop" in self.augmentation else 0)
-                     for size in dict.fromkeys((self.size, self.teacher_size))]
+            views = [self._view(images, box, flips[at], size) for size in dict.fromkeys((self.size, self.teacher_size))]
             labels = self.labels[chosen]
             if self.mixup:
                 for i, view in enumerate(views):
@@ -466,6 +477,13 @@ class Loader:
                     views[i], mixed = self.mixup(view, labels)
                 labels = mixed
             yield views[0] if len(views) == 1 else tuple(views), labels
+
+    def _view(self, images, boxes, flip, size):
+        """What `resample` makes of the images at `size`, with matrices made beforehand where there are some."""
+        if size not in self.shifts:
+            return resample(images, boxes, flip, size, self.interpolation)
+        rows, columns = (self.shifts[size][boxes[:, axis].long() + crop_margin(self.side)] for axis in (0, 1))
+        return resize(images, rows, columns, flip)
 
     def _decoded(self, batches):
         """For each batch of indices: (indices, uint8 pixels (B, 3, H, W), aspect (B,)), the first and last on the device."""

@@ -572,6 +572,7 @@ def write_figures(entries, labels, val_labels, test, numbers, results):
     seaborn.set_theme(style="whitegrid", context="paper", rc={"hatch.linewidth": 0.8})
     names = entries["baseline"][0].info["class_names"]
     figures = [("training_curves", curves_figure(entries)), ("accuracy_comparison", accuracy_figure(numbers)),
+               ("distillation_diagnostics", diagnostics_figure(entries)),
                ("reliability_diagram", reliability_figure(entries, labels, val_labels)), ("class_changes", changes_figure(numbers)),
                ("gallery", gallery_figure(entries, labels, test, names))]
     confusion = {run: confusions(group, labels) for run, group in entries.items()}
@@ -601,6 +602,32 @@ def curves_figure(entries):
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.lines:
             axis.legend()
+    return figure
+
+
+def diagnostics_figure(entries):
+    """Why the teacher helped or not, on the training images as augmented, a line a seed: cross-entropy of both students, the
+    distilled student's soft part, how sure each model was, and how often right. The teacher is drawn as it taught, frozen."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
+    panels = {"Cross-entropy with the labels": ("nats", {"baseline": "ce_loss", "distilled": "ce_loss"}),
+              "Distance to the teacher, the soft part of the loss": ("unweighted", {"distilled": "kd_loss"}),
+              "Entropy of the predictions, at T = 1": ("nats", {"baseline": "entropy", "distilled": "entropy", "teacher": "teacher_entropy"}),
+              "Accuracy": ("%", {"baseline": "train_accuracy", "distilled": "train_accuracy", "teacher": "teacher_accuracy"})}
+    for axis, (title, (unit, columns)) in zip(axes.flat, panels.items()):
+        for run, column in columns.items():
+            label = LABELS[run]
+            for entry in entries["distilled" if run == "teacher" else run]:
+                rows = [row for row in entry.history if row.get(column) is not None]  # older histories lack some
+                if rows:
+                    axis.plot([row["epoch"] for row in rows], [row[column] * (100 if unit == "%" else 1) for row in rows],
+                              color=COLOURS[run], linestyle=STYLES[run][0], label=label)
+                    label = None
+        axis.set(title=title, xlabel="epoch", ylabel=unit)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        if axis.lines:
+            axis.legend()
+    figure.suptitle("On the training images, as augmented")
     return figure
 
 

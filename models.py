@@ -145,14 +145,15 @@ def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
     TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the others alone, both
     KL(teacher || student); labels (B,) int64. beta = 8 is the paper's for most CIFAR-100 pairs, its alpha is 1.
     """
-    true = F.one_hot(labels, student_logits.shape[1]).bool()
+    true = labels[:, None]
+    others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
+    others = others + (others >= true)  # (B, C - 1); a boolean mask would wait for the device
 
     def shares(logits):
         logits = logits.float() / temperature
         log_p = F.log_softmax(logits, 1)
-        binary = torch.stack([log_p[true], log_p.masked_fill(true, -torch.inf).logsumexp(1)], 1)
-        others = F.log_softmax(logits[~true].view(len(logits), -1), 1)
-        return binary, others
+        binary = torch.cat([log_p.gather(1, true), log_p.gather(1, others).logsumexp(1, keepdim=True)], 1)
+        return binary, F.log_softmax(logits.gather(1, others), 1)
     parts = [F.kl_div(student, teacher, reduction="batchmean", log_target=True)
              for student, teacher in zip(shares(student_logits), shares(teacher_logits.detach()))]
     return temperature**2 * (parts[0] + beta * parts[1])
@@ -174,7 +175,8 @@ def dist_loss(student_logits, teacher_logits, temperature):
 def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha, direction="forward", label_smoothing=0.0, loss="kd"):
     """alpha * soft + (1 - alpha) * cross-entropy, as a dict of its 0-d parts: loss, ce_loss, kd_loss (soft, unweighted).
 
-    `loss` names the soft part: kd, dkd, dist or lskd. Logits (B, C); alpha weighs and temperature softens in all of them alike.
+    `loss` names the soft part: kd, dkd, dist or lskd. Logits (B, C). alpha weighs and temperature softens in all of them, but each
+    has a scale of its own: lskd's temperature divides standardised logits, dkd's other classes count eightfold, dist ends at 4 T^2.
     """
     ce = cross_entropy(student_logits, labels, label_smoothing)
     if loss == "dkd":

@@ -38,11 +38,12 @@ def main():
 
 
 def distill(teacher, images, logits, labels, args):
-    """The student's objective: what it shares with `teacher` on the same pictures, and the labels."""
+    """The student's objective: what it shares with `teacher` on the same pictures, and the labels; how the teacher did."""
     with torch.no_grad():
         teacher_logits = utils.forward(teacher, images[1] if isinstance(images, tuple) else images)
-    return models.distillation_loss(logits, teacher_logits, labels, args.temperature, args.alpha, args.kl_direction,
-                                    args.label_smoothing, args.distillation_loss)
+    measured = models.distillation_loss(logits, teacher_logits, labels, args.temperature, args.alpha, args.kl_direction,
+                                        args.label_smoothing, args.distillation_loss)
+    return measured | {f"teacher_{name}": value for name, value in utils.diagnose(teacher_logits, labels).items()}
 
 
 def find_teacher(args, data):

@@ -9,6 +9,7 @@ import copy
 import csv
 import difflib
 import errno
+import functools
 import hashlib
 import io
 import math
@@ -161,6 +162,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "SEED": (BOTH, integer(0, MAX_SEED), "seed of initial weights, order and augmentation"),
     "DEVICE": (ALL, choice("auto", "cuda", "mps", "cpu"), "device: auto, cuda, mps or cpu"),
     "DETERMINISTIC": (BOTH, None, "bit-identical runs on CUDA too, at a cost in speed; CPU runs always are"),
+    "CUDA_GRAPH": (BOTH, None, "capture the training step as a CUDA graph, faster at small batches on an NVIDIA GPU; not yet run on one"),
     "SAVE_MINUTES": (BOTH, number(0, low_allowed=False), "minutes between saves of the state within an epoch"),
     "AMP_DTYPE": (BOTH, choice("auto", "bf16", "fp16", "fp32"), "precision: auto, bf16, fp16 or fp32"),
     "CHECKPOINT_DIR": (ALL, path, "folder of the checkpoints"),
@@ -169,7 +171,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
 OPTIONAL = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS", "TEACHER_CHECKPOINT"}  # may be None
 # Settings that do not change what a run computes, so that a run goes on when they change.
 NEUTRAL = {"dataset_dir", "data_dir", "num_workers", "device", "checkpoint_dir", "results_dir", "quick", "fresh",
-           "fresh_teacher", "seeds", "save_minutes"}
+           "fresh_teacher", "seeds", "save_minutes", "cuda_graph"}
 # Settings that matter to a distilled student through its teacher alone.
 TEACHER_ONLY = {"teacher_model", "teacher_weights", "teacher_checkpoint", "teacher_epochs", "teacher_learning_rate"}
 
@@ -362,6 +364,8 @@ def setup(args):
         torch.use_deterministic_algorithms(True)
     elif name == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change within a pass
+    if getattr(args, "cuda_graph", False) and name != "cuda":
+        print("cuda graph: only on NVIDIA GPUs; training goes on without")
     slow = ""
     if name == "cpu":
         windows = " (the default torch for Windows has no CUDA: see README, Troubleshooting)" if os.name == "nt" else ""
@@ -442,13 +446,24 @@ def forward(model, images):
     return model((images - model.pixel_mean) / model.pixel_std)
 
 
+def diagnose(logits, labels):
+    """How sure a model is and how often right on a batch: "entropy", the mean in nats of its softmax, and "accuracy" (absent
+    for mixed labels), 0-d tensors. Logits (B, C), labels (B,) or, mixed, (B, C)."""
+    log_probabilities = torch.log_softmax(logits.detach().float(), 1)
+    measured = {"entropy": -(log_probabilities.exp() * log_probabilities).sum(1).mean()}
+    if labels.ndim == 1:
+        measured["accuracy"] = (logits.detach().argmax(1) == labels).float().mean()
+    return measured
+
+
 def training_step(state, objective, args):
     """The function `step(images, labels)` that makes one update and returns what it measured, all on the device.
 
     images (B, 3, H, W) in [0, 1], or a pair of such: the student's and the teacher's size of the same pictures;
-    labels (B,) int64 or, mixed, (B, C) floats. They go through the model in args.accumulate_steps parts. Returns a dict of 0-d tensors: what `objective` returns, "loss" among
-    it, "correct", the number of right predictions (absent for mixed labels), and "finite", whether loss and gradient were.
-    From the first step on that is not finite, no update is made; under fp16 the scaler skips just the steps it must.
+    labels (B,) int64 or, mixed, (B, C) floats. They go through the model in args.accumulate_steps parts. Returns a dict
+    of 0-d tensors, which the next step may overwrite: what `objective` returns, "loss" among it, what `diagnose` says of
+    the model, and "finite", whether loss and gradient were. From the first step on that is not finite, no update is made;
+    under fp16 the scaler skips just the steps it must. With args.cuda_graph the step is a `captured` one.
     """
     device, parameters = state.model.pixel_mean.device, list(state.model.parameters())
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[args.amp_dtype]
@@ -460,19 +475,13 @@ def training_step(state, objective, args):
         with torch.autocast(device.type, precision, enabled=precision is not None):
             logits = forward(state.model, student_images)
             measured = objective(images, logits, labels)
-        measured = {name: value / args.accumulate_steps for name, value in measured.items()}
+        measured = {name: value / args.accumulate_steps for name, value in (measured | diagnose(logits, labels)).items()}
         state.scaler.scale(measured["loss"]).backward()
-        measured = {name: value.detach() for name, value in measured.items()}
-        if labels.ndim == 1:
-            measured["correct"] = (logits.detach().argmax(1) == labels).sum().float()
-        return measured
+        return {name: value.detach() for name, value in measured.items()}
 
-    def step(images, labels):
+    def update(images, labels):
         state.optimizer.zero_grad(set_to_none=True)
-        try:
-            parts = [backward(*part) for part in split(images, labels, args.accumulate_steps)]
-        except torch.OutOfMemoryError:
-            raise UserError(out_of_memory(args, device)) from None
+        parts = [backward(*part) for part in split(images, labels, args.accumulate_steps)]
         measured = {name: sum(part[name] for part in parts) for name in parts[0]}
         state.scaler.unscale_(state.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
@@ -483,7 +492,94 @@ def training_step(state, objective, args):
         state.scaler.step(state.optimizer)
         state.scaler.update()
         return {**measured, "finite": finite}
+
+    if args.cuda_graph and device.type == "cuda":
+        update = captured(update, state.optimizer, state.scaler)
+
+    def step(images, labels):
+        try:
+            return update(images, labels)
+        except torch.OutOfMemoryError:
+            raise UserError(out_of_memory(args, device)) from None
     return step
+
+
+GRAPH_WARM_UP = 3  # eager steps before the capture, in which cuDNN chooses its kernels and the optimizer makes its state
+
+
+def captured(update, optimizer, scaler):
+    """The training step `update(images, labels)` as a CUDA graph: some thousand kernels that start with one call.
+
+    The first GRAPH_WARM_UP calls are ordinary steps, on a side stream as graphs want it; the next one captures the step,
+    which computes nothing, and every call from then on copies its batch into the graph's own and replays it. So no state
+    needs restoring. The learning rate is a tensor that each step reads, filled with what the scheduler gave the
+    optimizer. Batches must keep their shape; the memory of a step stays reserved. Where the capture fails, training goes
+    on with `update` itself. Raises UserError where torch cannot.
+    """
+    calls, graph, batch, measured = 0, None, None, None
+    learning_rate = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
+
+    @contextlib.contextmanager
+    def learning_rate_on_the_device():
+        before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+        learning_rate.fill_(before[0][0])
+        for group in optimizer.param_groups:
+            group.update(lr=learning_rate, capturable=True)
+        try:
+            yield
+        finally:
+            for group, (lr, capturable) in zip(optimizer.param_groups, before):
+                group.update(lr=lr, capturable=capturable)
+
+    def capture(images, labels):
+        nonlocal graph, batch, measured
+        batch = [tensor.clone() for tensor in tensors_of(images, labels)]
+        optimizer.zero_grad(set_to_none=True)  # so that the gradients are the graph's own
+        try:
+            new = torch.cuda.CUDAGraph()
+            # thread_local: the threads that pin photographs' memory meanwhile are no part of it
+            with learning_rate_on_the_device(), torch.cuda.graph(new, stream=side_stream(), capture_error_mode="thread_local"):
+                measured = update(tuple(batch[:-1]) if len(batch) > 2 else batch[0], batch[-1])
+            graph = new
+        except RuntimeError as error:
+            message = f"cuda graph: the step could not be captured ({first_line(error.__context__ or error)})"
+            try:
+                torch.cuda.empty_cache()
+            except RuntimeError:  # before about torch 2.13 a failed capture never ends
+                raise UserError(f"{message}, and this torch cannot go on after that; use --no-cuda-graph") from None
+            if scaler.is_enabled():
+                scaler.update(scaler.get_scale())  # forgets the step that was not finished
+            print(f"{message}; training goes on without")
+
+    def step(images, labels):
+        nonlocal calls
+        calls += 1
+        if calls <= GRAPH_WARM_UP:
+            side_stream().wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side_stream()), learning_rate_on_the_device():
+                done = update(images, labels)
+            torch.cuda.current_stream().wait_stream(side_stream())
+            return done
+        if calls == GRAPH_WARM_UP + 1:
+            capture(images, labels)
+        if graph is None:
+            return update(images, labels)
+        for kept, tensor in zip(batch, tensors_of(images, labels)):
+            kept.copy_(tensor)
+        learning_rate.fill_(optimizer.param_groups[0]["lr"])
+        graph.replay()
+        return dict(measured)
+    return step
+
+
+@functools.cache
+def side_stream():
+    """One for all captures, since memory that was used on one stream is not given to another."""
+    return torch.cuda.Stream()
+
+
+def tensors_of(images, labels):
+    return [*images, labels] if isinstance(images, tuple) else [images, labels]
 
 
 def split(images, labels, parts):
@@ -502,7 +598,7 @@ def out_of_memory(args, device):
 
 
 def rehearse(model, objective, loader, info, args):
-    """Make three full-size steps on a copy of `model`, throw them away, and print how long the run will take.
+    """Make a few full-size steps on a copy of `model`, throw them away, and print how long the run will take.
 
     So that too little memory shows in the first minute, and a run's length before it is spent.
     """
@@ -510,7 +606,7 @@ def rehearse(model, objective, loader, info, args):
     step = training_step(state, objective, args)
     images, labels = next(loader.epoch(0))
     with torch.random.fork_rng(devices=[model.pixel_mean.device] if model.pixel_mean.is_cuda else []):
-        for _ in range(3):
+        for _ in range(3 + GRAPH_WARM_UP * (args.cuda_graph and model.pixel_mean.is_cuda)):
             start = time.perf_counter()
             try:
                 float(step(images, labels)["loss"])  # waits for the device
@@ -576,12 +672,13 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
                 measured = {name: torch.nan_to_num(value, 0.0, 0.0, 0.0) for name, value in measured.items()}
             measured["skipped"] = (~finite).float()
             for name, value in measured.items():
-                sums[name] = sums[name] + value if name in sums else value
+                # A new tensor, since the next step may overwrite value; unknown where a save of an older version lacks it.
+                sums[name] = sums.get(name, math.nan if start_step else 0.0) + value
             bar.update()
             now = time.perf_counter()
             if now - shown > (5 if bar.disable else 0.3):  # also without a bar: a run that diverged should not go on for hours
                 shown, values = now, read()
-                accuracy = f"acc {values['correct'] / loader.batch_size:.1%}, " if "correct" in values else ""
+                accuracy = f"acc {values['accuracy']:.1%}, " if "accuracy" in values else ""
                 memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB" if device.type == "cuda" else ""
                 speed = (count - start_step) * loader.batch_size / (now - start)
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {accuracy}{speed:.0f} images/s{memory}", refresh=False)
@@ -598,7 +695,8 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
     seconds = time.perf_counter() - start
     return {
         "epoch": epoch + 1, "train_loss": values["loss"], "ce_loss": values["ce_loss"], "kd_loss": values.get("kd_loss"),
-        "train_accuracy": values["correct"] / loader.batch_size if "correct" in values else None, "learning_rate": learning_rate,
+        "train_accuracy": values.get("accuracy"), "learning_rate": learning_rate,
+        **{name: values.get(name) for name in ("entropy", "teacher_entropy", "teacher_accuracy")},
         "skipped_steps": round(values["skipped"] * count),
         "images_per_second": (count - start_step) * loader.batch_size / seconds if count > start_step else None,
         "seconds": seconds_before + seconds, "peak_memory_mb": peak_memory_mb(device),
@@ -692,7 +790,7 @@ def load_file(target):
 # A run's folder -------------------------------------------------------------------------------------------------
 
 HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate",
-           "images_per_second", "seconds", "peak_memory_mb", "skipped_steps")
+           "images_per_second", "seconds", "peak_memory_mb", "skipped_steps", "entropy", "teacher_entropy", "teacher_accuracy")
 
 
 def teacher_args(args):

@@ -2,13 +2,14 @@
 
     python tests/benchmark_training.py                                   # EfficientNet-B0, B2 as teacher, 224 px, batch 16
     python tests/benchmark_training.py --image-size 32 --batch-size 128 --json FILE
+    python tests/benchmark_training.py --cuda-graph                      # (b) with its step recorded too
 
 Three loops take turns, so that a machine that slows down slows them all; medians over the rounds:
 
 (a) plain: what people write: torchvision's PIL transforms, a DataLoader with its best number of workers, NCHW, autocast,
     `.item()` in every step;
 (b) project: this project's loader, step and pass, as the training scripts run them;
-(c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already there.
+(c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already there, on a GPU as a CUDA graph.
 
 Each for cross-entropy (CE) and for distillation (KD). Images are upscaled from 32 px to --image-size.
 """
@@ -93,7 +94,7 @@ def settings_of(args, distil):
     flags = ["--student-model", args.model, "--no-pretrained", "--image-size", str(args.image_size), "--batch-size", str(args.batch_size),
              "--learning-rate", "1e-4", "--num-epochs", "1000"]
     settings = utils.parse_args("distillation" if distil else "baseline", "", flags + ["--teacher-model", args.teacher] * distil)
-    settings.amp_dtype = args.amp_dtype
+    settings.amp_dtype, settings.cuda_graph = args.amp_dtype, args.cuda_graph
     return settings
 
 
@@ -126,28 +127,53 @@ def project_loop(args, device, pixels, labels, distil):
     return run
 
 
+def recorded(step):
+    """`step` as a CUDA graph, as https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture has it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the DataLoaders of (a) have threads
+        loss = step()
+
+    def replay():
+        graph.replay()
+        return loss
+    return replay
+
+
 def ceiling_loop(args, device, distil):
     """(c): a function that makes as many steps on one resident batch, nothing else, and returns its images/s."""
     settings = settings_of(args, distil)
     student = models.build_model(args.model, CLASSES).to(device).train()
-    objective = objective_of(args, settings, distil, device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device)) if distil else None
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True, capturable=device.type == "cuda")
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, CLASSES, (args.batch_size,), device=device)
 
     def step():
         with autocast(device, args.amp_dtype):
-            loss = objective(images, student(images), labels)["loss"]
+            logits = student(images)
+            if distil:
+                with torch.no_grad():
+                    teacher_logits = teacher(images)
+                loss = models.distillation_loss(logits, teacher_logits, labels, settings.temperature, settings.alpha)["loss"]
+            else:
+                loss = models.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         return loss
+    replay = recorded(step) if device.type == "cuda" else step
 
     def run():
         start = time.perf_counter()
         for _ in range(args.steps):
-            loss = step()
+            loss = replay()
         float(loss.detach())  # waits for the device
         return args.steps * args.batch_size / (time.perf_counter() - start)
     return run
@@ -164,6 +190,7 @@ def main():
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="numbers of workers to choose the best of for (a)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp-dtype", default="auto")
+    parser.add_argument("--cuda-graph", action="store_true", help="(b) with CUDA_GRAPH on")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     device = utils.setup(args)
@@ -184,7 +211,7 @@ def main():
         rows.append({"loss": "KD" if distil else "CE", **{name: statistics.median(one[name] for one in rounds) for name in loops},
                      "project / plain": statistics.median(one["project"] / one["plain"] for one in rounds),
                      "project / ceiling": statistics.median(one["project"] / one["ceiling"] for one in rounds)})
-    print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, {utils.device_name(device)}, {args.amp_dtype}, "
+    print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, {utils.device_name(device)}, {args.amp_dtype}{', CUDA graph' * (args.cuda_graph and device.type == 'cuda')}, "
           f"torch {torch.__version__}; (a) with {max(warm, key=warm.get)} workers; images/s, medians of {args.rounds} rounds of {args.steps} steps")
     print("| loss | (a) plain | (b) project | (c) ceiling | b/a | b/c |\n| --- | --- | --- | --- | --- | --- |")
     for row in rows:

@@ -4,6 +4,7 @@
 """
 import hashlib
 import io
+import itertools
 import pickle
 import socket
 import struct
@@ -20,7 +21,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 import data_loader
@@ -170,6 +171,37 @@ def test_mixing_is_timms_and_follows_the_seed(arguments):
     share = labels[(hard != hard.flip(0)).nonzero()[0], hard[(hard != hard.flip(0)).nonzero()[0]]]
     torch.testing.assert_close(images, share * unmixed + (1 - share) * unmixed.flip(0), rtol=1e-4, atol=1e-5)
     assert torch.equal(images, list(loader.epoch(0))[2][0])
+
+
+@pytest.mark.parametrize("augmentation", ["crop", "flip_crop"])
+def test_training_images_are_pils_shifts_and_mirrors(augmentation):
+    """Every training image is one of the shifts and mirrors that PIL makes of its source, within 1.5/255; all kinds occur."""
+    pixels = torch.randint(0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    part = data_loader.Images(pixels, None, torch.arange(16), [])  # the label says which image it was
+    loader = data_loader.Loader(part, CPU, 64, "bicubic", batch_size=16, seed=0, augmentation=augmentation)
+    (images, labels), found = next(loader.epoch(0)), set()
+    for image, label in zip(images, labels):
+        padded = ImageOps.expand(Image.fromarray(pixels[label].permute(1, 2, 0).numpy()), 4)
+        errors = {}
+        for top, left, flip in itertools.product(range(9), range(9), (False, True)):
+            crop = padded.crop((left, top, left + 32, top + 32)).resize((64, 64), Image.Resampling.BICUBIC)
+            crop = np.asarray(ImageOps.mirror(crop) if flip else crop, dtype=np.float32)
+            errors[top, left, flip] = np.abs(crop / 255 - image.permute(1, 2, 0).numpy()).max()
+        best = min(errors, key=errors.get)
+        assert errors[best] < 1.5 / 255
+        found.add(best)
+    assert len({top for top, _, _ in found}) > 4 and len({left - top for top, left, _ in found}) > 4
+    assert {flip for _, _, flip in found} == ({False, True} if augmentation == "flip_crop" else {False})
+
+
+def test_matrices_made_beforehand_are_resamples(arguments):
+    part = data_loader.Images(torch.randint(0, 256, (81, 3, 32, 32), dtype=torch.uint8), None, torch.arange(81), [])
+    loader = data_loader.Loader(part, CPU, 48, "bilinear", batch_size=81, seed=0, augmentation="flip_crop", teacher_image_size=64)
+    shifts = torch.cartesian_prod(torch.arange(-4.0, 5), torch.arange(-4.0, 5))  # every shift there is
+    boxes, flips = torch.cat([shifts, torch.full_like(shifts, 32)], 1), torch.arange(81) % 2 == 0
+    for size in (48, 64):
+        wanted = data_loader.resample(part.pixels / 255, boxes, flips, size, "bilinear", margin=4)
+        assert torch.equal(loader._view(part.pixels / 255, boxes, flips, size), wanted)
 
 
 def test_teacher_sees_the_same_crop_in_more_detail(arguments):

@@ -35,7 +35,7 @@ def test_three_commands(tmp_path):
     checkpoints, results = tmp_path / "with space ü" / "c" / "quick", tmp_path / "with space ü" / "r" / "quick"
     assert {str(path.relative_to(checkpoints)).replace("\\", "/") for path in checkpoints.rglob("*.pth")} == {
         "best_model.pth", *(f"{run}/{name}.pth" for run in ("baseline", "teacher", "distilled") for name in ("best_model", "last"))}
-    figures = ("training_curves", "accuracy_comparison", "reliability_diagram", "class_changes", "gallery",
+    figures = ("training_curves", "distillation_diagnostics", "accuracy_comparison", "reliability_diagram", "class_changes", "gallery",
                "confusion_matrix_baseline", "confusion_matrix_distilled", "confusion_matrix_teacher")
     assert {path.name for path in results.iterdir()} == {
         "comparison_report.txt", "comparison.json", "predictions.npz", *(f"{run}_history.csv" for run in (

@@ -5,6 +5,7 @@
 import json
 import shutil
 import time
+import types
 import tracemalloc
 
 import numpy as np
@@ -80,7 +81,7 @@ def test_numbers_agree_with_an_independent_reading_of_the_checkpoints(trained):
         assert numbers["timings"]["training_hours"][run] > 0
 
 
-FIGURES = ("training_curves", "accuracy_comparison", "reliability_diagram", "class_changes", "gallery",
+FIGURES = ("training_curves", "distillation_diagnostics", "accuracy_comparison", "reliability_diagram", "class_changes", "gallery",
            "confusion_matrix_baseline", "confusion_matrix_distilled", "confusion_matrix_teacher")
 
 
@@ -382,6 +383,27 @@ def test_superclasses_are_cifar100s():
     numbers = evaluate.compare(entries, labels, None)
     assert numbers["superclasses"]["distilled"] == {"errors": 2, "within_superclass": 1}
     assert evaluate.superclass_errors(entries, labels, [f"c{i}" for i in range(100)]) is None
+
+
+def test_diagnostics_figure_shows_the_histories():
+    """Two seeds, one of them from before there were diagnostics, an epoch of it gone on with: what is there is drawn, as it is."""
+    def history(start, *columns):
+        return [{"epoch": i, "ce_loss": start + i, **{name: (start + i) / 100 for name in columns}} for i in (1, 2, 3)]
+    new = history(10, "kd_loss", "entropy", "train_accuracy", "teacher_entropy", "teacher_accuracy")
+    mixed = history(20, "kd_loss", "train_accuracy") + [dict(new[-1], epoch=4)]
+    plain = history(30, "entropy", "train_accuracy")
+    entries = {run: [types.SimpleNamespace(history=rows) for rows in group]
+               for run, group in (("baseline", [plain, []]), ("distilled", [new, mixed]), ("teacher", [plain]))}
+    figure = evaluate.diagnostics_figure(entries)
+    drawn = {axis.get_title(): [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] for axis in figure.axes}
+    labels = {axis.get_title(): [text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes}
+    evaluate.plt.close(figure)
+    assert drawn["Cross-entropy with the labels"] == [([1, 2, 3], [31, 32, 33]), ([1, 2, 3], [11, 12, 13]), ([1, 2, 3, 4], [21, 22, 23, 13])]
+    assert drawn["Distance to the teacher, the soft part of the loss"] == [([1, 2, 3], [.11, .12, .13]), ([1, 2, 3, 4], [.21, .22, .23, .13])]
+    assert drawn["Entropy of the predictions, at T = 1"] == [([1, 2, 3], [.31, .32, .33]), ([1, 2, 3], [.11, .12, .13]), ([4], [.13]),
+                                                             ([1, 2, 3], [.11, .12, .13]), ([4], [.13])]
+    assert drawn["Accuracy"][-2:] == [([1, 2, 3], pytest.approx([11, 12, 13])), ([4], pytest.approx([13]))]
+    assert labels["Accuracy"] == [evaluate.LABELS[run] for run in ("baseline", "distilled", "teacher")]
 
 
 @pytest.mark.parametrize("classes, images", [(100, 10000), (102, 2000)])

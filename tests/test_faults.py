@@ -300,8 +300,9 @@ def test_value_out_of_range_names_the_setting_and_writes_nothing(name, script, v
 
 
 def test_every_constant_is_in_the_table():
-    assert {name for name, _, _ in wrong_values()} == set(utils.SETTINGS) - {"PRETRAINED", "DETERMINISTIC"}
-    assert all(isinstance(getattr(config, name), bool) for name in ("PRETRAINED", "DETERMINISTIC"))
+    booleans = {name for name, (_, parse, _) in utils.SETTINGS.items() if parse is None}
+    assert booleans == {"PRETRAINED", "DETERMINISTIC", "CUDA_GRAPH"} and all(isinstance(getattr(config, name), bool) for name in booleans)
+    assert {name for name, _, _ in wrong_values()} == set(utils.SETTINGS) - booleans
 
 
 @pytest.mark.parametrize("flags", [["--deterministic", "--device", "mps"]])

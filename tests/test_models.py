@@ -142,6 +142,13 @@ def test_other_losses_agree_with_float64_references(batch, loss, reference, temp
     assert torch.isfinite(large.grad).all() and teacher.grad is None
 
 
+def test_reversed_lskd_swaps_the_roles(batch):
+    student, teacher, labels = batch
+    reverse = models.distillation_loss(student, teacher, labels, 2, 0.7, "reverse", loss="lskd")["kd_loss"].item()
+    assert reverse == pytest.approx(reference_lskd(teacher, student, labels, 2), rel=1e-5) and \
+        abs(reverse - reference_lskd(student, teacher, labels, 2)) > 1e-3
+
+
 def test_dkd_with_beta_of_the_teachers_doubt_is_kd(batch):
     """The paper's equation 5: KD = TCKD + (1 - p_t) NCKD, image by image."""
     for i in range(4):

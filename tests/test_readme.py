@@ -8,6 +8,7 @@ import io
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import config
 import data_loader
 import models
 import utils
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -42,17 +43,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(text, folder):
+def run(text, folder, *flags):
     """Run a recipe as a person would: as a script of its own, beside the project's modules."""
     (folder / "recipe.py").write_text(text, encoding="utf-8")
-    done = subprocess.run([sys.executable, "recipe.py"], cwd=folder, capture_output=True, text=True, encoding="utf-8",
+    done = subprocess.run([sys.executable, "recipe.py", *flags], cwd=folder, capture_output=True, text=True, encoding="utf-8",
                           env={**__import__("os").environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "PYTHONUTF8": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_recipes_are_short():
-    assert len(RECIPES) == 6 and all(len(text.strip().splitlines()) <= 10 for text in RECIPES)
+    assert len(RECIPES) == 7 and all(len(text.strip().splitlines()) <= 10 for text in RECIPES)
 
 
 def test_recipe_without_the_project(folder):
@@ -70,6 +71,19 @@ def test_recipes_of_the_explainability_team(folder, package, word, output):
     run(recipe(word), folder)
     with Image.open(folder / output) as image:
         assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_search_recipe(folder):
+    """Two settings of the search on tiny models: run, ranked by validation accuracy, none lost."""
+    train = [str(ROOT / "train_baseline.py"), "--quick", "--student-model", "test_resnet", "--num-epochs", "6", "--checkpoint-dir", "teacher"]
+    assert subprocess.run([sys.executable, *train], cwd=folder, capture_output=True).returncode == 0
+    text = recipe("itertools").replace('"train_distillation.py"', repr(str(ROOT / "train_distillation.py"))).replace("(2, 4, 8), (0.5,", "(4,), (").replace('"3"', '"1"')
+    lines = run(text, folder, "--quick", *TINY, "--teacher-checkpoint", "teacher/quick/baseline/best_model.pth").splitlines()
+    ranked = [re.fullmatch(r"(\d+\.\d\d)%  (.*)", line).groups() for line in lines[-2:]]
+    assert {place for _, place in ranked} == {str(Path("results", "search", f"T4_alpha{alpha}", "quick")) for alpha in (0.7, 0.9)}
+    best = [utils.load_file(folder / place.replace("results", "checkpoints", 1) / "distilled" / "best_model.pth") for _, place in ranked]
+    assert [f"{info['val_accuracy']:.2%}"[:-1] for info in best] == [accuracy for accuracy, _ in ranked]
+    assert best[0]["val_accuracy"] >= best[1]["val_accuracy"]
 
 
 def odd_pictures():

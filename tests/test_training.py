@@ -4,9 +4,11 @@
 """
 import csv
 import inspect
+import math
 import signal
 
 import pytest
+import scipy.stats
 import torch
 
 import data_loader
@@ -74,6 +76,17 @@ def test_distillation_with_alpha_0_is_the_baseline(run):
     assert_equal_weights(weights(folder / "baseline"), weights(folder / "distilled"))
 
 
+def test_diagnosis_of_the_teacher_is_the_teachers(arguments):
+    """At the teacher's own image size, on the student's batch; entropy and accuracy by scipy and by counting."""
+    args, labels = arguments("distillation", "--teacher-image-size", "64"), torch.arange(32) % 10
+    student, teacher = (models.build_model(name, 10).eval() for name in ("test_efficientnet", "test_resnet"))
+    images = torch.rand(32, 3, 32, 32), torch.rand(32, 3, 64, 64)
+    measured = train_distillation.distill(teacher, images, utils.forward(student, images[0]), labels, args)
+    probabilities = utils.forward(teacher, images[1]).detach().double().softmax(1).numpy()
+    assert measured["teacher_entropy"].item() == pytest.approx(scipy.stats.entropy(probabilities, axis=1).mean(), rel=1e-5)
+    assert measured["teacher_accuracy"].item() == (probabilities.argmax(1) == labels.numpy()).mean()
+
+
 def test_outputs_of_a_run(run, tmp_path, capsys):
     folder = run("baseline")
     out = capsys.readouterr().out
@@ -83,9 +96,14 @@ def test_outputs_of_a_run(run, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert list(rows[0]) == ["epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy",
-                             "learning_rate", "images_per_second", "seconds", "peak_memory_mb", "skipped_steps"]
+                             "learning_rate", "images_per_second", "seconds", "peak_memory_mb", "skipped_steps",
+                             "entropy", "teacher_entropy", "teacher_accuracy"]
     parts = [float(rows[0][name]) for name in ("train_loss", "ce_loss", "kd_loss")]
     assert parts[0] == pytest.approx(0.7 * parts[2] + 0.3 * parts[1], rel=1e-4)
+    assert all(0 < float(row[name]) < math.log(10) for row in rows for name in ("entropy", "teacher_entropy"))
+    assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("train_accuracy", "teacher_accuracy"))
+    with open(tmp_path / "r" / "quick" / "baseline_history.csv", encoding="utf-8") as file:
+        assert all(row["entropy"] and not row["teacher_entropy"] and not row["teacher_accuracy"] for row in csv.DictReader(file))
     info = utils.load_file(folder / "distilled" / "best_model.pth")
     teacher = folder / "teacher" / "best_model.pth"
     assert info["teacher"] == {"path": teacher.as_posix(), "sha256": utils.sha256(teacher),
