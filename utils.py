@@ -794,11 +794,16 @@ HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_l
 
 
 def teacher_args(args):
-    """The settings of the teacher's own fine-tuning, under the names that `train` reads."""
+    """The settings of the teacher's own fine-tuning, under the names that `train` reads.
+
+    Its seed is none of the students', so that they see other crops than it did: on the very crops that it was trained
+    with, epoch by epoch, a teacher is surer and more often right than on any others, and says less about the rest.
+    """
     own = {name: value for name, value in vars(args).items()
            if name not in ("student_model", "student_weights", "distillation_loss", "temperature", "alpha", "kl_direction", *TEACHER_ONLY)}
     own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate, "teacher_image_size": None,
-            "image_size": args.teacher_image_size or args.image_size, "fresh": args.fresh_teacher, "seeds": None}
+            "image_size": args.teacher_image_size or args.image_size, "fresh": args.fresh_teacher, "seeds": None,
+            "seed": MAX_SEED - args.seed}
     return argparse.Namespace(**own)
 
 
