@@ -606,28 +606,38 @@ def curves_figure(entries):
 
 
 def diagnostics_figure(entries):
-    """Why the teacher helped or not, on the training images as augmented, a line a seed: cross-entropy of both students, the
-    distilled student's soft part, how sure each model was, and how often right. The teacher is drawn as it taught, frozen."""
+    """Why the teacher helped or not, on the training images as augmented, a line a seed: cross-entropy of both students, both parts
+    of the distilled student's loss with their weights, how sure each model was, and how often right. The teacher is frozen."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
-    panels = {"Cross-entropy with the labels": ("nats", {"baseline": "ce_loss", "distilled": "ce_loss"}),
-              "Distance to the teacher, the soft part of the loss": ("unweighted", {"distilled": "kd_loss"}),
-              "Entropy of the predictions, at T = 1": ("nats", {"baseline": "entropy", "distilled": "entropy", "teacher": "teacher_entropy"}),
-              "Accuracy": ("%", {"baseline": "train_accuracy", "distilled": "train_accuracy", "teacher": "teacher_accuracy"})}
-    for axis, (title, (unit, columns)) in zip(axes.flat, panels.items()):
-        for run, column in columns.items():
-            label = LABELS[run]
-            for entry in entries["distilled" if run == "teacher" else run]:
-                rows = [row for row in entry.history if row.get(column) is not None]  # older histories lack some
-                if rows:
-                    axis.plot([row["epoch"] for row in rows], [row[column] * (100 if unit == "%" else 1) for row in rows],
-                              color=COLOURS[run], linestyle=STYLES[run][0], label=label)
-                    label = None
+    info = entries["distilled"][0].info
+    alpha, loss, best = info["config"]["alpha"], info["config"].get("distillation_loss", "kd"), (info.get("teacher") or {}).get("val_accuracy")
+
+    def draw(axis, run, column, label, colour, style, scale=1):
+        for entry in entries[run]:
+            rows = [row for row in entry.history if row.get(column) is not None]  # older histories lack some
+            if rows:
+                axis.plot([row["epoch"] for row in rows], [row[column] * scale for row in rows], style, color=colour, label=label)
+                label = None
+
+    for run in SCRIPTS:
+        for axis, column, scale in ((axes[0, 0], "ce_loss", 1), (axes[1, 0], "entropy", 1), (axes[1, 1], "train_accuracy", 100)):
+            draw(axis, run, column, LABELS[run], COLOURS[run], STYLES[run][0], scale)
+    draw(axes[0, 1], "distilled", "kd_loss", f"{alpha:g} × soft part ({loss})", COLOURS["distilled"], "-", alpha)
+    draw(axes[0, 1], "distilled", "ce_loss", f"{1 - alpha:.3g} × cross-entropy", COLOURS["distilled"], ":", 1 - alpha)
+    draw(axes[1, 0], "distilled", "target_entropy", "Soft targets, as the loss sees them", COLOURS["teacher"], "-.")
+    draw(axes[1, 0], "distilled", "teacher_entropy", "Teacher", COLOURS["teacher"], STYLES["teacher"][0])
+    axes[1, 0].axhline(np.log(info["num_classes"]), color="black", linewidth=0.8, label=f"uniform, ln {info['num_classes']}")
+    draw(axes[1, 1], "distilled", "teacher_accuracy", "Teacher", COLOURS["teacher"], STYLES["teacher"][0], 100)
+    if best is not None:
+        axes[1, 1].axhline(100 * best, color="black", linewidth=0.8, label="Teacher on validation images")
+    titles = ("Cross-entropy with the labels", "Parts of the distilled student's loss", "Entropy of the predictions", "Accuracy")
+    for axis, title, unit in zip(axes.flat, titles, ("nats", "as weighted in the loss", "nats", "%")):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.lines:
-            axis.legend()
-    figure.suptitle("On the training images, as augmented")
+            axis.legend(fontsize="x-small")
+    figure.suptitle("On the training images, as augmented: students as they learned, the teacher frozen")
     return figure
 
 

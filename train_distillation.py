@@ -21,6 +21,8 @@ def main():
     args = utils.parse_args("distillation", __doc__)
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
+    if args.distillation_loss == "lskd" and len(data.class_names) == 2:
+        raise utils.WrongUse("--distillation-loss lskd says the same of every image where there are two classes; choose kd, dkd or dist")
 
     teacher_file = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(teacher_file, args, data, device)
@@ -41,9 +43,11 @@ def distill(teacher, images, logits, labels, args):
     """The student's objective: what it shares with `teacher` on the same pictures, and the labels; how the teacher did."""
     with torch.no_grad():
         teacher_logits = utils.forward(teacher, images[1] if isinstance(images, tuple) else images)
+        targets = (models.standardise(teacher_logits) if args.distillation_loss == "lskd" else teacher_logits) / args.temperature
     measured = models.distillation_loss(logits, teacher_logits, labels, args.temperature, args.alpha, args.kl_direction,
                                         args.label_smoothing, args.distillation_loss)
-    return measured | {f"teacher_{name}": value for name, value in utils.diagnose(teacher_logits, labels).items()}
+    measured |= {f"teacher_{name}": value for name, value in utils.diagnose(teacher_logits, labels).items()}
+    return measured | {"target_entropy": utils.diagnose(targets, labels)["entropy"]}
 
 
 def find_teacher(args, data):
@@ -59,7 +63,7 @@ def find_teacher(args, data):
 
 def train_teacher(args, data, device):
     """Fine-tune the teacher on the labels, after a rehearsal of the student's step; return the path of its best weights."""
-    utils.seed_everything(args.seed)
+    utils.seed_everything(utils.teacher_args(args).seed)
     teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained, args.teacher_weights).to(device)
     student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
 

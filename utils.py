@@ -155,7 +155,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "TEACHER_EPOCHS": (DISTILLATION, integer(1), "epochs of the teacher's own fine-tuning"),
     "TEACHER_LEARNING_RATE": (DISTILLATION, number(0, low_allowed=False), "peak learning rate of the teacher's own fine-tuning"),
     "CLIP_GRAD": (BOTH, number(0), "largest norm of the gradient, 0: not clipped"),
-    "LABEL_SMOOTHING": (BOTH, number(0, 1, True, False), "label smoothing of the cross-entropy"),
+    "LABEL_SMOOTHING": (BOTH, number(0, 1, True, False), "label smoothing of the students' cross-entropy"),
     "MIXUP_ALPHA": (BOTH, number(0), "alpha of mixup, 0: off"),
     "CUTMIX_ALPHA": (BOTH, number(0), "alpha of cutmix, 0: off"),
     "EMA_DECAY": (BOTH, number(0, 1, True, False), "decay of the average of the weights that is validated and kept, 0: off"),
@@ -272,6 +272,10 @@ def check_combinations(script, args, parser):
             parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than --warmup-epochs {args.warmup_epochs:g}")
         if args.distillation_loss == "dkd" and (args.mixup_alpha or args.cutmix_alpha):
             parser.error("argument --distillation-loss: dkd sets the true class apart and knows no labels mixed by mixup or cutmix")
+        if args.distillation_loss == "dist" and args.batch_size < 3:
+            parser.error("argument --batch-size: dist correlates the images of a batch and needs at least 3 of them")
+        if args.distillation_loss == "dist" and args.accumulate_steps > 1:
+            parser.error("argument --accumulate-steps: dist correlates the images of a whole batch, which parts of it cannot add up to")
         if args.distillation_loss in ("dkd", "dist") and args.kl_direction == "reverse":
             parser.error(f"argument --kl-direction: {args.distillation_loss} has no direction to reverse, kd and lskd have")
         if args.fresh_teacher and args.teacher_checkpoint:
@@ -591,10 +595,12 @@ def split(images, labels, parts):
 
 def out_of_memory(args, device):
     peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)" if device.type == "cuda" else ""
+    problem, half = f"there is too little memory for a batch of {args.batch_size}{peak}; try", args.batch_size // 2
     if args.batch_size < 4:
-        return f"there is too little memory for a batch of {args.batch_size}{peak}; try a smaller --image-size"
-    return (f"there is too little memory for a batch of {args.batch_size}{peak}; try --batch-size {args.batch_size // 2} --accumulate-steps "
-            f"{2 * args.accumulate_steps}, which makes the same updates but for BatchNorm")
+        return f"{problem} a smaller --image-size"
+    if getattr(args, "distillation_loss", None) == "dist":  # which has no parts of a batch
+        return f"{problem} --batch-size {half} or a smaller --image-size"
+    return f"{problem} --batch-size {half} --accumulate-steps {2 * args.accumulate_steps}, which makes the same updates but for BatchNorm"
 
 
 def rehearse(model, objective, loader, info, args):
@@ -696,7 +702,7 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
     return {
         "epoch": epoch + 1, "train_loss": values["loss"], "ce_loss": values["ce_loss"], "kd_loss": values.get("kd_loss"),
         "train_accuracy": values.get("accuracy"), "learning_rate": learning_rate,
-        **{name: values.get(name) for name in ("entropy", "teacher_entropy", "teacher_accuracy")},
+        **{name: values.get(name) for name in ("entropy", "teacher_entropy", "target_entropy", "teacher_accuracy")},
         "skipped_steps": round(values["skipped"] * count),
         "images_per_second": (count - start_step) * loader.batch_size / seconds if count > start_step else None,
         "seconds": seconds_before + seconds, "peak_memory_mb": peak_memory_mb(device),
@@ -790,20 +796,22 @@ def load_file(target):
 # A run's folder -------------------------------------------------------------------------------------------------
 
 HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate",
-           "images_per_second", "seconds", "peak_memory_mb", "skipped_steps", "entropy", "teacher_entropy", "teacher_accuracy")
+           "images_per_second", "seconds", "peak_memory_mb", "skipped_steps", "entropy", "teacher_entropy", "target_entropy",
+           "teacher_accuracy")
 
 
 def teacher_args(args):
     """The settings of the teacher's own fine-tuning, under the names that `train` reads.
 
-    Its seed is none of the students', so that they see other crops than it did: on the very crops that it was trained
-    with, epoch by epoch, a teacher is surer and more often right than on any others, and says less about the rest.
+    Its seed is another than the student's, which thus sees other crops than the teacher was trained with: on its own, epoch by
+    epoch, a teacher is surer and more often right than on any others. No label smoothing, which erases what the
+    other classes have to say (Müller et al. 2019, When Does Label Smoothing Help?).
     """
     own = {name: value for name, value in vars(args).items()
            if name not in ("student_model", "student_weights", "distillation_loss", "temperature", "alpha", "kl_direction", *TEACHER_ONLY)}
     own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate, "teacher_image_size": None,
             "image_size": args.teacher_image_size or args.image_size, "fresh": args.fresh_teacher, "seeds": None,
-            "seed": MAX_SEED - args.seed}
+            "seed": MAX_SEED - args.seed, "label_smoothing": 0.0}
     return argparse.Namespace(**own)
 
 

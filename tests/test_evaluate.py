@@ -3,6 +3,7 @@
     python -m pytest tests/test_evaluate.py
 """
 import json
+import math
 import shutil
 import time
 import types
@@ -389,21 +390,27 @@ def test_diagnostics_figure_shows_the_histories():
     """Two seeds, one of them from before there were diagnostics, an epoch of it gone on with: what is there is drawn, as it is."""
     def history(start, *columns):
         return [{"epoch": i, "ce_loss": start + i, **{name: (start + i) / 100 for name in columns}} for i in (1, 2, 3)]
-    new = history(10, "kd_loss", "entropy", "train_accuracy", "teacher_entropy", "teacher_accuracy")
+    new = history(10, "kd_loss", "entropy", "train_accuracy", "teacher_entropy", "target_entropy", "teacher_accuracy")
     mixed = history(20, "kd_loss", "train_accuracy") + [dict(new[-1], epoch=4)]
     plain = history(30, "entropy", "train_accuracy")
-    entries = {run: [types.SimpleNamespace(history=rows) for rows in group]
+    info = {"config": {"alpha": 0.75}, "num_classes": 10, "teacher": {"val_accuracy": 0.5}}
+    entries = {run: [types.SimpleNamespace(history=rows, info=info) for rows in group]
                for run, group in (("baseline", [plain, []]), ("distilled", [new, mixed]), ("teacher", [plain]))}
     figure = evaluate.diagnostics_figure(entries)
-    drawn = {axis.get_title(): [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] for axis in figure.axes}
+    drawn = {axis.get_title(): [(list(line.get_xdata()), pytest.approx(list(line.get_ydata()))) for line in axis.lines] for axis in figure.axes}
     labels = {axis.get_title(): [text.get_text() for text in axis.get_legend().get_texts()] for axis in figure.axes}
     evaluate.plt.close(figure)
-    assert drawn["Cross-entropy with the labels"] == [([1, 2, 3], [31, 32, 33]), ([1, 2, 3], [11, 12, 13]), ([1, 2, 3, 4], [21, 22, 23, 13])]
-    assert drawn["Distance to the teacher, the soft part of the loss"] == [([1, 2, 3], [.11, .12, .13]), ([1, 2, 3, 4], [.21, .22, .23, .13])]
-    assert drawn["Entropy of the predictions, at T = 1"] == [([1, 2, 3], [.31, .32, .33]), ([1, 2, 3], [.11, .12, .13]), ([4], [.13]),
-                                                             ([1, 2, 3], [.11, .12, .13]), ([4], [.13])]
-    assert drawn["Accuracy"][-2:] == [([1, 2, 3], pytest.approx([11, 12, 13])), ([4], pytest.approx([13]))]
-    assert labels["Accuracy"] == [evaluate.LABELS[run] for run in ("baseline", "distilled", "teacher")]
+    all_epochs, later, across = [1, 2, 3], [4], [0, 1]
+    assert drawn["Cross-entropy with the labels"] == [(all_epochs, [31, 32, 33]), (all_epochs, [11, 12, 13]), ([1, 2, 3, 4], [21, 22, 23, 13])]
+    assert drawn["Parts of the distilled student's loss"] == [
+        (all_epochs, [.11 * .75, .12 * .75, .13 * .75]), ([1, 2, 3, 4], [.21 * .75, .22 * .75, .23 * .75, .13 * .75]),
+        (all_epochs, [11 / 4, 12 / 4, 13 / 4]), ([1, 2, 3, 4], [21 / 4, 22 / 4, 23 / 4, 13 / 4])]
+    assert drawn["Entropy of the predictions"] == [(all_epochs, [.31, .32, .33]), *[(all_epochs, [.11, .12, .13]), (later, [.13])] * 3,
+                                                   (across, [math.log(10)] * 2)]
+    assert drawn["Accuracy"] == [(all_epochs, [31, 32, 33]), (all_epochs, [11, 12, 13]), ([1, 2, 3, 4], [21, 22, 23, 13]),
+                                 (all_epochs, [11, 12, 13]), (later, [13]), (across, [50, 50])]
+    assert labels["Parts of the distilled student's loss"] == ["0.75 × soft part (kd)", "0.25 × cross-entropy"]
+    assert labels["Accuracy"] == ["Baseline", "Distilled", "Teacher", "Teacher on validation images"]
 
 
 @pytest.mark.parametrize("classes, images", [(100, 10000), (102, 2000)])

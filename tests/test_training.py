@@ -8,6 +8,7 @@ import math
 import signal
 
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 
@@ -16,7 +17,7 @@ import models
 import train_baseline
 import train_distillation
 import utils
-from conftest import TINY
+from conftest import TINY, write_pictures
 
 FEW = ["--num-epochs", "2", "--teacher-epochs", "2", "--batch-size", "128"]
 SCRIPTS = {"baseline": train_baseline, "distillation": train_distillation}
@@ -67,6 +68,8 @@ def test_fair_pair(run, monkeypatch):
     assert_equal_weights(baseline[0], distilled[0])
     for (images, labels), (same_images, same_labels) in zip(baseline[1:], distilled[1:]):
         assert torch.equal(images, same_images) and torch.equal(labels, same_labels)
+    for (images, _), (others, _) in zip(distilled[1:], seen["teacher"][1:]):  # the teacher learned from other crops
+        assert not torch.equal(images, others)
 
 
 def test_distillation_with_alpha_0_is_the_baseline(run):
@@ -87,6 +90,36 @@ def test_diagnosis_of_the_teacher_is_the_teachers(arguments):
     assert measured["teacher_accuracy"].item() == (probabilities.argmax(1) == labels.numpy()).mean()
 
 
+def test_label_smoothing_is_the_students_alone(run):
+    folder = run("distillation", "--label-smoothing", "0.1", "--num-epochs", "1")
+    teacher, student = weights(folder / "teacher"), weights(folder / "distilled")
+    run("distillation", "--fresh-teacher", "--num-epochs", "1")
+    assert_equal_weights(teacher, weights(folder / "teacher"))
+    assert any(not torch.equal(student[name], value) for name, value in weights(folder / "distilled").items())
+
+
+@pytest.mark.parametrize("loss, temperature", [("kd", 4), ("lskd", 2)])
+def test_diagnosis_of_the_targets_is_of_what_the_loss_compares(arguments, loss, temperature):
+    """By scipy from the teacher's logits, and from the loss itself."""
+    args, labels = arguments("distillation", "--distillation-loss", loss, "--temperature", str(temperature)), torch.arange(16) % 10
+    teacher, images = models.build_model("test_resnet", 10).eval(), torch.rand(16, 3, 32, 32)
+    measured = train_distillation.distill(teacher, images, torch.zeros(16, 10), labels, args)
+    logits = utils.forward(teacher, images).detach().double().numpy()
+    if loss == "lskd":
+        logits = scipy.stats.zscore(logits, axis=1, ddof=1)
+    wanted = scipy.stats.entropy(scipy.special.softmax(logits / temperature, axis=1), axis=1).mean()
+    assert measured["target_entropy"].item() == pytest.approx(wanted, rel=1e-5)
+    # against a student that knows nothing, KL(targets || uniform) is what the targets' entropy lacks of log C
+    assert measured["kd_loss"].item() == pytest.approx(temperature**2 * (math.log(10) - wanted), rel=1e-3)
+
+
+def test_two_classes_are_too_few_for_lskd(run, tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", classes=("cat", "dog"), counts=(("train", 40), ("test", 3)), sizes=((32, 32),))
+    with pytest.raises(utils.WrongUse, match="lskd"):
+        run("distillation", "--dataset-name", "ImageFolder", "--dataset-dir", str(pictures), "--distillation-loss", "lskd", "--batch-size", "16")
+    assert not list(tmp_path.rglob("*.pth"))
+
+
 def test_outputs_of_a_run(run, tmp_path, capsys):
     folder = run("baseline")
     out = capsys.readouterr().out
@@ -97,7 +130,7 @@ def test_outputs_of_a_run(run, tmp_path, capsys):
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert list(rows[0]) == ["epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss", "val_accuracy",
                              "learning_rate", "images_per_second", "seconds", "peak_memory_mb", "skipped_steps",
-                             "entropy", "teacher_entropy", "teacher_accuracy"]
+                             "entropy", "teacher_entropy", "target_entropy", "teacher_accuracy"]
     parts = [float(rows[0][name]) for name in ("train_loss", "ce_loss", "kd_loss")]
     assert parts[0] == pytest.approx(0.7 * parts[2] + 0.3 * parts[1], rel=1e-4)
     assert all(0 < float(row[name]) < math.log(10) for row in rows for name in ("entropy", "teacher_entropy"))
@@ -190,7 +223,7 @@ def test_several_seeds(run, tmp_path, capsys):
     assert not torch.equal(weights(folder / "baseline" / "seed_3")["conv_stem.weight"], weights(folder / "baseline")["conv_stem.weight"])
     run("distillation", "--seeds", "3", "4")
     assert capsys.readouterr().out.count("teacher epoch   1/2") == 1 and not (folder / "teacher" / "seed_3").exists()
-    assert utils.load_file(folder / "teacher" / "best_model.pth")["config"]["seed"] == 3
+    assert utils.load_file(folder / "teacher" / "best_model.pth")["config"]["seed"] == utils.MAX_SEED - 3
     assert (tmp_path / "r" / "quick" / "seed_4" / "distilled_history.csv").is_file()
     before = (folder / "baseline" / "seed_3" / "last.pth").stat().st_mtime_ns
     capsys.readouterr()

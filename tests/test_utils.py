@@ -102,7 +102,11 @@ def test_quick_never_touches_a_real_run(script):
     ("baseline", ["--student-model", "efficientnet_b8", "--pretrained"], ["no pretrained weights"]),
     ("baseline", ["--student-model", "vit_tiny_patch16_224", "--image-size", "128"], ["224 px alone"]),
     ("distillation", ["--distillation-loss", "dkd", "--mixup-alpha", "0.2"], ["--distillation-loss", "mixup"]),
+    ("distillation", ["--distillation-loss", "dkd", "--cutmix-alpha", "1"], ["--distillation-loss", "cutmix"]),
+    ("distillation", ["--distillation-loss", "dkd", "--kl-direction", "reverse"], ["--kl-direction", "no direction"]),
     ("distillation", ["--distillation-loss", "dist", "--kl-direction", "reverse"], ["--kl-direction", "no direction"]),
+    ("distillation", ["--distillation-loss", "dist", "--batch-size", "2"], ["--batch-size", "at least 3"]),
+    ("distillation", ["--distillation-loss", "dist", "--accumulate-steps", "2"], ["--accumulate-steps", "whole batch"]),
     ("distillation", ["--distillation-loss", "dkkd"], ["kd, dkd, dist, lskd"]),
     ("distillation", ["--fresh-teacher", "--teacher-checkpoint", "config.py"], ["no teacher is trained"]),
     ("baseline", ["--seed", "18446744073709551616"], ["at most 4294967295"]),
@@ -298,11 +302,12 @@ def test_epoch_gone_on_with_from_an_older_save_leaves_out_what_that_lacks(argume
     assert math.isnan(row["train_accuracy"]) and math.isnan(row["entropy"]) and 1 < row["train_loss"] < 5
 
 
-@pytest.mark.parametrize("batch, advice", [(16, "--batch-size 8 --accumulate-steps 2"), (2, "--image-size")])
-def test_out_of_memory_says_what_to_try(arguments, batch, advice):
+@pytest.mark.parametrize("loss, batch, advice", [("kd", 16, "--batch-size 8 --accumulate-steps 2"), ("kd", 2, "--image-size"),
+                                                 ("dist", 16, "--batch-size 8 or a smaller --image-size")])
+def test_out_of_memory_says_what_to_try(arguments, loss, batch, advice):
     def objective(images, logits, labels):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    args = arguments("baseline", "--batch-size", str(batch))
+    args = arguments("distillation", "--batch-size", str(batch), "--distillation-loss", loss)
     state = utils.new_state(models.build_model("test_efficientnet", 10), 10, args)
     with pytest.raises(utils.UserError, match=advice):
         utils.training_step(state, objective, args)(*TwoBatches().batches[0])
