@@ -673,7 +673,7 @@ def reliability_figure(entries, labels, val_labels):
             filled = share * len(labels) * len(group) >= 10  # the accuracy of fewer images is chance
             axis.plot(100 * confidence[filled], 100 * accuracy[filled], color=COLOURS[run], linestyle=STYLES[run][0],
                       marker=STYLES[run][2], markersize=4, label=LABELS[run])
-        axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 101), ylim=(0, 101))
+        axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
         axis.legend(loc="upper left")
     figure.suptitle(f"How often a model that is so sure is right: {BINS} equal-width bins, those of 10 images and more")
     return figure
@@ -714,7 +714,8 @@ def gallery_figure(entries, labels, test, names, most=8):
                 axis.set_title(f"{title}: {names[labels[i]]}\n" + "\n".join(
                     f"{LABELS[run]}: {names[predicted[i]]} {np.exp(entry.log_probabilities[i, predicted[i]]):.0%}"
                     for run, entry, predicted in (("baseline", baseline, before), ("distilled", distilled, after))), fontsize=8)
-    figure.suptitle("Test images that the distilled student corrects (above) and newly gets wrong (below)")
+    seed = f", seed {distilled.info['config']['seed']}" if len(entries["distilled"]) > 1 else ""
+    figure.suptitle(f"Test images that the distilled student{seed} corrects (above) and newly gets wrong (below)")
     return figure
 
 

@@ -321,7 +321,8 @@ def run_script(main):
             message = f"--deterministic is not possible with this model: {first_line(error)}"
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
                 any(text in str(error) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")):
-            message = "there is too little memory for this; try a smaller --batch-size or --image-size"
+            message = (f"there is too little memory for this{peak_memory()}; try a smaller --batch-size, with --accumulate-steps to make up for "
+                       "it, or a smaller --image-size")
         else:
             raise
     except OSError as error:
@@ -488,7 +489,10 @@ def training_step(state, objective, args):
         parts = [backward(*part) for part in split(images, labels, args.accumulate_steps)]
         measured = {name: sum(part[name] for part in parts) for name in parts[0]}
         state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad or math.inf)
+        if args.clip_grad:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+        else:
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         finite = torch.isfinite(norm) & torch.isfinite(measured["loss"])
         if not state.scaler.is_enabled():
             diverged.logical_or_(~finite)
@@ -504,7 +508,7 @@ def training_step(state, objective, args):
         try:
             return update(images, labels)
         except torch.OutOfMemoryError:
-            raise UserError(out_of_memory(args, device)) from None
+            raise UserError(out_of_memory(args)) from None
     return step
 
 
@@ -523,26 +527,18 @@ def captured(update, optimizer, scaler):
     calls, graph, batch, measured = 0, None, None, None
     learning_rate = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
 
-    @contextlib.contextmanager
-    def learning_rate_on_the_device():
-        before = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
-        learning_rate.fill_(before[0][0])
-        for group in optimizer.param_groups:
-            group.update(lr=learning_rate, capturable=True)
-        try:
-            yield
-        finally:
-            for group, (lr, capturable) in zip(optimizer.param_groups, before):
-                group.update(lr=lr, capturable=capturable)
-
     def capture(images, labels):
         nonlocal graph, batch, measured
         batch = [tensor.clone() for tensor in tensors_of(images, labels)]
         optimizer.zero_grad(set_to_none=True)  # so that the gradients are the graph's own
+        outside = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group.update(lr=learning_rate, capturable=True)
         try:
             new = torch.cuda.CUDAGraph()
-            # thread_local: the threads that pin photographs' memory meanwhile are no part of it
-            with learning_rate_on_the_device(), torch.cuda.graph(new, stream=side_stream(), capture_error_mode="thread_local"):
+            # The stream once more outside, since a failed capture would leave its own in force;
+            # thread_local: the threads that pin photographs' memory meanwhile are no part of it.
+            with torch.cuda.stream(side_stream()), torch.cuda.graph(new, stream=side_stream(), capture_error_mode="thread_local"):
                 measured = update(tuple(batch[:-1]) if len(batch) > 2 else batch[0], batch[-1])
             graph = new
         except RuntimeError as error:
@@ -554,13 +550,16 @@ def captured(update, optimizer, scaler):
             if scaler.is_enabled():
                 scaler.update(scaler.get_scale())  # forgets the step that was not finished
             print(f"{message}; training goes on without")
+        finally:
+            for group, (lr, capturable) in zip(optimizer.param_groups, outside):
+                group.update(lr=lr, capturable=capturable)
 
     def step(images, labels):
         nonlocal calls
         calls += 1
         if calls <= GRAPH_WARM_UP:
             side_stream().wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side_stream()), learning_rate_on_the_device():
+            with torch.cuda.stream(side_stream()):
                 done = update(images, labels)
             torch.cuda.current_stream().wait_stream(side_stream())
             return done
@@ -578,7 +577,8 @@ def captured(update, optimizer, scaler):
 
 @functools.cache
 def side_stream():
-    """One for all captures, since memory that was used on one stream is not given to another."""
+    """One for all captures, since memory that was used on one stream is not given to another. So one graph at a time: when it
+    goes, torch frees what cuBLAS keeps for its stream."""
     return torch.cuda.Stream()
 
 
@@ -593,14 +593,19 @@ def split(images, labels, parts):
     return zip(images.chunk(parts), labels.chunk(parts))
 
 
-def out_of_memory(args, device):
-    peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)" if device.type == "cuda" else ""
-    problem, half = f"there is too little memory for a batch of {args.batch_size}{peak}; try", args.batch_size // 2
+def out_of_memory(args):
+    """The message for a training step that does not fit: the peak, and the next smaller batch that makes the same update."""
+    problem, half = f"there is too little memory for a batch of {args.batch_size}{peak_memory()}; try", args.batch_size // 2
     if args.batch_size < 4:
         return f"{problem} a smaller --image-size"
     if getattr(args, "distillation_loss", None) == "dist":  # which has no parts of a batch
         return f"{problem} --batch-size {half} or a smaller --image-size"
-    return f"{problem} --batch-size {half} --accumulate-steps {2 * args.accumulate_steps}, which makes the same updates but for BatchNorm"
+    same = "the same updates" if args.batch_size % 2 == 0 else f"updates of {2 * args.accumulate_steps * half} images"
+    return f"{problem} --batch-size {half} --accumulate-steps {2 * args.accumulate_steps}, which makes {same} but for BatchNorm"
+
+
+def peak_memory():
+    return f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)" if torch.cuda.is_initialized() else ""
 
 
 def rehearse(model, objective, loader, info, args):

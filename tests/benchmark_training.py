@@ -15,6 +15,7 @@ Each for cross-entropy (CE) and for distillation (KD). Images are upscaled from 
 """
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -136,7 +137,7 @@ def recorded(step):
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the DataLoaders of (a) have threads
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):  # the DataLoaders of (a) have threads
         loss = step()
 
     def replay():
@@ -179,21 +180,35 @@ def ceiling_loop(args, device, distil):
     return run
 
 
+def compare(args, device, pixels, labels, plain, distil):
+    """A row of the table: the three loops in turns. In a function, so that its graphs go before the next are captured."""
+    loops = {"plain": lambda: plain(distil), "project": project_loop(args, device, pixels, labels, distil),
+             "ceiling": ceiling_loop(args, device, distil)}
+    for run in loops.values():
+        run()
+    rounds = [{name: run() for name, run in loops.items()} for _ in range(args.rounds)]
+    return {"loss": "KD" if distil else "CE", **{name: statistics.median(one[name] for one in rounds) for name in loops},
+            "project / plain": statistics.median(one["project"] / one["plain"] for one in rounds),
+            "project / ceiling": statistics.median(one["project"] / one["ceiling"] for one in rounds)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="efficientnet_b0")
     parser.add_argument("--teacher", default="efficientnet_b2")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20, help="steps a round")
+    parser.add_argument("--steps", type=int, help="steps a round; 200 on a GPU and 20 elsewhere if not given")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 4], help="numbers of workers to choose the best of for (a)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[n for n in (0, 2, 4, 8, 16) if n <= os.cpu_count()],
+                        help="numbers of workers to choose the best of for (a)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp-dtype", default="auto")
     parser.add_argument("--cuda-graph", action="store_true", help="(b) with CUDA_GRAPH on")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     device = utils.setup(args)
+    args.steps = args.steps or (200 if device.type == "cuda" else 20)
     random = np.random.default_rng(0)
     count = args.steps * args.batch_size
     pixels, labels = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), random.integers(0, CLASSES, count)
@@ -201,16 +216,7 @@ def main():
     tried = {workers: plain_loop(args, device, pixels, labels, workers) for workers in args.workers}
     warm = {workers: (run(False), run(False))[1] for workers, run in tried.items()}
     plain = tried[max(warm, key=warm.get)]
-    rows = []
-    for distil in (False, True):
-        loops = {"plain": lambda: plain(distil), "project": project_loop(args, device, pixels, labels, distil),
-                 "ceiling": ceiling_loop(args, device, distil)}
-        for run in loops.values():
-            run()
-        rounds = [{name: run() for name, run in loops.items()} for _ in range(args.rounds)]
-        rows.append({"loss": "KD" if distil else "CE", **{name: statistics.median(one[name] for one in rounds) for name in loops},
-                     "project / plain": statistics.median(one["project"] / one["plain"] for one in rounds),
-                     "project / ceiling": statistics.median(one["project"] / one["ceiling"] for one in rounds)})
+    rows = [compare(args, device, pixels, labels, plain, distil) for distil in (False, True)]
     print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, {utils.device_name(device)}, {args.amp_dtype}{', CUDA graph' * (args.cuda_graph and device.type == 'cuda')}, "
           f"torch {torch.__version__}; (a) with {max(warm, key=warm.get)} workers; images/s, medians of {args.rounds} rounds of {args.steps} steps")
     print("| loss | (a) plain | (b) project | (c) ceiling | b/a | b/c |\n| --- | --- | --- | --- | --- | --- |")

@@ -122,8 +122,8 @@ def test_digits_test_part_is_a_fixed_fifth_that_training_does_not_hold(arguments
     assert not any(image.numpy().tobytes() in seen for image in test.pixels)
 
 
-def loader_of(data, args, workers=0, seed=5, **more):
-    return data_loader.Loader(data.train, CPU, 32, "bicubic", batch_size=args.batch_size, num_workers=workers, seed=seed,
+def loader_of(data, args, workers=0, seed=5, device=CPU, **more):
+    return data_loader.Loader(data.train, device, 32, "bicubic", batch_size=args.batch_size, num_workers=workers, seed=seed,
                               augmentation=data.augmentation, **more)
 
 
@@ -147,6 +147,24 @@ def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch, capsys, free, h
     pixels = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
     assert data_loader.home_of(pixels, torch.device("cuda")).type == home
     assert capsys.readouterr().out.count("\n") == 1 and data_loader.home_of(pixels, CPU) == CPU
+
+
+def test_crops_of_square_photographs_are_never_enlarged(arguments, tmp_path):
+    """The canvas has enough pixels for the smallest random resized crop to fill the output, its shorter side too."""
+    args = folder_args(arguments, write_pictures(tmp_path / "pictures"))
+    loader = loader_of(data_loader.open_dataset(args), args)
+    draws = data_loader.random_boxes("resized_crop", 20_000, loader.side, torch.Generator().manual_seed(0))
+    boxes = data_loader.resized_boxes(draws, torch.ones(20_000), loader.side)
+    assert 32 <= boxes[:, 2:].min() < 34
+
+
+def test_device_without_its_number_is_the_same_device(arguments, monkeypatch):
+    """torch.device("cuda") is not equal to the "cuda:0" of a tensor; seen here from "cpu" and "cpu:0"."""
+    args = arguments("baseline")
+    data = data_loader.open_dataset(args)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pytest.fail("an image on the device went through the host"))
+    loader = loader_of(data, args, device=torch.device("cpu", 0))
+    assert loader.device != loader.pixels.device and len(list(loader.epoch(0))) == len(loader)
 
 
 @pytest.mark.cuda

@@ -215,15 +215,26 @@ def test_file_in_place_of_a_folder(tmp_path, flag):
 
 # Divergence -------------------------------------------------------------------------------------------------------
 
-def test_updates_stop_at_the_first_bad_step(arguments):
-    args = arguments("baseline")
-    model = models.build_model("test_efficientnet", 10)
+@pytest.mark.parametrize("clip", ["0", "1"])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_updates_stop_at_the_first_bad_step(arguments, clip, bad):
+    args = arguments("baseline", "--clip-grad", clip)
+    model, broken = models.build_model("test_efficientnet", 10), [False]
+
+    def breakable(images, logits, labels):
+        measured = objective(images, logits, labels)
+        if broken[0]:  # an infinite loss, or the finite one with the gradient of a square root at zero
+            measured["loss"] = measured["loss"] + (math.inf if bad == "loss" else (0 * logits.sum()).sqrt())
+        return measured
     state = utils.new_state(model, 10, args)
-    step = utils.training_step(state, objective, args)
+    step = utils.training_step(state, breakable, args)
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
     assert bool(step(images, labels)["finite"])
     parameters = [parameter.detach().clone() for parameter in model.parameters()]
-    assert not bool(step(images * math.inf, labels)["finite"])
+    broken[0] = True
+    measured = step(images, labels)
+    assert not bool(measured["finite"]) and math.isfinite(measured["loss"]) == (bad == "gradient")
+    broken[0] = False
     step(images, labels)
     assert all(torch.equal(before, after) for before, after in zip(parameters, model.parameters()))
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
