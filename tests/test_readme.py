@@ -6,6 +6,7 @@ The recipes for grad-cam, shap, streamlit and flask run where those packages are
 """
 import io
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,7 @@ def run(text, folder, *flags):
 
 
 def test_recipes_are_short():
-    assert len(RECIPES) == 7 and all(len(text.strip().splitlines()) <= 10 for text in RECIPES)
+    assert len(RECIPES) == 8 and all(len(text.strip().splitlines()) <= 10 for text in RECIPES)
 
 
 def test_recipe_without_the_project(folder):
@@ -77,13 +78,42 @@ def test_search_recipe(folder):
     """Two settings of the search on tiny models: run, ranked by validation accuracy, none lost."""
     train = [str(ROOT / "train_baseline.py"), "--quick", "--student-model", "test_resnet", "--num-epochs", "6", "--checkpoint-dir", "teacher"]
     assert subprocess.run([sys.executable, *train], cwd=folder, capture_output=True).returncode == 0
-    text = recipe("itertools").replace('"train_distillation.py"', repr(str(ROOT / "train_distillation.py"))).replace("(2, 4, 8), (0.5,", "(4,), (").replace('"3"', '"1"')
+    text = recipe("itertools").replace('"train_distillation.py"', repr(str(ROOT / "train_distillation.py"))).replace("(2, 4, 8)", "(4,)").replace('"--num-epochs", "2"', '"--num-epochs", "1"')
     lines = run(text, folder, "--quick", *TINY, "--teacher-checkpoint", "teacher/quick/baseline/best_model.pth").splitlines()
     ranked = [re.fullmatch(r"(\d+\.\d\d)%  (.*)", line).groups() for line in lines[-2:]]
     assert {place for _, place in ranked} == {str(Path("results", "search", f"T4_alpha{alpha}", "quick")) for alpha in (0.7, 0.9)}
     best = [utils.load_file(folder / place.replace("results", "checkpoints", 1) / "distilled" / "best_model.pth") for _, place in ranked]
     assert [f"{info['val_accuracy']:.2%}"[:-1] for info in best] == [accuracy for accuracy, _ in ranked]
     assert best[0]["val_accuracy"] >= best[1]["val_accuracy"]
+
+
+def test_cifar_folder_recipe(folder, monkeypatch):
+    """On 450 small images of two classes: of each the first 100 into train, from the 400th on into test."""
+    class Cifar(list):
+        classes = ["apple", "bear"]
+    images = Cifar((Image.new("RGB", (32, 32), (i // 2 % 256, i % 2 * 255, 0)), i % 2) for i in range(900))
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", lambda root, download: images)
+    monkeypatch.chdir(folder)
+    exec(recipe("torchvision"), {})
+    for part, places in (("train", range(100)), ("test", range(400, 450))):
+        for name, second in (("apple", 0), ("bear", 255)):
+            files = sorted(Path("data", "cifar100", part, name).iterdir())
+            assert [Image.open(file).getpixel((0, 0)) for file in files] == [(place % 256, second, 0) for place in places]
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_commands_parse(folder, monkeypatch):
+    """Every call of the scripts in a bash block, as bash reads it, is legal use; files that it names are taken to exist."""
+    blocks = [block for block in re.findall(r"```(?:bash|text)\n(.*?)```", README, re.DOTALL) if "python " in block and "pip" not in block]
+    spy = "python() { printf '%s\\x1f' \"$@\"; echo; }; cp() { :; }; mkdir() { :; }\n"
+    done = subprocess.run(["bash", "-eu"], input=spy + "\n".join(blocks), capture_output=True, text=True, cwd=folder)
+    calls = [line.split("\x1f")[:-1] for line in done.stdout.splitlines()]
+    assert not done.stderr and sum(len(re.findall(r"^python ", block, re.MULTILINE)) for block in blocks) <= len(calls) and len(calls) > 20
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    for script, *flags in calls:
+        if script != "tests/benchmark_training.py":
+            utils.parse_args({"train_baseline.py": "baseline", "train_distillation.py": "distillation", "evaluate.py": "evaluate"}[script], "", flags)
 
 
 def odd_pictures():
