@@ -311,6 +311,7 @@ def run_script(main):
     code = 1
     try:
         main()
+        sys.stdout.flush()  # here, where a broken pipe has its message
         return 0
     except UserError as error:
         message, code = str(error), error.code
@@ -325,6 +326,9 @@ def run_script(main):
                        "it, or a smaller --image-size")
         else:
             raise
+    except BrokenPipeError:  # of `| head`, say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain once more as it ends
+        message = "what read this script's output has gone away; the same command goes on from what was saved last"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
                                getattr(errno, "EDQUOT", None)):

@@ -141,6 +141,19 @@ def objective(images, logits, labels):
     return dict.fromkeys(("loss", "ce_loss"), models.cross_entropy(logits, labels))
 
 
+def test_reader_of_the_output_that_goes_away_meets_no_traceback(tmp_path):
+    """As with `| head -1`: one sentence, and the same command goes on."""
+    process = start(tmp_path, "--num-epochs", "2")
+    assert process.stdout.readline().startswith("device")
+    process.stdout.close()
+    assert process.wait(timeout=120) == 1
+    message = process.stderr.read()
+    process.stderr.close()
+    assert message.startswith("error: what read this script's output has gone") and message.count("\n") == 1
+    process = start(tmp_path, "--num-epochs", "2")
+    assert process.communicate(timeout=120) and process.returncode == 0
+
+
 # Two at once, disk, folders ---------------------------------------------------------------------------------------
 
 def test_second_process_is_refused_while_the_first_lives_and_a_kill_leaves_no_lock(tmp_path):
