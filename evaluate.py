@@ -610,7 +610,7 @@ def diagnostics_figure(entries):
     of the distilled student's loss with their weights, how sure each model was, and how often right. The teacher is frozen."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.6), layout="constrained")
     info = entries["distilled"][0].info
-    alpha, loss, best = info["config"]["alpha"], info["config"].get("distillation_loss", "kd"), (info.get("teacher") or {}).get("val_accuracy")
+    alpha, loss = info["config"].get("alpha"), info["config"].get("distillation_loss", "kd")  # older checkpoints lack some settings
 
     def draw(axis, run, column, label, colour, style, scale=1):
         for entry in entries[run]:
@@ -622,14 +622,15 @@ def diagnostics_figure(entries):
     for run in SCRIPTS:
         for axis, column, scale in ((axes[0, 0], "ce_loss", 1), (axes[1, 0], "entropy", 1), (axes[1, 1], "train_accuracy", 100)):
             draw(axis, run, column, LABELS[run], COLOURS[run], STYLES[run][0], scale)
-    draw(axes[0, 1], "distilled", "kd_loss", f"{alpha:g} × soft part ({loss})", COLOURS["distilled"], "-", alpha)
-    draw(axes[0, 1], "distilled", "ce_loss", f"{1 - alpha:.3g} × cross-entropy", COLOURS["distilled"], ":", 1 - alpha)
+    if alpha is not None:
+        draw(axes[0, 1], "distilled", "kd_loss", f"{alpha:g} × soft part ({loss})", COLOURS["distilled"], "-", alpha)
+        draw(axes[0, 1], "distilled", "ce_loss", f"{1 - alpha:.3g} × cross-entropy", COLOURS["distilled"], ":", 1 - alpha)
     draw(axes[1, 0], "distilled", "target_entropy", "Soft targets, as the loss sees them", COLOURS["teacher"], "-.")
     draw(axes[1, 0], "distilled", "teacher_entropy", "Teacher", COLOURS["teacher"], STYLES["teacher"][0])
     axes[1, 0].axhline(np.log(info["num_classes"]), color="black", linewidth=0.8, label=f"uniform, ln {info['num_classes']}")
     draw(axes[1, 1], "distilled", "teacher_accuracy", "Teacher", COLOURS["teacher"], STYLES["teacher"][0], 100)
-    if best is not None:
-        axes[1, 1].axhline(100 * best, color="black", linewidth=0.8, label="Teacher on validation images")
+    if info.get("teacher"):
+        axes[1, 1].axhline(100 * info["teacher"]["val_accuracy"], color="black", linewidth=0.8, label="Teacher on validation images")
     titles = ("Cross-entropy with the labels", "Parts of the distilled student's loss", "Entropy of the predictions", "Accuracy")
     for axis, title, unit in zip(axes.flat, titles, ("nats", "as weighted in the loss", "nats", "%")):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
