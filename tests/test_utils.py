@@ -422,6 +422,50 @@ def test_no_batch_would_wait(arguments, home, flags, monkeypatch, tmp_path):
     assert len(waits.found) == 2  # it would have been noticed
 
 
+def pretend(model):
+    """`model` with tensors that claim to be on a GPU and hold no values (within a FakeTensorMode)."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cuda")
+                    tensors[name] = torch.nn.Parameter(empty, tensor.requires_grad) if tensors is module._parameters else empty
+    return model
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests marked cuda do it in earnest")
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning", "ignore:.*CUDA is not available:UserWarning")
+@pytest.mark.parametrize("flags", [["--distillation-loss", "kd", "--teacher-image-size", "64", "--mixup-alpha", "0.2"],
+                                   ["--distillation-loss", "dkd"], ["--distillation-loss", "dist", "--augmentation", "resized_crop"],
+                                   ["--distillation-loss", "lskd", "--accumulate-steps", "2", "--clip-grad", "0"]])
+def test_nothing_mixes_devices(arguments, flags, monkeypatch):
+    """Loader, teacher, losses, clipping, optimizer and evaluation on tensors that torch takes for a GPU's and checks as such,
+    under the name "cuda", which is no tensor's device. All but the backward pass and the graph."""
+    args, device = arguments("distillation", "--batch-size", "16", *flags), torch.device("cuda")
+    data = data_loader.open_dataset(args)
+    real = [models.build_model(name, 10) for name in ("test_resnet", "test_efficientnet")]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        teacher, student = map(pretend, real)
+        models.freeze(teacher)
+
+        def backward(loss):
+            assert loss.is_cuda and loss.requires_grad
+            for parameter in student.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        info = {"image_size": 32, "interpolation": "bicubic", "num_classes": 10, "crop_pct": 1.0}
+        state = utils.new_state(student.train(), 10, args)
+        step = utils.training_step(state, lambda *batch: train_distillation.distill(teacher, *batch, args), args)
+        for _, (images, labels) in zip(range(2), data_loader.training_loader(data, info, args, device).epoch(0)):
+            measured = step(images, labels)
+            state.scheduler.step()
+        assert {"loss", "ce_loss", "kd_loss", "entropy", "target_entropy", "finite"} <= measured.keys()
+        assert all(value.is_cuda and value.shape == () for value in measured.values())
+        for images, labels in data_loader.evaluation_loader(data.val, info, args, device):
+            assert utils.forward(student.eval(), images).is_cuda and labels.is_cuda
+
+
 def train_steps(args, device, steps, teacher=None):
     """A model after so many steps, each on a batch of its own, and the losses; the loop's own order of calls."""
     utils.seed_everything(0)
