@@ -656,7 +656,8 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
     bar = tqdm(total=len(loader), initial=count, desc=f"epoch {epoch + 1}", leave=False, disable=None, mininterval=0.3)
     start, start_step, seconds_before = time.perf_counter(), count, progress["seconds"]
     shown = saved = start
-    learning_rate, scaled = state.scheduler.get_last_lr()[0], state.scaler.is_enabled()
+    learning_rate = progress.get("learning_rate") or state.scheduler.get_last_lr()[0]  # of the step made last
+    scaled = state.scaler.is_enabled()
 
     def read():
         if not scaled and int(bad_step) >= 0 or scaled and state.scaler.get_scale() < 1:
@@ -669,7 +670,7 @@ def train_one_epoch(state, step, loader, progress, save, save_minutes):
     def save_now():
         read()
         progress.update(step=count, sums={name: float(value) for name, value in sums.items()}, random_states=random_states(device),
-                        seconds=seconds_before + time.perf_counter() - start)
+                        learning_rate=learning_rate, seconds=seconds_before + time.perf_counter() - start)
         save()
 
     _can_save = True
@@ -936,9 +937,10 @@ def open_run(info, args, fresh):
 
 
 def new_progress():
-    """Where a run stands: epochs and steps done, sums of the epoch under way, rows of history, best accuracy, torch's
-    random state (of models with dropout; None: as it is)."""
-    return {"epoch": 0, "step": 0, "sums": {}, "seconds": 0.0, "history": [], "best_accuracy": -1.0, "random_states": None}
+    """Where a run stands: epochs and steps done, sums of the epoch under way, rows of history, best accuracy, the learning
+    rate of the step made last, torch's random state (of models with dropout; None: as it is)."""
+    return {"epoch": 0, "step": 0, "sums": {}, "seconds": 0.0, "history": [], "best_accuracy": -1.0, "learning_rate": None,
+            "random_states": None}
 
 
 def save_last(state, progress, info, args):

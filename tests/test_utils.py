@@ -3,6 +3,7 @@
     python -m pytest tests/test_utils.py
 """
 import contextlib
+import copy
 import itertools
 import math
 import pickle
@@ -293,6 +294,18 @@ def test_memory_kept_for_the_backward_pass(arguments, name, teacher_name, size):
             utils.training_step(state, objective, args)(images, torch.arange(count))
         kept.append(sum(storages.values()) / 2**20)
     assert kept[1] - kept[0] == pytest.approx(size, rel=0.05)
+
+
+def test_epoch_saved_after_its_last_step_keeps_that_steps_learning_rate(arguments):
+    """A kill between the last save within an epoch and its end: the row of the history is the undisturbed one."""
+    args, saved = arguments("baseline"), []
+    state, progress = utils.new_state(models.build_model("test_efficientnet", 10), 2, args), utils.new_progress()
+    step = utils.training_step(state, cross_entropy_objective, args)
+    row = utils.train_one_epoch(state, step, TwoBatches(), progress, lambda: saved.append(copy.deepcopy(progress)), 0)
+    assert saved[-1]["step"] == 2
+    again = utils.train_one_epoch(state, step, TwoBatches(), saved[-1], None, 10)
+    timed = ("seconds", "images_per_second")
+    assert {key: row[key] for key in row if key not in timed} == {key: again[key] for key in row if key not in timed}
 
 
 def test_epoch_gone_on_with_from_an_older_save_leaves_out_what_that_lacks(arguments):
