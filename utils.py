@@ -981,7 +981,7 @@ def finish_epoch(state, progress, row, info, args):
     print(f"{run} epoch {row['epoch']:>3}/{args.num_epochs}  loss {row['train_loss']:.4f}  {accuracy}"
           f"val {row['val_accuracy']:6.2%}{' *' if best else '  '}  lr {row['learning_rate']:.1e}  {speed}"
           f"{row['seconds']:.0f} s", flush=True)
-    _can_save = False
+    _can_save = row["epoch"] < args.num_epochs  # what comes between two epochs is stopped by the next one, which says so
     if _signal_code:
         stop(f"epoch {row['epoch']}")
 

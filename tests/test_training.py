@@ -281,6 +281,19 @@ def test_stopped_run_goes_on_to_the_same_weights(run, tmp_path, monkeypatch, cap
     assert forget(utils.load_file(folder / "baseline" / "last.pth")["progress"]["history"]) == forget(history)
 
 
+def test_signal_between_two_epochs_is_answered_like_any_other(run, monkeypatch, capsys):
+    train_one_epoch = utils.train_one_epoch
+
+    def signalled(state, step, loader, progress, *rest):
+        if progress["epoch"] == 1:
+            utils._on_signal(signal.SIGINT, None)
+        return train_one_epoch(state, step, loader, progress, *rest)
+    monkeypatch.setattr(utils, "train_one_epoch", signalled)
+    with pytest.raises(utils.Stopped):
+        run("baseline")
+    assert "stopped after step 1 of epoch 2, all saved; the same command" in capsys.readouterr().out
+
+
 def test_stop_after_the_teacher_does_not_train_it_again(run, monkeypatch, capsys):
     train = train_distillation.train
 
