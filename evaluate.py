@@ -715,7 +715,7 @@ def gallery_figure(entries, labels, test, names, most=8):
                 axis.set_title(f"{title}: {names[labels[i]]}\n" + "\n".join(
                     f"{LABELS[run]}: {names[predicted[i]]} {np.exp(entry.log_probabilities[i, predicted[i]]):.0%}"
                     for run, entry, predicted in (("baseline", baseline, before), ("distilled", distilled, after))), fontsize=8)
-    seed = f", seed {distilled.info['config']['seed']}" if len(entries["distilled"]) > 1 else ""
+    seed = f", seed {distilled.info['config']['seed']}," if len(entries["distilled"]) > 1 else ""
     figure.suptitle(f"Test images that the distilled student{seed} corrects (above) and newly gets wrong (below)")
     return figure
 
