@@ -651,7 +651,7 @@ def accuracy_figure(numbers):
         sd = [100 * model["sd"][key] for key in scores] if model["sd"] else None
         bars = axis.bar(np.arange(3) + (i - (len(table) - 1) / 2) * width, [100 * model[key] for key in scores], width, yerr=sd,
                         color=COLOURS[run], hatch=STYLES[run][1], edgecolor="white", label=LABELS[run], capsize=3)
-        axis.bar_label(bars, fmt="%.1f", padding=2)
+        axis.bar_label(bars, fmt="%.1f", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     axis.set_xticks(range(3), scores.values())
     axis.set(title=f"Scores on {numbers['dataset']['test_images']} test images of {numbers['dataset']['num_classes']} classes",
              ylabel="score (%)", ylim=(0, 108))

@@ -47,7 +47,7 @@ def train(model, objective, info, data, args, fresh):
     loader = data_loader.training_loader(data, info, args, device)
     val_loader = data_loader.evaluation_loader(data.val, info, args, device)
     utils.check_room(model, info, args)
-    utils.rehearse(model, objective, loader, info, args)
+    utils.rehearse(model, objective, loader, val_loader, info, args)
     state = utils.new_state(model, len(loader), args)
     progress = utils.restore(last, state) if last else utils.new_progress()
     step = utils.training_step(state, objective, args)

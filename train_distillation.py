@@ -68,9 +68,9 @@ def train_teacher(args, data, device):
     student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
 
     info = models.describe("distilled", student, args.student_model, data, args)
-    loader = data_loader.training_loader(data, info, args, device)
-    utils.rehearse(student, lambda *batch: distill(teacher.eval(), *batch, args), loader, info, args)
-    del student, loader
+    loaders = data_loader.training_loader(data, info, args, device), data_loader.evaluation_loader(data.val, info, args, device)
+    utils.rehearse(student, lambda *batch: distill(teacher.eval(), *batch, args), *loaders, info, args)
+    del student, loaders
 
     def objective(images, logits, labels):
         ce = models.cross_entropy(logits, labels, args.label_smoothing)
@@ -118,7 +118,7 @@ def train(model, objective, info, data, args, fresh):
     loader = data_loader.training_loader(data, info, args, device)
     val_loader = data_loader.evaluation_loader(data.val, info, args, device)
     utils.check_room(model, info, args)
-    utils.rehearse(model, objective, loader, info, args)
+    utils.rehearse(model, objective, loader, val_loader, info, args)
     state = utils.new_state(model, len(loader), args)
     progress = utils.restore(last, state) if last else utils.new_progress()
     step = utils.training_step(state, objective, args)

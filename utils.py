@@ -320,8 +320,7 @@ def run_script(main):
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if "deterministic" in str(error):
             message = f"--deterministic is not possible with this model: {first_line(error)}"
-        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)) or \
-                any(text in str(error) for text in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory")):
+        elif lacks_memory(error):
             message = (f"there is too little memory for this{peak_memory()}; try a smaller --batch-size, with --accumulate-steps to make up for "
                        "it, or a smaller --image-size")
         else:
@@ -509,10 +508,8 @@ def training_step(state, objective, args):
         update = captured(update, state.optimizer, state.scaler)
 
     def step(images, labels):
-        try:
+        with memory_explained(args):
             return update(images, labels)
-        except torch.OutOfMemoryError:
-            raise UserError(out_of_memory(args)) from None
     return step
 
 
@@ -531,18 +528,29 @@ def captured(update, optimizer, scaler):
     calls, graph, batch, measured = 0, None, None, None
     learning_rate = torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)
 
+    @contextlib.contextmanager
+    def tensor_rate(capturable):
+        """The optimizer with its learning rate in a tensor, in eager steps too: a float has other last bits."""
+        outside = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
+        learning_rate.fill_(outside[0][0])
+        for group in optimizer.param_groups:
+            group.update(lr=learning_rate, capturable=capturable)
+        try:
+            yield
+        finally:
+            for group, (lr, capturable) in zip(optimizer.param_groups, outside):
+                group.update(lr=lr, capturable=capturable)
+
     def capture(images, labels):
         nonlocal graph, batch, measured
         batch = [tensor.clone() for tensor in tensors_of(images, labels)]
         optimizer.zero_grad(set_to_none=True)  # so that the gradients are the graph's own
-        outside = [(group["lr"], group["capturable"]) for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group.update(lr=learning_rate, capturable=True)
         try:
             new = torch.cuda.CUDAGraph()
             # The stream once more outside, since a failed capture would leave its own in force;
             # thread_local: the threads that pin photographs' memory meanwhile are no part of it.
-            with torch.cuda.stream(side_stream()), torch.cuda.graph(new, stream=side_stream(), capture_error_mode="thread_local"):
+            with tensor_rate(True), torch.cuda.stream(side_stream()), \
+                    torch.cuda.graph(new, stream=side_stream(), capture_error_mode="thread_local"):
                 measured = update(tuple(batch[:-1]) if len(batch) > 2 else batch[0], batch[-1])
             graph = new
         except RuntimeError as error:
@@ -554,17 +562,15 @@ def captured(update, optimizer, scaler):
             if scaler.is_enabled():
                 scaler.update(scaler.get_scale())  # forgets the step that was not finished
             print(f"{message}; training goes on without")
-        finally:
-            for group, (lr, capturable) in zip(optimizer.param_groups, outside):
-                group.update(lr=lr, capturable=capturable)
 
     def step(images, labels):
         nonlocal calls
         calls += 1
         if calls <= GRAPH_WARM_UP:
-            side_stream().wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side_stream()):
-                done = update(images, labels)
+            with tensor_rate(False):
+                side_stream().wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side_stream()):
+                    done = update(images, labels)
             torch.cuda.current_stream().wait_stream(side_stream())
             return done
         if calls == GRAPH_WARM_UP + 1:
@@ -597,9 +603,29 @@ def split(images, labels, parts):
     return zip(images.chunk(parts), labels.chunk(parts))
 
 
+def lacks_memory(error):
+    """Whether an exception says that memory ran out. cuDNN, left without a workspace, says that it found no engine."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in (
+        "out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory", "unable to find an engine"))
+
+
+@contextlib.contextmanager
+def memory_explained(args):
+    """Raise UserError with what to do where memory runs out within."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        engine = f", or, if memory is not short, another --amp-dtype than {args.amp_dtype}" if "an engine" in str(error) else ""
+        raise UserError(out_of_memory(args) + engine) from None
+
+
 def out_of_memory(args):
-    """The message for a training step that does not fit: the peak, and the next smaller batch that makes the same update."""
+    """The message where training does not fit: the peak, and the next smaller batch that makes the same update."""
     problem, half = f"there is too little memory for a batch of {args.batch_size}{peak_memory()}; try", args.batch_size // 2
+    if args.cuda_graph and torch.cuda.is_initialized():
+        problem += " --no-cuda-graph, which keeps less, or"
     if args.batch_size < 4:
         return f"{problem} a smaller --image-size"
     if getattr(args, "distillation_loss", None) == "dist":  # which has no parts of a batch
@@ -612,8 +638,8 @@ def peak_memory():
     return f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)" if torch.cuda.is_initialized() else ""
 
 
-def rehearse(model, objective, loader, info, args):
-    """Make a few full-size steps on a copy of `model`, throw them away, and print how long the run will take.
+def rehearse(model, objective, loader, val_loader, info, args):
+    """Make a few full-size steps and evaluations on a copy of `model`, throw them away, and print how long the run will take.
 
     So that too little memory shows in the first minute, and a run's length before it is spent.
     """
@@ -628,11 +654,14 @@ def rehearse(model, objective, loader, info, args):
             except ValueError as error:  # BatchNorm over a single value
                 raise WrongUse(f"--batch-size {args.batch_size} cannot be trained with: {first_line(error)}") from None
             seconds = time.perf_counter() - start
+    batch = next(iter(val_loader))
+    for _ in range(2):
+        with memory_explained(args):  # a captured step keeps its memory meanwhile
+            val_seconds = validate(state.model, [batch])["val_seconds"]
     del state, step
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_cache()
     print(f"{info['run']}: {info['model_name']}, {args.num_epochs} epochs of {len(loader)} steps, "
-          f"about {duration(seconds * len(loader) * args.num_epochs)} in all", flush=True)
+          f"about {duration((seconds * len(loader) + val_seconds * len(val_loader)) * args.num_epochs)} in all", flush=True)
 
 
 def train_one_epoch(state, step, loader, progress, save, save_minutes):
@@ -736,10 +765,19 @@ def infer(model, loader):
     return torch.cat([logits for logits, _ in batches]).cpu(), torch.cat([labels for _, labels in batches]).cpu()
 
 
+def free_cache():
+    """Give a GPU back what torch keeps for tensors to come; those of training and of evaluation have other sizes, so what is
+    kept for both would add up."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def validate(model, loader):
     """Plain cross-entropy and accuracy on `loader`, as columns of the history, and the seconds it took."""
     start = time.perf_counter()
+    free_cache()
     logits, labels = infer(model, loader)
+    free_cache()
     return {"val_loss": torch.nn.functional.cross_entropy(logits, labels).item(),
             "val_accuracy": (logits.argmax(1) == labels).float().mean().item(),
             "val_seconds": time.perf_counter() - start}

@@ -334,7 +334,8 @@ def test_data_of_other_shapes(arguments):
 @pytest.mark.parametrize("error, code, words", [
     (utils.UserError("one sentence"), 1, "error: one sentence\n"), (utils.Stopped(143), 143, ""),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch-size"), (MemoryError(), 1, "--batch-size"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--image-size"), (utils.WrongUse("no"), 2, "error: no"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--image-size"),
+    (RuntimeError("GET was unable to find an engine to execute this computation"), 1, "too little memory"), (utils.WrongUse("no"), 2, "error: no"),
     (OSError(28, "No space left on device", "last.pth"), 1, "No space left on device: last.pth")])
 def test_exit_codes(error, code, words, capsys):
     def main():

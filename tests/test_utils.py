@@ -332,6 +332,18 @@ def test_out_of_memory_says_what_to_try(arguments, loss, batch, advice):
         utils.training_step(state, objective, args)(*TwoBatches().batches[0])
 
 
+@pytest.mark.parametrize("error, expected, words", [
+    (RuntimeError("FIND was unable to find an engine to execute this computation"), utils.UserError, "--batch-size 32.*another --amp-dtype than fp32"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), utils.UserError, "BatchNorm$"), (RuntimeError("shapes differ"), RuntimeError, "shapes differ")])
+def test_what_is_and_is_not_a_lack_of_memory(arguments, error, expected, words):
+    def objective(images, logits, labels):
+        raise error
+    args = arguments("baseline")
+    state = utils.new_state(models.build_model("test_efficientnet", 10), 10, args)
+    with pytest.raises(expected, match=words):
+        utils.training_step(state, objective, args)(*TwoBatches().batches[0])
+
+
 @pytest.fixture
 def replays(monkeypatch):
     """A list that grows with every replay of a CUDA graph."""
@@ -541,6 +553,7 @@ class Alive(TorchDispatchMode):
 
 
 MEMORY = [("efficientnet_b0", None, 1.5), ("efficientnet_b0", "efficientnet_b2", 2.5), ("efficientnet_b2", None, 3.0)]  # GB
+EVALUATED = data_loader.EVAL_PIXELS // 224**2  # images at once
 
 
 @pytest.mark.parametrize("name, teacher_name, limit", MEMORY)
@@ -566,7 +579,7 @@ def test_memory_of_what_lives(arguments, name, teacher_name, limit, batch):
             for _ in range(2):  # the first makes AdamW's moments
                 step(images, labels)
             trained = alive.peak
-            utils.infer(student, [(torch.empty(64, 3, 224, 224), torch.zeros(64, dtype=torch.int64))])
+            utils.infer(student, [(torch.empty(EVALUATED, 3, 224, 224), torch.zeros(EVALUATED, dtype=torch.int64))])
     print(f"{trained / 1e9:.2f} GB in a step, {alive.peak / 1e9:.2f} with evaluation")
     weights = sum(tensor.numel() * 4 for tensor in student.state_dict().values())
     assert trained > 4 * weights + batch * 30e6  # weights, gradient, moments, activations: it does count
@@ -594,11 +607,13 @@ def test_peak_memory_at_the_default_batch(arguments, name, teacher_name, limit, 
     def steps(count):
         for _ in range(count):
             step(images, torch.arange(16, device=device))
+    evaluated = [(torch.rand(EVALUATED, 3, 224, 224, device=device), torch.arange(EVALUATED, device=device))]
     steps(5)  # in which cuDNN tries its kernels, as it does in the rehearsal
-    torch.cuda.empty_cache()
+    utils.validate(state.model, evaluated)
     torch.cuda.reset_peak_memory_stats()
+    state.model.train()
     steps(10)
-    utils.infer(state.model, [(torch.rand(64, 3, 224, 224, device=device), torch.arange(64, device=device))])
+    utils.validate(state.model, evaluated)
     assert torch.cuda.max_memory_reserved() < limit * 1e9
     assert len(replays) == (15 - utils.GRAPH_WARM_UP if graph == "--cuda-graph" else 0)
 
@@ -629,6 +644,8 @@ def test_captured_and_eager_training_agree(arguments, precision, flags, replays,
     """Fifty steps with a teacher: the same losses within 1 %; in half precision, where a learning rate rounded to float32
     alone moves single losses by 8 % in the end, within 5 % for ten steps and within 10 % in the mean of the last ten."""
     device, losses = torch.device("cuda"), {}
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU only emulates bf16")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -702,6 +719,19 @@ def test_captured_step_feeds_its_recording(arguments, monkeypatch):
     assert recording.replays == 10 - utils.GRAPH_WARM_UP
     assert losses == pytest.approx(expected, rel=1e-5)  # the recording's learning rate is a float32
     assert state.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+
+
+def test_when_the_step_is_captured_changes_nothing(arguments, monkeypatch):
+    """A resumed run warms up again, so steps that warm up are to the last bit what replays are."""
+    args, weights, training_step = arguments("baseline", "--num-epochs", "1", "--warmup-epochs", "0.7"), [], utils.training_step
+    for warm_up in (2, 6):
+        recording = Recording(monkeypatch)
+        monkeypatch.setattr(utils, "GRAPH_WARM_UP", warm_up)
+        monkeypatch.setattr(utils, "training_step", lambda state, objective, args: utils.captured(
+            recording.update(state, training_step(state, objective, args)), state.optimizer, state.scaler))
+        weights.append(train_steps(args, torch.device("cpu"), 10)[0].model.state_dict())
+        assert recording.replays == 10 - warm_up
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_training_goes_on_where_a_step_cannot_be_captured(arguments, monkeypatch, capsys):
@@ -788,10 +818,28 @@ def test_rehearsal_leaves_no_trace(arguments, capsys):
     model = models.build_model("test_efficientnet", 10)
     args, before = arguments("baseline"), {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    utils.rehearse(model, cross_entropy_objective, TwoBatches(), {"run": "baseline", "model_name": "m"}, args)
+    utils.rehearse(model, cross_entropy_objective, TwoBatches(), TwoBatches().batches, {"run": "baseline", "model_name": "m"}, args)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert torch.equal(random, torch.get_rng_state()) and "in all" in capsys.readouterr().out
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_evaluation_that_does_not_fit_shows_in_the_rehearsal(arguments, monkeypatch):
+    def infer(model, loader):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(utils, "infer", infer)
+    with pytest.raises(utils.UserError, match="--batch-size 32 --accumulate-steps 2"):
+        utils.rehearse(models.build_model("test_efficientnet", 10), cross_entropy_objective, TwoBatches(), TwoBatches().batches,
+                       {"run": "baseline", "model_name": "m"}, arguments("baseline"))
+
+
+def test_estimate_counts_steps_and_evaluation(arguments, monkeypatch, capsys):
+    """With a clock that goes on by a second whenever it is read: 2 steps of one second and 2 evaluations of one second an epoch."""
+    ticks = itertools.count()
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: next(ticks))
+    utils.rehearse(models.build_model("test_efficientnet", 10), cross_entropy_objective, TwoBatches(), TwoBatches().batches,
+                   {"run": "baseline", "model_name": "m"}, arguments("baseline", "--num-epochs", "15"))
+    assert "15 epochs of 2 steps, about 60 s in all" in capsys.readouterr().out
 
 
 def test_ema_is_what_is_validated(arguments):
