@@ -7,7 +7,7 @@ by hand wins over --quick, and --quick over this file. `python train_distillatio
 # Data
 DATASET_NAME = "CIFAR100"         # CIFAR100, CIFAR10, Flowers102, Digits, or ImageFolder (one's own pictures)
 DATASET_DIR = None                # ImageFolder: the folder with train/<class>/* and test/<class>/*, val/ optional
-DATA_DIR = "data"                 # where torchvision downloads to
+DATA_DIR = "data"                 # where torchvision downloads to; decoded pictures are kept in its decoded/
 IMAGE_SIZE = 224                  # px, side of the square the student sees, at least 32
 TEACHER_IMAGE_SIZE = None         # px, None: the student's; larger: the same crop of the same picture, in more detail
 AUGMENTATION = "auto"             # auto, none, crop, flip_crop, resized_crop; auto: flip_crop for small images (crop

@@ -33,6 +33,7 @@ SMALL = 96              # px: square images of one size up to this side are kept
 CROP_PADDING = 1 / 8    # of the side, on each side: 4 px for CIFAR, as everywhere since He et al. 2015
 CROP_SCALE = (0.35, 1)  # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)
+PHOTO_RATIO = 3 / 2     # of sides; in photographs up to it the smallest crop still has the pixels to fill the output
 DOWNLOAD_TIMEOUT = 20   # s without an answer
 DOWNLOAD_MB = {"CIFAR100": 340, "CIFAR10": 340, "Flowers102": 700}  # archive and what is in it
 EVAL_PIXELS = 32 * 224**2  # pixels of an evaluation batch: 32 images of 224 px, for which EfficientNet-B0 takes 0.5 GB in float32
@@ -212,7 +213,7 @@ def load_decoded(kept, signature):
             return None, False
         if content["pixels"] is None or digest(content["pixels"].numpy()) == content["checksum"]:
             return content["pixels"], True
-    except (UserError, KeyError):
+    except (UserError, KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # of a dict that is not what was saved
         pass
     print(f"{kept} is damaged and will be made again")
     return None, False
@@ -388,7 +389,8 @@ def mixing(num_classes, args):
 # Loaders --------------------------------------------------------------------------------------------------------
 
 class Photographs(torch.utils.data.Dataset):
-    """Decodes pictures in worker processes: item i is (uint8 tensor (3, S, S), width / height, label).
+    """Decodes pictures in worker processes: item i is (uint8 tensor (3, S, S), width / height, label), or a sentence that says
+    why it cannot be had, since an exception would come out of a worker with its traceback in its text.
 
     For training the whole picture is stretched onto the canvas, whatever its shape; `resized_boxes` undoes that.
     """
@@ -396,11 +398,21 @@ class Photographs(torch.utils.data.Dataset):
         self.images, self.size, self.crop = images, size, crop
 
     def __getitem__(self, i):
-        image, label = self.images.source[i]
-        image = to_rgb(image)
+        try:
+            image, label = self.images.source[i]
+            image = to_rgb(image)
+        except UserError as error:
+            return str(error)
+        except (OSError, SyntaxError, ValueError) as error:  # of torchvision's own datasets
+            return f"image {i} of the dataset cannot be read as a picture: {first_line(error)}"
         aspect = image.width / image.height
         canvas = self.crop(image) if self.crop else image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1), np.float32(aspect), label
+
+
+def collate(items):
+    """A batch of what `Photographs` returns, or the first sentence among it."""
+    return next((item for item in items if isinstance(item, str)), None) or torch.utils.data.default_collate(items)
 
 
 def leave_signals_to_the_parent(_):
@@ -427,13 +439,14 @@ class Loader:
             self.pixels, self.side = images.pixels.to(home_of(images.pixels, device)), images.pixels.shape[-1]
         else:
             self.side = self.size
-            if seed is not None:  # enough for the shorter side of the smallest crop of a square picture to fill the output
-                self.side = math.ceil(max(self.size, self.teacher_size) / (CROP_SCALE[0] * CROP_RATIO[0]) ** 0.5)
+            if seed is not None:
+                self.side = math.ceil(max(self.size, self.teacher_size) / (CROP_SCALE[0] * CROP_RATIO[0] / PHOTO_RATIO) ** 0.5)
             crop = crop_to_size(image_size, crop_pct, interpolation) if seed is None else None
             self.batches = []  # of indices, which the DataLoader, keeping its workers, decodes epoch by epoch
             self.photographs = torch.utils.data.DataLoader(
-                Photographs(images, self.side, crop), batch_sampler=self.batches, num_workers=num_workers,
-                pin_memory=device.type == "cuda", persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_the_parent)
+                Photographs(images, self.side, crop), batch_sampler=self.batches, num_workers=num_workers, collate_fn=collate,
+                pin_memory=device.type == "cuda", persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_the_parent,
+                generator=torch.Generator())  # or it would draw from the global one, which dropout draws from too
 
         self.shifts = {}  # by output size, the matrices of whole images shifted by whole pixels: few, so made once
         if augmentation in ("crop", "flip_crop"):
@@ -496,7 +509,10 @@ class Loader:
         """
         if self.pixels is None:
             self.batches[:] = [chosen.tolist() for chosen in batches]
-            for pixels, aspect, labels in self.photographs:
+            for batch in self.photographs:
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                pixels, aspect, labels = batch
                 yield pixels, labels.to(self.device, non_blocking=True), aspect.to(self.device, non_blocking=True)
             return
         square = torch.ones(self.batch_size, device=self.device)

@@ -127,7 +127,7 @@ SETTINGS = {  # constant of config.py: (scripts with its flag, parser of its val
     "DATASET_NAME": (BOTH, choice("CIFAR100", "CIFAR10", "Flowers102", "Digits", "ImageFolder"),
                      "dataset: CIFAR100, CIFAR10, Flowers102, Digits or ImageFolder"),
     "DATASET_DIR": (ALL, path, "folder with train/<class>/* and test/<class>/*, for ImageFolder"),
-    "DATA_DIR": (ALL, path, "folder that datasets are downloaded to"),
+    "DATA_DIR": (ALL, path, "folder that datasets are downloaded to, and where decoded pictures are kept"),
     "IMAGE_SIZE": (BOTH, integer(32), "side of the square image the student sees, px"),
     "TEACHER_IMAGE_SIZE": (DISTILLATION, integer(32), "side of the same image for the teacher, px; None: as the student"),
     "AUGMENTATION": (BOTH, choice("auto", "none", "crop", "flip_crop", "resized_crop"),
@@ -321,8 +321,8 @@ def run_script(main):
         if "deterministic" in str(error):
             message = f"--deterministic is not possible with this model: {first_line(error)}"
         elif lacks_memory(error):
-            message = (f"there is too little memory for this{peak_memory()}; try a smaller --batch-size, with --accumulate-steps to make up for "
-                       "it, or a smaller --image-size")
+            message = (f"there is too little memory for this{peak_memory()}; close what else uses it or, in training, try a smaller "
+                       "--batch-size, with --accumulate-steps to make up for it, or a smaller --image-size")
         else:
             raise
     except BrokenPipeError:  # of `| head`, say
@@ -631,7 +631,8 @@ def out_of_memory(args):
     if getattr(args, "distillation_loss", None) == "dist":  # which has no parts of a batch
         return f"{problem} --batch-size {half} or a smaller --image-size"
     same = "the same updates" if args.batch_size % 2 == 0 else f"updates of {2 * args.accumulate_steps * half} images"
-    return f"{problem} --batch-size {half} --accumulate-steps {2 * args.accumulate_steps}, which makes {same} but for BatchNorm"
+    return (f"{problem} --batch-size {half} --accumulate-steps {2 * args.accumulate_steps}, which makes {same} but for BatchNorm, "
+            "or a smaller --image-size")
 
 
 def peak_memory():
@@ -643,11 +644,12 @@ def rehearse(model, objective, loader, val_loader, info, args):
 
     So that too little memory shows in the first minute, and a run's length before it is spent.
     """
+    on_gpu = model.pixel_mean.is_cuda  # where the first steps are slow, for cuDNN tries its kernels
     state = new_state(copy.deepcopy(model).train(), len(loader), args)
     step = training_step(state, objective, args)
     images, labels = next(loader.epoch(0))
-    with torch.random.fork_rng(devices=[model.pixel_mean.device] if model.pixel_mean.is_cuda else []):
-        for _ in range(3 + GRAPH_WARM_UP * (args.cuda_graph and model.pixel_mean.is_cuda)):
+    with torch.random.fork_rng(devices=[model.pixel_mean.device] if on_gpu else []):
+        for _ in range(3 + GRAPH_WARM_UP * args.cuda_graph if on_gpu else 2):
             start = time.perf_counter()
             try:
                 float(step(images, labels)["loss"])  # waits for the device
@@ -655,7 +657,7 @@ def rehearse(model, objective, loader, val_loader, info, args):
                 raise WrongUse(f"--batch-size {args.batch_size} cannot be trained with: {first_line(error)}") from None
             seconds = time.perf_counter() - start
     batch = next(iter(val_loader))
-    for _ in range(2):
+    for _ in range(2 if on_gpu else 1):
         with memory_explained(args):  # a captured step keeps its memory meanwhile
             val_seconds = validate(state.model, [batch])["val_seconds"]
     del state, step
@@ -822,17 +824,17 @@ def load_file(target):
     target = Path(target)
     if not target.is_file():
         raise UserError(f"{target} is a folder, not a checkpoint" if target.is_dir() else f"there is no {target}")
+    content = io.BytesIO(target.read_bytes())  # what fails from here on is the content's fault, not the disk's
     try:
         with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else contextlib.nullcontext():
-            checkpoint = torch.load(target, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported operand 149" in str(error):  # 149: pickle protocol 4 and later
+            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # damage takes any form
+        if isinstance(error, pickle.UnpicklingError) and \
+                ("Unsupported global" in str(error) or "Unsupported operand 149" in str(error)):  # 149: pickle protocol 4 and later
             raise UserError(f"{target} carries code and was refused; nothing of it was run. A checkpoint of this project holds "
                             "tensors and plain values alone") from None
-        raise UserError(f"{target} is damaged, or no checkpoint at all") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
         raise UserError(f"{target} is damaged, or no checkpoint at all") from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if version != FORMAT_VERSION:
@@ -948,7 +950,8 @@ def open_run(info, args, fresh):
     run, same = info["run"], identity(info)
     folder = run_folder(run, args)
     lock(folder)
-    for leftover in [*folder.glob("*.tmp"), history_file(run, args).with_name(f"{run}_history.csv.tmp")]:
+    history = history_file(run, args)
+    for leftover in [*folder.glob("*.tmp"), history.with_name(history.name + ".tmp")]:
         leftover.unlink(missing_ok=True)  # of a run that was killed while it saved
     reason = "--fresh" if fresh else "other settings"
     if (folder / "last.pth").exists() and not fresh:
@@ -965,9 +968,9 @@ def open_run(info, args, fresh):
             folder.mkdir(exist_ok=True)
             os.replace(seeds, folder / seeds.name)
         with contextlib.suppress(FileNotFoundError):
-            shutil.move(history_file(run, args), aside)
+            shutil.move(history, aside)
         print(f"the former {run} run ({reason}) is now in {aside}")
-    elif (history := history_file(run, args)).exists():  # of a run with another --checkpoint-dir
+    elif history.exists():  # of a run with another --checkpoint-dir
         n = next(n for n in range(1, sys.maxsize) if not history.with_suffix(f".{n}.csv").exists())
         os.replace(history, history.with_suffix(f".{n}.csv"))
         print(f"the history of another {run} run is now in {history.with_suffix(f'.{n}.csv')}")

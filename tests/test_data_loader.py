@@ -15,6 +15,7 @@ import types
 import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,23 +142,55 @@ def test_epoch_follows_from_seed_and_number_alone(arguments):
     assert not torch.equal(first[0][0], next(loader_of(data, args, seed=6).epoch(3))[0])
 
 
-@pytest.mark.parametrize("free, home", [(1000 * 2**20, "cuda"), (2**17, "cpu")])
+@pytest.mark.parametrize("free, home", [(1000 * 2**20, "cuda"), (2**19, "cpu"), (2**17, "cpu")])
 def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch, capsys, free, home):
     cached = [2**32]  # what torch keeps of a former model is not taken; without this both would stay on the host
     monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0 if cached else free, 2**33))
     pixels = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
+    data_loader.say_once.cache_clear()
     assert data_loader.home_of(pixels, torch.device("cuda")).type == home
-    assert capsys.readouterr().out.count("\n") == 1 and data_loader.home_of(pixels, CPU) == CPU
+    assert ("stay in host memory" if home == "cpu" else "live on the GPU") in capsys.readouterr().out and data_loader.home_of(pixels, CPU) == CPU
 
 
-def test_crops_of_square_photographs_are_never_enlarged(arguments, tmp_path):
-    """The canvas has enough pixels for the smallest random resized crop to fill the output, its shorter side too."""
+def test_crops_of_photographs_are_never_enlarged(arguments, tmp_path):
+    """The canvas has enough pixels for the smallest random resized crop to fill the output, its shorter side too, up to sides of 3:2."""
     args = folder_args(arguments, write_pictures(tmp_path / "pictures"))
     loader = loader_of(data_loader.open_dataset(args), args)
     draws = data_loader.random_boxes("resized_crop", 20_000, loader.side, torch.Generator().manual_seed(0))
-    boxes = data_loader.resized_boxes(draws, torch.ones(20_000), loader.side)
-    assert 32 <= boxes[:, 2:].min() < 34
+    smallest = [data_loader.resized_boxes(draws, torch.full((20_000,), aspect), loader.side)[:, 2:].min() for aspect in (2 / 3, 1, 3 / 2)]
+    assert 32 <= min(smallest) < 34
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_photograph_that_is_lost_during_training_is_one_sentence(arguments, tmp_path, workers):
+    args = folder_args(arguments, write_pictures(tmp_path / "pictures"), "--num-workers", workers)
+    data = data_loader.open_dataset(args)
+    lost = Path(data.train.source.dataset.samples[data.train.source.indices[0]][0])
+    lost.unlink()
+    loader = loader_of(data, args)
+    with pytest.raises(utils.UserError, match=f"{lost.name} cannot be read as a picture: .*No such file") as error:
+        for epoch in range(10):  # the last incomplete batch is left out
+            list(loader.epoch(epoch))
+    assert "\n" not in str(error.value)
+
+
+def test_photographs_leave_torchs_random_numbers_alone(arguments, tmp_path):
+    """Dropout draws from the same generator, and a resumed epoch starts one more DataLoader."""
+    args = folder_args(arguments, write_pictures(tmp_path / "pictures"), "--num-workers", "0")
+    loader, before = loader_of(data_loader.open_dataset(args), args), torch.get_rng_state()
+    list(loader.epoch(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_broken_picture_of_torchvisions_datasets_is_one_sentence():
+    class Broken:
+        def __getitem__(self, i):
+            raise OSError("image file is truncated")
+    images = data_loader.Images(None, Broken(), torch.zeros(3, dtype=torch.int64), [])
+    loader = data_loader.Loader(images, CPU, 32, "bicubic", batch_size=2, seed=0, augmentation="resized_crop")
+    with pytest.raises(utils.UserError, match=r"^image \d of the dataset cannot be read as a picture: image file is truncated$"):
+        next(loader.epoch(0))
 
 
 def test_device_without_its_number_is_the_same_device(arguments, monkeypatch):
@@ -479,7 +512,8 @@ def test_pictures_are_decoded_once(arguments, tmp_path, monkeypatch, capsys):
     kept, = (tmp_path / "data" / "decoded").glob("pictures-train-*.pth")
     content = bytearray(kept.read_bytes())
     content[len(content) // 2] ^= 255
-    for damage in (bytes(content), b"", content[:500]):
+    whole = kept.read_bytes()
+    for damage in (bytes(content), b"", *(whole[:length] for length in range(500, len(whole), len(whole) // 20))):
         kept.write_bytes(damage)
         times = len(decoded) + 1
         assert torch.equal(changed, open_again(times)) and "damaged" in capsys.readouterr().out
