@@ -5,6 +5,7 @@
 import hashlib
 import io
 import itertools
+import os
 import pickle
 import socket
 import struct
@@ -162,13 +163,13 @@ def test_crops_of_photographs_are_never_enlarged(arguments, tmp_path):
     assert 32 <= min(smallest) < 34
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_photograph_that_is_lost_during_training_is_one_sentence(arguments, tmp_path, workers):
-    args = folder_args(arguments, write_pictures(tmp_path / "pictures"), "--num-workers", workers)
+    args = folder_args(arguments, write_pictures(tmp_path / "pictures"))
     data = data_loader.open_dataset(args)
     lost = Path(data.train.source.dataset.samples[data.train.source.indices[0]][0])
     lost.unlink()
-    loader = loader_of(data, args)
+    loader = loader_of(data, args, workers)
     with pytest.raises(utils.UserError, match=f"{lost.name} cannot be read as a picture: .*No such file") as error:
         for epoch in range(10):  # the last incomplete batch is left out
             list(loader.epoch(epoch))
@@ -523,6 +524,19 @@ def test_pictures_are_decoded_once(arguments, tmp_path, monkeypatch, capsys):
     Image.new("RGB", (32, 32), "blue").save(folder / "train" / "cat" / "000.png")
     open_again(len(decoded) + 1)
     assert "No space left on device" in capsys.readouterr().out
+
+
+def test_photographs_are_checked_once_and_again_when_a_file_changes(arguments, tmp_path, monkeypatch):
+    """Its date alone, or its size alone."""
+    folder = write_pictures(tmp_path / "pictures")
+    args, decoded, original = folder_args(arguments, folder), [], data_loader.decode
+    monkeypatch.setattr(data_loader, "decode", lambda *rest: decoded.append(1) or original(*rest))
+    file = folder / "train" / "cat" / "000.png"
+    touched = file.stat().st_mtime_ns + 10**9
+    for change, times in ((lambda: None, 1), (lambda: None, 1), (lambda: os.utime(file, ns=(touched, touched)), 2),
+                          (lambda: (file.write_bytes(file.read_bytes() + b" "), os.utime(file, ns=(touched, touched))), 3)):
+        change()
+        assert data_loader.open_dataset(args).train.pixels is None and len(decoded) == times
 
 
 def test_too_little_room_for_a_download_is_said_before_it(arguments, monkeypatch):
