@@ -184,6 +184,14 @@ def test_photographs_leave_torchs_random_numbers_alone(arguments, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("size, batch", [(32, 512), (64, 392), (224, 32), (1024, 16)])
+def test_evaluation_takes_large_batches_of_bounded_memory(size, batch):
+    images = data_loader.Images(torch.zeros(600, 3, 32, 32, dtype=torch.uint8), None, torch.zeros(600, dtype=torch.int64), [])
+    info = {"image_size": size, "interpolation": "bicubic", "crop_pct": 1.0}
+    pixels, _ = next(iter(data_loader.evaluation_loader(images, info, types.SimpleNamespace(num_workers=0), CPU)))
+    assert pixels.shape == (batch, 3, size, size) and pixels.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_broken_picture_of_torchvisions_datasets_is_one_sentence():
     class Broken:
         def __getitem__(self, i):
