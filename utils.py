@@ -661,7 +661,7 @@ def rehearse(model, objective, loader, val_loader, info, args):
         with memory_explained(args):  # a captured step keeps its memory meanwhile
             val_seconds = validate(state.model, [batch])["val_seconds"]
     del state, step
-    free_cache()
+    torch.cuda.empty_cache()
     print(f"{info['run']}: {info['model_name']}, {args.num_epochs} epochs of {len(loader)} steps, "
           f"about {duration((seconds * len(loader) + val_seconds * len(val_loader)) * args.num_epochs)} in all", flush=True)
 
@@ -767,19 +767,12 @@ def infer(model, loader):
     return torch.cat([logits for logits, _ in batches]).cpu(), torch.cat([labels for _, labels in batches]).cpu()
 
 
-def free_cache():
-    """Give a GPU back what torch keeps for tensors to come; those of training and of evaluation have other sizes, so what is
-    kept for both would add up."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def validate(model, loader):
     """Plain cross-entropy and accuracy on `loader`, as columns of the history, and the seconds it took."""
     start = time.perf_counter()
-    free_cache()
+    torch.cuda.empty_cache()  # or what torch keeps for training's tensors and for evaluation's, of other sizes, would add up
     logits, labels = infer(model, loader)
-    free_cache()
+    torch.cuda.empty_cache()
     return {"val_loss": torch.nn.functional.cross_entropy(logits, labels).item(),
             "val_accuracy": (logits.argmax(1) == labels).float().mean().item(),
             "val_seconds": time.perf_counter() - start}
