@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import difflib
 import errno
 import functools
@@ -378,8 +379,23 @@ def setup(args):
     if name == "cpu":
         windows = " (the default torch for Windows has no CUDA: see README, Troubleshooting)" if os.name == "nt" else ""
         slow = f"; without a GPU large images take long{windows}"
+        keep_freed_memory()
     print(f"device: {device_name(device)}, {wanted}{slow}")
     return device
+
+
+def keep_freed_memory():
+    """Let this process keep the memory of large tensors it has freed, where its malloc is glibc's (most of Linux).
+
+    glibc gives blocks above 32 MB back to the system at once, and the next tensor of that size gets them anew, page by
+    page: a seventh of a training step at 224 px, half of an evaluation at 64 px, for a fifth more memory.
+    https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def device_name(device):

@@ -7,7 +7,10 @@ import copy
 import itertools
 import math
 import pickle
+import platform
 import re
+import subprocess
+import sys
 import types
 import weakref
 
@@ -24,7 +27,7 @@ import data_loader
 import models
 import train_distillation
 import utils
-from conftest import write_pictures
+from conftest import ROOT, write_pictures
 
 CONSTANTS = [name for name in vars(config) if name.isupper() and name != "QUICK"]
 
@@ -132,6 +135,22 @@ def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, mo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_without_cuda_is_wrong_use(capsys):
     assert "CUDA" in refused(capsys, "baseline", "--device", "cuda")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other mallocs are left as they are")
+def test_large_tensors_take_the_memory_of_those_before():
+    pytest.importorskip("resource")
+    # In a process of its own: small objects of other tests between the large ones would make it a matter of chance.
+    script = """
+import argparse, resource, torch, utils
+utils.setup(argparse.Namespace(device="cpu"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.ones(25_000_000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 5 * 100e6  # bytes that came anew from the system, of 20 * 100 MB
 
 
 @pytest.mark.parametrize("name, value", [("ALPHA", 2), ("BATCH_SIZE", "many"), ("PRETRAINED", 1), ("STUDENT_MODEL", "b0"),
