@@ -433,7 +433,7 @@ class Loader:
         self.device, self.size, self.interpolation = device, image_size, interpolation
         self.seed, self.mixup = seed, mixup
         self.augmentation, self.teacher_size = augmentation, teacher_image_size or image_size
-        self.batch_size = batch_size or min(512, max(16, EVAL_PIXELS // image_size**2))
+        self.batch_size = batch_size or evaluation_batch_size(image_size)
         self.labels, self.pixels = images.labels.to(device), None
         if images.pixels is not None:
             self.pixels, self.side = images.pixels.to(home_of(images.pixels, device)), images.pixels.shape[-1]
@@ -524,6 +524,11 @@ class Loader:
 
     def _on_device(self, pixels):
         return pixels.to(self.device, non_blocking=True).float() / 255
+
+
+def evaluation_batch_size(image_size):
+    """Images at once where nothing is trained: as many as the memory that training takes has room for."""
+    return min(512, max(16, EVAL_PIXELS // image_size**2))
 
 
 def home_of(pixels, device):

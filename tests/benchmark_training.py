@@ -11,9 +11,11 @@ Three loops take turns, so that a machine that slows down slows them all; median
 (b) project: this project's loader, step and pass, as the training scripts run them;
 (c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already there, on a GPU as a CUDA graph.
 
-Each for cross-entropy (CE) and for distillation (KD). Images are upscaled from 32 px to --image-size.
+Each for cross-entropy (CE) and for distillation (KD); then (b) and (c) for evaluation, in its own larger batches and float32.
+Images are upscaled from 32 px to --image-size.
 """
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -109,14 +111,20 @@ def objective_of(args, settings, distil, device):
     return lambda images, logits, labels: train_distillation.distill(teacher, images, logits, labels, settings)
 
 
+def made_up(pixels, labels):
+    part = data_loader.Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), None, torch.from_numpy(labels), [])
+    return data_loader.Dataset("made up", [str(i) for i in range(CLASSES)], part, part, "", "flip_crop")
+
+
+def info_of(args):
+    return {"image_size": args.image_size, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": CLASSES}
+
+
 def project_loop(args, device, pixels, labels, distil):
     """(b): a function that trains an epoch as the scripts do and returns its images/s, from the history's own column."""
     settings = settings_of(args, distil)
     student = models.build_model(args.model, CLASSES).to(device)
-    part = data_loader.Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), None, torch.from_numpy(labels), [])
-    data = data_loader.Dataset("made up", [str(i) for i in range(CLASSES)], part, part, "", "flip_crop")
-    info = {"image_size": args.image_size, "interpolation": "bicubic", "num_classes": CLASSES}
-    loader = data_loader.training_loader(data, info, settings, device)
+    loader = data_loader.training_loader(made_up(pixels, labels), info_of(args), settings, device)
     state = utils.new_state(student, len(loader), settings)
     step = utils.training_step(state, objective_of(args, settings, distil, device), settings)
     progress = utils.new_progress()
@@ -180,16 +188,39 @@ def ceiling_loop(args, device, distil):
     return run
 
 
-def compare(args, device, pixels, labels, plain, distil):
-    """A row of the table: the three loops in turns. In a function, so that its graphs go before the next are captured."""
-    loops = {"plain": lambda: plain(distil), "project": project_loop(args, device, pixels, labels, distil),
-             "ceiling": ceiling_loop(args, device, distil)}
+def evaluation_loops(args, device):
+    """(b) and (c) of evaluation: a function that evaluates as the scripts do, and one that gives the model one resident batch
+    again and again; both return images/s."""
+    model = models.build_model(args.model, CLASSES).to(device).eval()
+    size = data_loader.evaluation_batch_size(args.image_size)
+    random = np.random.default_rng(0)
+    pixels, labels = random.integers(0, 256, (args.steps * size, 32, 32, 3), dtype=np.uint8), random.integers(0, CLASSES, args.steps * size)
+    loader = data_loader.evaluation_loader(made_up(pixels, labels).val, info_of(args), settings_of(args, False), device)
+    images = torch.rand(size, 3, args.image_size, args.image_size, device=device).contiguous(memory_format=torch.channels_last)
+
+    def timed(infer):
+        start = time.perf_counter()
+        infer()
+        return args.steps * size / (time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def ceiling():
+        for _ in range(args.steps):
+            logits = model(images)
+        logits.sum().item()  # waits for the device
+    return {"project": lambda: timed(lambda: utils.infer(model, loader)), "ceiling": lambda: timed(ceiling)}
+
+
+def compare(args, name, loops):
+    """A row of the table: the loops in turns. In a function, so that its graphs go before the next are captured."""
     for run in loops.values():
         run()
-    rounds = [{name: run() for name, run in loops.items()} for _ in range(args.rounds)]
-    return {"loss": "KD" if distil else "CE", **{name: statistics.median(one[name] for one in rounds) for name in loops},
-            "project / plain": statistics.median(one["project"] / one["plain"] for one in rounds),
-            "project / ceiling": statistics.median(one["project"] / one["ceiling"] for one in rounds)}
+    rounds = [{loop: run() for loop, run in loops.items()} for _ in range(args.rounds)]
+    row = {"what": name, **{loop: statistics.median(one[loop] for one in rounds) for loop in loops}}
+    for other in ("plain", "ceiling"):
+        if other in loops:
+            row[f"project / {other}"] = statistics.median(one["project"] / one[other] for one in rounds)
+    return row
 
 
 def main():
@@ -216,13 +247,16 @@ def main():
     tried = {workers: plain_loop(args, device, pixels, labels, workers) for workers in args.workers}
     warm = {workers: (run(False), run(False))[1] for workers, run in tried.items()}
     plain = tried[max(warm, key=warm.get)]
-    rows = [compare(args, device, pixels, labels, plain, distil) for distil in (False, True)]
+    rows = [compare(args, "KD" if distil else "CE", {
+        "plain": functools.partial(plain, distil), "project": project_loop(args, device, pixels, labels, distil),
+        "ceiling": ceiling_loop(args, device, distil)}) for distil in (False, True)]
+    rows.append(compare(args, "evaluation", evaluation_loops(args, device)))
     print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, {utils.device_name(device)}, {args.amp_dtype}{', CUDA graph' * (args.cuda_graph and device.type == 'cuda')}, "
           f"torch {torch.__version__}; (a) with {max(warm, key=warm.get)} workers; images/s, medians of {args.rounds} rounds of {args.steps} steps")
-    print("| loss | (a) plain | (b) project | (c) ceiling | b/a | b/c |\n| --- | --- | --- | --- | --- | --- |")
+    columns = {"plain": ".0f", "project": ".0f", "ceiling": ".0f", "project / plain": ".2f", "project / ceiling": ".3f"}
+    print("| | (a) plain | (b) project | (c) ceiling | b/a | b/c |\n| --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        print(f"| {row['loss']} | {row['plain']:.0f} | {row['project']:.0f} | {row['ceiling']:.0f} | {row['project / plain']:.2f} | "
-              f"{row['project / ceiling']:.3f} |")
+        print(f"| {row['what']} |", " | ".join(format(row[name], form) if name in row else "" for name, form in columns.items()), "|")
     if args.json:
         args.json.write_text(json.dumps({"settings": {key: str(value) for key, value in vars(args).items()}, "rows": rows}, indent=1), encoding="utf-8")
 
