@@ -465,7 +465,7 @@ class Loader:
         indices = torch.arange(len(self.labels), device="cpu" if self.pixels is None else self.pixels.device)
         for pixels, labels, _ in self._decoded(indices.split(self.batch_size)):
             images = self._on_device(pixels)
-            if self.pixels is not None:
+            if self.side != self.size:  # workers have resized photographs already
                 images = resample(images, whole, upright, self.size, self.interpolation)
             yield images.contiguous(memory_format=torch.channels_last), labels
 
