@@ -4,6 +4,7 @@
 """
 import contextlib
 import copy
+import functools
 import itertools
 import math
 import pickle
@@ -207,6 +208,11 @@ def cross_entropy_objective(images, logits, labels):
     return dict.fromkeys(("loss", "ce_loss"), models.cross_entropy(logits, labels))
 
 
+def objective_of(teacher, args):
+    """What the training scripts give `training_step`."""
+    return functools.partial(train_distillation.distill, teacher, args=args) if teacher else cross_entropy_objective
+
+
 def test_epoch_is_the_loop_one_would_write(arguments):
     """Bit for bit the plain PyTorch loop: normalise, forward, cross-entropy, backward, clip, AdamW, schedule."""
     args = arguments("baseline", "--num-epochs", "1", "--warmup-epochs", "0.5", "--clip-grad", "0.5")
@@ -394,17 +400,23 @@ def replays(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("graph", ["--no-cuda-graph", "--cuda-graph"])
 @pytest.mark.parametrize("home", ["device", "host", "files"])
-def test_loop_never_waits_for_the_device(arguments, graph, home, replays, monkeypatch, tmp_path):
+@pytest.mark.parametrize("precision, teacher_name, flags", [
+    ("fp32", None, ["--ema-decay", "0.9"]), ("bf16", "test_resnet", ["--teacher-image-size", "64", "--mixup-alpha", "0.2"]),
+    ("fp16", "test_resnet", ["--distillation-loss", "lskd", "--accumulate-steps", "2"])])
+def test_loop_never_waits_for_the_device(arguments, graph, home, precision, teacher_name, flags, replays, monkeypatch, tmp_path):
     """The loop between its reads, on CUDA, wherever the images are: torch raises at any synchronisation."""
-    flags = ["--dataset-name", "ImageFolder", "--dataset-dir", str(write_pictures(tmp_path / "pictures", counts=(("train", 40), ("test", 3)))),
-             "--batch-size", "8", "--num-workers", "0"] if home == "files" else []
-    args, device = arguments("baseline", graph, "--ema-decay", "0.9", *flags), torch.device("cuda")
+    if home == "files":
+        flags = [*flags, "--dataset-name", "ImageFolder", "--batch-size", "8", "--num-workers", "0", "--dataset-dir",
+                 str(write_pictures(tmp_path / "pictures", counts=(("train", 80), ("test", 3))))]
+    args, device = arguments("distillation" if teacher_name else "baseline", graph, *flags), torch.device("cuda")
+    args.amp_dtype = precision
     if home == "host":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     ticks = itertools.count()
     monkeypatch.setattr(utils.time, "perf_counter", lambda: 1e-6 * next(ticks))  # so that no read is due
     data = data_loader.open_dataset(args)
     model = models.build_model("test_efficientnet", len(data.class_names)).to(device).train()
+    teacher = teacher_name and models.freeze(models.build_model(teacher_name, len(data.class_names)).to(device))
     info = models.describe("baseline", model, "test_efficientnet", data, args)
     loader = data_loader.training_loader(data, info, args, device)
     state, epoch = utils.new_state(model, len(loader), args), loader.epoch
@@ -419,7 +431,7 @@ def test_loop_never_waits_for_the_device(arguments, graph, home, replays, monkey
             torch.cuda.set_sync_debug_mode("default")
     loader.epoch = watched
     try:
-        utils.train_one_epoch(state, utils.training_step(state, cross_entropy_objective, args), loader, utils.new_progress(), None, 10)
+        utils.train_one_epoch(state, utils.training_step(state, objective_of(teacher, args), args), loader, utils.new_progress(), None, 10)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(replays) == (len(loader) - utils.GRAPH_WARM_UP if graph == "--cuda-graph" else 0)
@@ -552,10 +564,7 @@ def train_steps(args, device, steps, teacher=None):
     utils.seed_everything(0)
     model = models.build_model("test_efficientnet", 10).to(device).train()
     state = utils.new_state(model, steps, args)
-
-    def objective(images, logits, labels):
-        return train_distillation.distill(teacher, images, logits, labels, args) if teacher else cross_entropy_objective(images, logits, labels)
-    step, losses = utils.training_step(state, objective, args), []
+    step, losses = utils.training_step(state, objective_of(teacher, args), args), []
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         images, labels = torch.rand(16, 3, 32, 32, generator=generator), torch.randint(0, 10, (16,), generator=generator)
@@ -608,12 +617,7 @@ def test_memory_of_what_lives(arguments, name, teacher_name, limit, batch):
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         student, *teacher = (pretend(model, "cpu") for model in real)
         state = utils.new_state(student.train(), 20, args)
-
-        def objective(images, logits, labels):
-            if teacher:
-                return train_distillation.distill(models.freeze(teacher[0]), images, logits, labels, args)
-            return cross_entropy_objective(images, logits, labels)
-        step = utils.training_step(state, objective, args)
+        step = utils.training_step(state, objective_of(models.freeze(teacher[0]) if teacher else None, args), args)
         images = torch.empty(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.int64)
         with Alive(images, *(tensor for model in (student, *teacher) for tensor in model.state_dict().values())) as alive:
@@ -654,10 +658,7 @@ def test_peak_memory_at_the_default_batch(arguments, name, teacher_name, limit, 
     utils.setup(args)
     teacher = models.freeze(models.build_model(teacher_name, 100).to(device)) if teacher_name else None
     state = utils.new_state(models.build_model(name, 100).to(device).train(), 20, args)
-
-    def objective(images, logits, labels):
-        return train_distillation.distill(teacher, images, logits, labels, args) if teacher else cross_entropy_objective(images, logits, labels)
-    step = utils.training_step(state, objective, args)
+    step = utils.training_step(state, objective_of(teacher, args), args)
     images = torch.rand(16, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
 
     def steps(count):
