@@ -429,7 +429,8 @@ class Loader:
     dropped. Without one, iterating yields all images once, in order, cropped in the middle.
     """
     def __init__(self, images, device, image_size, interpolation, crop_pct=1.0, batch_size=None, num_workers=0,
-                 seed=None, augmentation="none", teacher_image_size=None, mixup=None):
+                 seed=None, augmentation="none", teacher_image_size=None, mixup=None, acc=1):
+        self.acc = acc
         self.device, self.size, self.interpolation = device, image_size, interpolation
         self.seed, self.mixup = seed, mixup
         self.augmentation, self.teacher_size = augmentation, teacher_image_size or image_size
@@ -457,7 +458,7 @@ class Loader:
 
     def __len__(self):
         count = len(self.labels)
-        return count // self.batch_size if self.seed is not None else math.ceil(count / self.batch_size)
+        return count // self.batch_size // self.acc * self.acc if self.seed is not None else math.ceil(count / self.batch_size)
 
     def __iter__(self):
         whole = torch.tensor([[0.0, 0.0, self.side, self.side]], device=self.device)
@@ -469,7 +470,15 @@ class Loader:
                 images = resample(images, whole, upright, self.size, self.interpolation)
             yield images.contiguous(memory_format=torch.channels_last), labels
 
+    def epoch_for_two(self, epoch):
+        for views, labels in self.epochs(epoch):
+            yield (views[0], views[1], labels) if isinstance(views, tuple) else (views, views, labels)
+
     def epoch(self, epoch, start=0):
+        for views, labels in self.epochs(epoch):
+            yield (views[0] if isinstance(views, tuple) else views), labels
+
+    def epochs(self, epoch, start=0):
         """Yield the batches of `epoch` from batch `start` on: (images, labels), or, where the teacher's images are of
         another size, ((the student's, the teacher's), labels). Mixed labels are (B, C) floats."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
@@ -556,10 +565,10 @@ def seed_of(*numbers):
 
 def training_loader(data, info, args, device):
     """The loader of data.train for a model of `info`: what a fair pair shares but for the teacher's own view."""
-    return Loader(data.train, device, info["image_size"], info["interpolation"], batch_size=args.batch_size * args.accumulate_steps,
+    return Loader(data.train, device, info["image_size"], info["interpolation"], batch_size=args.batch_size,
                   num_workers=args.num_workers, seed=args.seed, augmentation=data.augmentation,
                   teacher_image_size=getattr(args, "teacher_image_size", None),
-                  mixup=mixing(info["num_classes"], args))
+                  mixup=mixing(info["num_classes"], args), acc=args.accumulate_steps)
 
 
 def evaluation_loader(images, info, args, device):

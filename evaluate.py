@@ -24,6 +24,7 @@ import torch
 from scipy.cluster import hierarchy
 from sklearn import metrics
 
+import config
 import data_loader
 import models
 import utils
@@ -53,8 +54,7 @@ class Entry(NamedTuple):
     history: list                      # rows of its training, [] where its last.pth is gone
 
 
-def main():
-    args = utils.parse_args("evaluate", __doc__)
+def main(args):
     device = utils.setup(args)
     pairs, left_out = find_pairs(args)
     infos = {run: [utils.load_file(path) for path in paths] for run, paths in pairs.items()}
@@ -78,7 +78,7 @@ def main():
     report = write_report(numbers)
     write_files(entries, labels, numbers, report, Path(args.results_dir))
     print(report)
-    utils.choose_best(args, first)
+    utils.choose_best(args.checkpoint_dir, first)
     print(f"report, numbers and figures are in {args.results_dir}")
 
 
@@ -175,10 +175,10 @@ def load_entry(path, test, val, first, args, device):
     def look(images):
         if images is None:
             return None
-        logits, _ = utils.infer(model, data_loader.evaluation_loader(images, info, args, device))
+        logits, _ = models.infer(model, data_loader.evaluation_loader(images, info, args, device))
         return logits.double().log_softmax(1).numpy()
     last = path.with_name("last.pth")
-    history = utils.load_file(last)["progress"]["history"] if last.is_file() else []
+    history = utils.load_file(last)["history"] if last.is_file() else []
     return Entry(path, model, info, look(test), look(val), history)
 
 
@@ -369,7 +369,7 @@ def differences(infos):
     pairs += [(group[0], other, {"seed"}) for group in infos.values() for other in group[1:]]  # one seed with another
     for one, other, may_differ in pairs:
         ours, theirs = one["config"], other["config"]
-        shared = (ours.keys() & theirs.keys()) - utils.NEUTRAL - may_differ
+        shared = (ours.keys() & theirs.keys()) - config.NEUTRAL - may_differ
         odd += [f"{name} ({ours[name]} and {theirs[name]})" for name in sorted(shared) if ours[name] != theirs[name]]
         odd += ["the model"] * (one["model_name"] != other["model_name"])
         odd += ["the validation split"] * (one["split_fingerprint"] != other["split_fingerprint"])
@@ -389,7 +389,7 @@ def time_models(entries, device, seconds=6):
     """
     def clock(model, images):
         start = time.perf_counter()
-        utils.forward(model, images).cpu()  # waits for the device
+        models.forward(model, images).cpu()  # waits for the device
         return time.perf_counter() - start
 
     timings, first = {}, {run: group[0] for run, group in entries.items()}
@@ -746,4 +746,4 @@ def similarity_order(confusion):
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main))
+    sys.exit(utils.run_script(main, config.parse_args("evaluate", __doc__)))

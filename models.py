@@ -1,5 +1,9 @@
-"""Students and teachers from timm, the losses, and checkpoints as models."""
-import huggingface_hub
+"""Students and teachers from timm, forward and inference, the losses, and checkpoints as models.
+
+Shapes: images (B, 3, H, W) floats in [0, 1], labels (B,) int64 or, mixed, (B, C) probabilities,
+logits (B, C). Losses are means over the batch, in float32 also under autocast.
+"""
+import huggingface_hub  # comes with timm
 import timm
 import torch
 import torch.nn.functional as F
@@ -8,30 +12,36 @@ import utils
 from utils import UserError
 
 
-def build_model(name, num_classes, pretrained=False, weights=None):
-    """A timm classifier with a new head for `num_classes`, in channels_last, that knows its own normalisation.
+# Building -----------------------------------------------------------------------------------------
 
-    `weights` is a local file instead of timm's download. The head's weights come from torch's global generator, so
-    seed it just before. `model.pixel_mean` and `model.pixel_std` (1, 3, 1, 1) are what `utils.forward` normalises
-    with; they are no part of the state_dict, which keeps timm's own names. Raises UserError where weights cannot be had.
+def build_model(name, num_classes, pretrained=False, weights=None):
+    """A timm classifier with a new head, in channels_last, that knows its own normalisation.
+
+    `weights` is a local file instead of timm's download. The head's weights come from torch's global
+    generator, so seed it just before. `model.pixel_mean` and `model.pixel_std` (1, 3, 1, 1) are what
+    `forward` normalises with; they are no part of the state_dict, which keeps timm's own names. Raises
+    UserError where weights cannot be had.
     """
     if pretrained and not weights:
         check_download(name)
     overlay = {"file": str(weights)} if weights else None
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, pretrained_cfg_overlay=overlay)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes,
+                                  pretrained_cfg_overlay=overlay)
     except Exception as error:
         if not pretrained:
             raise
         source = weights or f"the weights of {name}"
-        raise UserError(f"{source} cannot be loaded into {name}: {utils.first_line(error)}") from error
+        reason = utils.first_line(error)
+        raise UserError(f"{source} cannot be loaded into {name}: {reason}") from error
     for key in ("mean", "std"):
-        model.register_buffer(f"pixel_{key}", torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1), persistent=False)
+        value = torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1)
+        model.register_buffer(f"pixel_{key}", value, persistent=False)
     return model.to(memory_format=torch.channels_last)
 
 
 def check_download(name):
-    """Ask the hub once for the weight file, if it is not cached: left alone, the hub's client retries for a minute."""
+    """Ask the hub once for the weight file, if it is not cached: its client retries for a minute."""
     cfg = timm.get_pretrained_cfg(name)
     if not (cfg and cfg.hf_hub_id):
         return
@@ -39,55 +49,238 @@ def check_download(name):
     if isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
         return
     try:
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file), timeout=10)
+        url = huggingface_hub.hf_hub_url(repo, file)
+        huggingface_hub.get_hf_file_metadata(url, timeout=10)
     except huggingface_hub.errors.EntryNotFoundError:
         return  # the hub answers, and timm knows the older file names
     except Exception as error:
         raise UserError(
-            f"downloading the ImageNet weights of {name} failed ({utils.first_line(error)}); fetch {file} from "
-            f"https://huggingface.co/{repo} by hand and give it as --student-weights or --teacher-weights FILE, or start "
-            "without them with --no-pretrained, or try the project without any download with --quick") from None
+            f"downloading the ImageNet weights of {name} failed ({utils.first_line(error)}); fetch "
+            f"{file} from https://huggingface.co/{repo} by hand and give it as --student-weights or "
+            "--teacher-weights FILE, or start without them with --no-pretrained, or try the project "
+            "without any download with --quick") from None
+
+
+def why_unfit(info, args, data):
+    """Why the teacher of `info` (a checkpoint's dict) cannot teach on `data`; None where it can."""
+    image_size = args.teacher_image_size or args.image_size
+    if info["model_name"] != args.teacher_model and not args.teacher_checkpoint:
+        return f"it is {info['model_name']}, not {args.teacher_model}"
+    if info["dataset"] != data.name or info["class_names"] != list(data.class_names):
+        return f"it was trained on other classes ({info['dataset']}, {info['num_classes']} of them)"
+    if info["split_fingerprint"] != data.split_fingerprint:
+        return "it was trained on another split, and may have seen the validation images"
+    if info["image_size"] != image_size:
+        return f"it was trained at {info['image_size']} px, and --teacher-image-size is {image_size}"
+    return None
+
+
+def least_accuracy(num_classes):
+    """Validation accuracy below which a teacher knows too little to teach.
+
+    Thrice chance, or, with two or three classes, where nobody can reach that, half the way from chance
+    to perfect.
+    """
+    least = max(3 / num_classes, 2 / num_classes + 0.02)
+    return least if least < 1 else (1 + 1 / num_classes) / 2
+
+
+def freeze(teacher):
+    """Put `teacher` in eval mode for good, whatever calls train() later, and out of every gradient."""
+    teacher.requires_grad_(False).eval()
+    teacher.train = lambda mode=True: teacher
+    return teacher
+
+
+# Forward and inference ----------------------------------------------------------------------------
+
+def forward(model, images):
+    """Logits (B, C) for `images` (B, 3, H, W) in [0, 1], normalised as `model` was pretrained."""
+    return model((images - model.pixel_mean) / model.pixel_std)
+
+
+@torch.inference_mode()
+def infer(model, loader):
+    """Logits (N, C) float32 and labels (N,) on the CPU, in the order of `loader`; in eval mode."""
+    model.eval()
+    batches = [(forward(model, images).float(), labels) for images, labels in loader]
+    logits, labels = zip(*batches, strict=True)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def validate(model, loader):
+    """val_loss, plain cross-entropy, and val_accuracy on all images of `loader`."""
+    torch.cuda.empty_cache()  # or what torch keeps for training and for evaluation would add up
+    logits, labels = infer(model, loader)
+    torch.cuda.empty_cache()
+    return {"val_loss": F.cross_entropy(logits, labels).item(),
+            "val_accuracy": accuracy(logits, labels).item()}
+
+
+def accuracy(logits, labels):
+    """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C), which have none."""
+    if labels.ndim == 2:
+        return torch.full((), torch.nan, device=logits.device)
+    return (logits.detach().argmax(1) == labels).float().mean()
+
+
+def entropy(logits):
+    """Mean entropy in nats of the softmax of `logits`, a 0-d tensor: how sure the model is."""
+    log_probabilities = F.log_softmax(logits.detach().float(), 1)
+    return -(log_probabilities.exp() * log_probabilities).sum(1).mean()
+
+
+# Losses -------------------------------------------------------------------------------------------
+
+def cross_entropy(logits, labels, label_smoothing=0.0):
+    """Cross-entropy in nats."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
+    """T^2 * KL between the softened outputs (Hinton et al. 2015).
+
+    forward: KL(teacher || student); reverse: KL(student || teacher). Gradients fall off as 1 / T^2,
+    which the factor undoes, so that the weight against the cross-entropy means the same at every T.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
+    first, second = (student, teacher) if direction == "forward" else (teacher, student)
+    # batchmean: the default "mean" divides by the number of classes too, and makes the term as much
+    # weaker.
+    return F.kl_div(first, second, reduction="batchmean", log_target=True) * temperature**2
+
+
+def standardise(logits):
+    """Each image's logits with mean 0 and standard deviation 1, in float32 (Sun et al. 2024)."""
+    logits = logits.float()
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def lskd_loss(student_logits, teacher_logits, temperature, direction="forward"):
+    """kd_loss of standardised logits (Sun et al. 2024, Logit Standardization in KD).
+
+    The temperature divides them after that; the authors use 2 or 3, and weigh this 9 against a
+    cross-entropy of 0.1, which is ALPHA = 0.989. With two classes nothing is left to learn from:
+    standardised logits are then the same for all images.
+    """
+    return kd_loss(standardise(student_logits), standardise(teacher_logits), temperature, direction)
+
+
+def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
+    """T^2 * (TCKD + beta * NCKD) (Zhao et al. 2022, Decoupled Knowledge Distillation).
+
+    TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the others
+    alone, both KL(teacher || student); labels (B,) int64. The authors' beta is 8, 6 or 2, by the pair
+    of models; they use T = 4, add this to a cross-entropy of weight 1, which is ALPHA = 0.5, and raise
+    its weight from zero over the first 20 epochs, which is not done here.
+    """
+    true = labels[:, None]
+    others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
+    others = others + (others >= true)  # (B, C - 1); a boolean mask would wait for the device
+
+    def shares(logits):
+        logits = logits.float() / temperature
+        log_p = F.log_softmax(logits, 1)
+        rest = log_p.gather(1, others).logsumexp(1, keepdim=True)
+        return torch.cat([log_p.gather(1, true), rest], 1), F.log_softmax(logits.gather(1, others), 1)
+
+    tckd, nckd = (
+        F.kl_div(student, teacher, reduction="batchmean", log_target=True) for student, teacher
+        in zip(shares(student_logits), shares(teacher_logits.detach()), strict=True))
+    return temperature**2 * (tckd + beta * nckd)
+
+
+def dist_loss(student_logits, teacher_logits, temperature):
+    """T^2 * (inter + intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
+
+    1 - Pearson's correlation between the softened probabilities (B, C) of both: inter over the classes
+    of each image, intra over the images of each class, so it needs whole batches of more than a few
+    images. Each is a mean. The T^2 is the authors' code's, not the paper's; they add 2 * dist to a
+    cross-entropy of weight 1, which is ALPHA = 0.67, with T = 4 on CIFAR and 1 on ImageNet.
+    """
+    student = F.softmax(student_logits.float() / temperature, 1)
+    teacher = F.softmax(teacher_logits.detach().float() / temperature, 1)
+    inter = one_minus_correlation(student, teacher)
+    intra = one_minus_correlation(student.T, teacher.T)
+    return temperature**2 * (inter + intra)
+
+
+def one_minus_correlation(a, b):
+    """1 - Pearson's correlation between the rows of `a` and of `b`, a mean over them."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return 1 - F.cosine_similarity(a, b, dim=1).mean()
+
+
+def distillation_loss(student_logits, teacher_logits, labels, args):
+    """ALPHA * soft + (1 - ALPHA) * cross-entropy: the loss, the cross-entropy, soft unweighted, 0-d.
+
+    args.distillation_loss names the soft part: kd, dkd, dist or lskd. ALPHA weighs and TEMPERATURE
+    softens in all of them, but each has a scale of its own: lskd's temperature divides standardised
+    logits, dkd's other classes count eightfold, dist ends at 4 T^2.
+    """
+    ce = cross_entropy(student_logits, labels, args.label_smoothing)
+    temperature, direction = args.temperature, args.kl_direction
+    if args.distillation_loss == "dkd":
+        soft = dkd_loss(student_logits, teacher_logits, labels, temperature)
+    elif args.distillation_loss == "dist":
+        soft = dist_loss(student_logits, teacher_logits, temperature)
+    elif args.distillation_loss == "lskd":
+        soft = lskd_loss(student_logits, teacher_logits, temperature, direction)
+    else:
+        soft = kd_loss(student_logits, teacher_logits, temperature, direction)
+    return args.alpha * soft + (1 - args.alpha) * ce, ce, soft
+
+
+# Checkpoints as models ----------------------------------------------------------------------------
+
+def describe(run, model, name, data, args, **more):
+    """What a checkpoint of `run` says of itself besides weights, epoch and accuracy: plain values."""
+    cfg = model.pretrained_cfg
+    small = data.train.pixels is not None  # nothing to cut off at the edges of a 32 px image
+    known = cfg["interpolation"] in ("bilinear", "bicubic")
+    return {
+        "format_version": utils.FORMAT_VERSION, "run": run, "model_name": name,
+        "num_classes": len(data.class_names), "class_names": list(data.class_names),
+        "image_size": args.image_size, "crop_pct": 1.0 if small else float(cfg["crop_pct"]),
+        "interpolation": cfg["interpolation"] if known else "bicubic",
+        "mean": [float(value) for value in cfg["mean"]],
+        "std": [float(value) for value in cfg["std"]],
+        "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
+        "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(),
+        "versions": utils.versions(model.pixel_mean.device), **more,
+    }
 
 
 def gradcam_layer(model, image_size):
-    """Name of the last convolution whose output is the final feature map, what GradCAM looks at; None without one."""
-    seen = {}
+    """Name of the last convolution whose output is the final feature map; None without one."""
+    shapes = {}
 
-    def remember(name):
-        return lambda module, inputs, output: seen.update({name: tuple(output.shape[-2:])})
-    hooks = [module.register_forward_hook(remember(name)) for name, module in model.named_modules()
-             if isinstance(module, torch.nn.Conv2d)]
+    def remember(module, inputs, output):
+        shapes[module] = output.shape[-2:]
+
+    convolutions = {module: name for name, module in model.named_modules()
+                    if isinstance(module, torch.nn.Conv2d)}
+    hooks = [module.register_forward_hook(remember) for module in convolutions]
     training = model.training
     try:
-        with torch.inference_mode():  # timm's models take any size or raise what convolutions raise
-            features = model.eval().forward_features(torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(f"{model.pretrained_cfg['architecture']} cannot take images of {image_size} px: {utils.first_line(error)}") from None
+        with torch.inference_mode():
+            image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device)
+            features = model.eval().forward_features(image)
+    except (RuntimeError, ValueError, AssertionError) as error:  # what convolutions and timm raise
+        name = model.pretrained_cfg["architecture"]
+        reason = utils.first_line(error)
+        raise UserError(f"{name} cannot take images of {image_size} px: {reason}") from None
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    shape = tuple(features.shape[-2:]) if features.ndim == 4 else None
-    return next((name for name in reversed(seen) if seen[name] == shape), None)
-
-
-def describe(run, model, name, data, args, **more):
-    """What a checkpoint of `run` says about itself besides weights, epoch and accuracy: plain values alone, and `more`."""
-    cfg = model.pretrained_cfg
-    small = data.train.pixels is not None  # nothing to cut off at the edges of a 32 px image
-    return {
-        "format_version": utils.FORMAT_VERSION, "run": run, "model_name": name, "num_classes": len(data.class_names),
-        "class_names": list(data.class_names), "image_size": args.image_size,
-        "crop_pct": 1.0 if small else float(cfg["crop_pct"]),
-        "interpolation": cfg["interpolation"] if cfg["interpolation"] in ("bilinear", "bicubic") else "bicubic",
-        "mean": [float(value) for value in cfg["mean"]], "std": [float(value) for value in cfg["std"]],
-        "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
-        "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(), "versions": utils.versions(model.pixel_mean.device), **more,
-    }
+    last = [module for module in shapes if features.ndim == 4 and shapes[module] == features.shape[-2:]]
+    return convolutions[last[-1]] if last else None
 
 
 def load_model(path, device="cpu"):
-    """The model of a best_model.pth in eval mode, and its info: (model, dict of everything but the weights).
+    """The model of a best_model.pth in eval mode, and its info: (model, dict without the weights).
 
     Raises UserError where the file is missing, damaged, or holds something else.
     """
@@ -108,119 +301,3 @@ def unnormalise(images, info):
     """The picture in a normalised batch (B, 3, S, S), as floats in [0, 1], for showing it."""
     mean, std = (torch.tensor(info[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     return (images.detach().cpu() * std + mean).clamp(0, 1)
-
-
-# Losses ---------------------------------------------------------------------------------------------------------
-
-def cross_entropy(logits, labels, label_smoothing=0.0):
-    """Cross-entropy in float32; logits (B, C), labels (B,) int64 or (B, C) probabilities. In nats, a mean over B."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-
-
-def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """T^2 * KL between the softened outputs (Hinton et al. 2015), logits (B, C), a mean over B, in float32.
-
-    forward: KL(teacher || student); reverse: KL(student || teacher). Gradients fall off as 1 / T^2, which the
-    factor undoes, so that the weight against the cross-entropy means the same at every temperature.
-    """
-    student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
-    first, second = (student, teacher) if direction == "forward" else (teacher, student)
-    # batchmean: the default "mean" divides by the number of classes too, and makes the term as much weaker.
-    return F.kl_div(first, second, reduction="batchmean", log_target=True) * temperature**2
-
-
-def standardise(logits):
-    """Each image's logits (B, C) with mean 0 and standard deviation 1, in float32 (Sun et al. 2024)."""
-    logits = logits.float()
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
-
-
-def lskd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """kd_loss of standardised logits (Sun et al. 2024, Logit Standardization in Knowledge Distillation).
-
-    The temperature divides them after that; the authors use 2 or 3, and weigh this 9 against a cross-entropy of 0.1, which is
-    ALPHA = 0.989. With two classes nothing is left to learn from: standardised logits are then the same for all images.
-    """
-    return kd_loss(standardise(student_logits), standardise(teacher_logits), temperature, direction)
-
-
-def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
-    """T^2 * (TCKD + beta * NCKD), a mean over B in float32 (Zhao et al. 2022, Decoupled Knowledge Distillation).
-
-    TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the others alone, both
-    KL(teacher || student); labels (B,) int64. The authors' beta is 8, 6 or 2, by the pair of models; they use T = 4, add this to
-    a cross-entropy of weight 1, which is ALPHA = 0.5, and raise its weight from zero over the first 20 epochs, which is not done here.
-    """
-    true = labels[:, None]
-    others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
-    others = others + (others >= true)  # (B, C - 1); a boolean mask would wait for the device
-
-    def shares(logits):
-        logits = logits.float() / temperature
-        log_p = F.log_softmax(logits, 1)
-        binary = torch.cat([log_p.gather(1, true), log_p.gather(1, others).logsumexp(1, keepdim=True)], 1)
-        return binary, F.log_softmax(logits.gather(1, others), 1)
-    parts = [F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-             for student, teacher in zip(shares(student_logits), shares(teacher_logits.detach()))]
-    return temperature**2 * (parts[0] + beta * parts[1])
-
-
-def dist_loss(student_logits, teacher_logits, temperature):
-    """T^2 * (inter + intra), in float32 (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
-
-    1 - Pearson's correlation between the two models' softened probabilities (B, C): inter over the classes of each image,
-    intra over the images of each class, so it needs batches of more than a few images, whole. Each is a mean. The T^2 is the authors'
-    code's, not the paper's; they add 2 * dist to a cross-entropy of weight 1, which is ALPHA = 0.67, with T = 4 on CIFAR and 1 on ImageNet.
-    """
-    student, teacher = (F.softmax(logits.float() / temperature, 1) for logits in (student_logits, teacher_logits.detach()))
-
-    def one_minus_correlation(a, b):  # of the rows
-        return 1 - F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1).mean()
-    return temperature**2 * (one_minus_correlation(student, teacher) + one_minus_correlation(student.T, teacher.T))
-
-
-def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha, direction="forward", label_smoothing=0.0, loss="kd"):
-    """alpha * soft + (1 - alpha) * cross-entropy, as a dict of its 0-d parts: loss, ce_loss, kd_loss (soft, unweighted).
-
-    `loss` names the soft part: kd, dkd, dist or lskd. Logits (B, C). alpha weighs and temperature softens in all of them, but each
-    has a scale of its own: lskd's temperature divides standardised logits, dkd's other classes count eightfold, dist ends at 4 T^2.
-    """
-    ce = cross_entropy(student_logits, labels, label_smoothing)
-    if loss == "dkd":
-        kd = dkd_loss(student_logits, teacher_logits, labels, temperature)
-    elif loss == "dist":
-        kd = dist_loss(student_logits, teacher_logits, temperature)
-    else:
-        kd = {"kd": kd_loss, "lskd": lskd_loss}[loss](student_logits, teacher_logits, temperature, direction)
-    return {"loss": alpha * kd + (1 - alpha) * ce, "ce_loss": ce, "kd_loss": kd}
-
-
-# Teachers -------------------------------------------------------------------------------------------------------
-
-def why_unfit(info, args, data):
-    """Why the teacher of `info` (a checkpoint's dict) cannot teach on `data`, in a few words; None where it can."""
-    image_size = args.teacher_image_size or args.image_size
-    if info["model_name"] != args.teacher_model and not args.teacher_checkpoint:
-        return f"it is {info['model_name']}, not {args.teacher_model}"
-    if info["dataset"] != data.name or info["class_names"] != list(data.class_names):
-        return f"it was trained on other classes ({info['dataset']}, {info['num_classes']} of them)"
-    if info["split_fingerprint"] != data.split_fingerprint:
-        return "it was trained on another split, and may have seen the validation images"
-    if info["image_size"] != image_size:
-        return f"it was trained at {info['image_size']} px, and --teacher-image-size is {image_size}"
-    return None
-
-
-def least_accuracy(num_classes):
-    """Validation accuracy below which a teacher knows too little to teach: thrice chance, or, with two or three classes,
-    where nobody can reach that, half the way from chance to perfect."""
-    least = max(3 / num_classes, 2 / num_classes + 0.02)
-    return least if least < 1 else (1 + 1 / num_classes) / 2
-
-
-def freeze(teacher):
-    """Put `teacher` in eval mode for good, whatever calls train() on it later, and out of every gradient."""
-    teacher.requires_grad_(False).eval()
-    teacher.train = lambda mode=True: teacher
-    return teacher

@@ -3,62 +3,114 @@
     python train_baseline.py            # EfficientNet-B0 on CIFAR-100
     python train_baseline.py --quick    # a complete small run on scikit-learn's digits, no download
 
-Writes checkpoints/baseline/ and results/baseline_history.csv. After an interruption the same command goes on where
-it stopped. `train` stands here and in train_distillation.py, the same to the letter, so that each reads alone.
+Writes checkpoints/baseline/ and results/baseline_history.csv. After an interruption the same command
+goes on from the last whole epoch.
 """
 import sys
 
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+import config
 import data_loader
 import models
 import utils
 
+DIAGNOSE_EVERY = 10  # steps between two looks at entropies, which cost kernels of their own
 
-def main():
-    args = utils.parse_args("baseline", __doc__)
+
+def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
-
-    def objective(images, logits, labels):
-        ce = models.cross_entropy(logits, labels, args.label_smoothing)
-        return {"loss": ce, "ce_loss": ce}
-
     for run_args in utils.each_seed(args):
-        utils.seed_everything(run_args.seed)
-        student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
+        torch.manual_seed(run_args.seed)  # the same initial weights as the distilled student's
+        student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
+                                     args.student_weights).to(device)
         info = models.describe("baseline", student, args.student_model, data, run_args)
-        best = train(student, objective, info, data, run_args, args.fresh)
-    utils.choose_best(args, info)
-    print(f"the baseline is in {best}; next: python train_distillation.py{' --quick' if args.quick else ''}")
+        best = train(student, info, data, run_args)
+    utils.choose_best(args.checkpoint_dir, info)
+    quick = " --quick" if args.quick else ""
+    print(f"the baseline is in {best}; next: python train_distillation.py{quick}")
 
 
-def train(model, objective, info, data, args, fresh):
-    """Train `model` by `objective` for args.num_epochs, or what is left of them; return the path of its best weights.
+def train(model, info, data, args):
+    """Train `model` on the labels for args.num_epochs, or what is left of them; return best_model.pth.
 
-    objective(images, logits, labels) returns a dict of 0-d tensors, "loss" and "ce_loss" among them. `info` is what
-    the checkpoint says of itself (models.describe). A former run is gone on with where it fits, else moved aside.
+    `info` is what the checkpoint says of itself (models.describe). A former run in the same folder is
+    gone on with where it fits, else moved aside.
     """
-    last = utils.open_run(info, args, fresh)
-    best = utils.run_folder(info["run"], args) / "best_model.pth"
-    if last and last["progress"]["epoch"] == args.num_epochs:
-        print(f"{info['run']}: already trained with these settings; --fresh trains it anew")
-        return best
-
+    run = utils.Run(info, identity(info), args)
+    if run.finished:
+        print(f"{run.name}: already trained with these settings; --fresh trains it anew")
+        return run.best
     device = model.pixel_mean.device
     loader = data_loader.training_loader(data, info, args, device)
     val_loader = data_loader.evaluation_loader(data.val, info, args, device)
-    utils.check_room(model, info, args)
-    utils.rehearse(model, objective, loader, val_loader, info, args)
-    state = utils.new_state(model, len(loader), args)
-    progress = utils.restore(last, state) if last else utils.new_progress()
-    step = utils.training_step(state, objective, args)
+    optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)
+    run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
 
-    while progress["epoch"] < args.num_epochs:
-        row = utils.train_one_epoch(state, step, loader, progress, lambda: utils.save_last(state, progress, info, args),
-                                    args.save_minutes)
-        row |= utils.validate(state.validated, val_loader)
-        utils.finish_epoch(state, progress, row, info, args)
-    return best
+    for epoch in range(len(run.history), args.num_epochs):
+        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # dropout's
+        model.train()
+        meter = utils.Meter(run, loader)
+        for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
+            with utils.autocast(device, args):
+                logits = models.forward(model, images)
+                loss = models.cross_entropy(logits, labels, args.label_smoothing)
+            scaler.scale(loss / args.accumulate_steps).backward()
+
+            meter.add(train_loss=loss, ce_loss=loss, train_accuracy=models.accuracy(logits, labels))
+            if step % DIAGNOSE_EVERY == 1:
+                meter.add(entropy=models.entropy(logits))
+            if step % args.accumulate_steps:
+                continue
+
+            # One update: the fp16 scaler leaves it out where the gradient overflowed.
+            scaler.unscale_(optimizer)
+            if args.clip_grad:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            if ema:
+                ema.update(model, step=scheduler.last_epoch)  # counts updates, whatever its name
+
+        validated = ema.module if ema else model
+        run.finish_epoch(meter.row() | models.validate(validated, val_loader), validated)
+    return run.best
+
+
+def identity(info):
+    """What must be the same for a run to go on, of a checkpoint's `info`: settings, images, teacher."""
+    same = {name: value for name, value in info["config"].items() if name not in config.NEUTRAL}
+    same |= {"model": info["model_name"], "images or split": info["split_fingerprint"]}
+    if "teacher" in info:  # its file says all there is to say of it
+        same = {name: value for name, value in same.items() if name not in config.TEACHER_ONLY}
+        same["teacher"] = info["teacher"]["sha256"]
+    return same
+
+
+def optimization(model, batches, args):
+    """AdamW, its schedule by the update, the fp16 scaler, and the average of the weights or None.
+
+    No weight decay on biases and norms; linear warm-up, then cosine to zero. `batches` are an epoch's.
+    """
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+    updates = batches // args.accumulate_steps  # an epoch
+    warmup = min(round(args.warmup_epochs * updates), args.num_epochs * updates - 1)
+    scheduler = CosineAnnealingLR(optimizer, args.num_epochs * updates - warmup)
+    if warmup:
+        rising = LinearLR(optimizer, 1 / warmup, total_iters=warmup)
+        scheduler = SequentialLR(optimizer, [rising, scheduler], [warmup])
+    device = next(model.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
+    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
+    return optimizer, scheduler, scaler, ema
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main))
+    sys.exit(utils.run_script(main, config.parse_args("baseline", __doc__)))

@@ -3,56 +3,126 @@
     python train_distillation.py            # EfficientNet-B0 taught by EfficientNet-B2, on CIFAR-100
     python train_distillation.py --quick    # a complete small run on scikit-learn's digits, no download
 
-Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits, then trains the student. Writes
-checkpoints/distilled/ and results/distilled_history.csv. After an interruption the same command goes on where it
-stopped. `train` stands here and in train_baseline.py, the same to the letter, so that each reads alone.
+Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits, then trains the student.
+Writes checkpoints/distilled/ and results/distilled_history.csv. After an interruption the same command
+goes on from the last whole epoch.
 """
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 
+import config
 import data_loader
 import models
+import train_baseline
 import utils
 
 
-def main():
-    args = utils.parse_args("distillation", __doc__)
+def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
     if args.distillation_loss == "lskd" and len(data.class_names) == 2:
-        raise utils.WrongUse("--distillation-loss lskd says the same of every image where there are two classes; choose kd, dkd or dist")
-
-    teacher_file = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
-    teacher, about_teacher = load_teacher(teacher_file, args, data, device)
-
-    def objective(images, logits, labels):
-        return distill(teacher, images, logits, labels, args)
-
+        raise utils.WrongUse("--distillation-loss lskd says the same of every image where there are two "
+                             "classes; choose kd, dkd or dist")
+    path = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
+    teacher, about_teacher = load_teacher(path, args, data, device)
     for run_args in utils.each_seed(args):
-        utils.seed_everything(run_args.seed)
-        student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
-        info = models.describe("distilled", student, args.student_model, data, run_args, teacher=about_teacher)
-        best = train(student, objective, info, data, run_args, args.fresh)
-    utils.choose_best(args, info)
-    print(f"the distilled student is in {best}; next: python evaluate.py{' --quick' if args.quick else ''}")
+        torch.manual_seed(run_args.seed)  # the same initial weights as the baseline's
+        student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
+                                     args.student_weights).to(device)
+        info = models.describe("distilled", student, args.student_model, data, run_args,
+                               teacher=about_teacher)
+        best = train(student, teacher, info, data, run_args)
+    utils.choose_best(args.checkpoint_dir, info)
+    quick = " --quick" if args.quick else ""
+    print(f"the distilled student is in {best}; next: python evaluate.py{quick}")
 
 
-def distill(teacher, images, logits, labels, args):
-    """The student's objective: what it shares with `teacher` on the same pictures, and the labels; how the teacher did."""
-    with torch.no_grad():
-        teacher_logits = utils.forward(teacher, images[1] if isinstance(images, tuple) else images)
-        targets = (models.standardise(teacher_logits) if args.distillation_loss == "lskd" else teacher_logits) / args.temperature
-    measured = models.distillation_loss(logits, teacher_logits, labels, args.temperature, args.alpha, args.kl_direction,
-                                        args.label_smoothing, args.distillation_loss)
-    measured |= {f"teacher_{name}": value for name, value in utils.diagnose(teacher_logits, labels).items()}
-    return measured | {"target_entropy": utils.diagnose(targets, labels)["entropy"]}
+def train(student, teacher, info, data, args):
+    """Train `student` by `teacher` and the labels; else as train_baseline.train.
+
+    `teacher` is frozen (models.freeze) and sees the student's pictures, crops and mixtures, at its own
+    image size. What differs from the baseline's loop is the teacher and the loss.
+    """
+    run = utils.Run(info, train_baseline.identity(info), args)
+    if run.finished:
+        print(f"{run.name}: already trained with these settings; --fresh trains it anew")
+        return run.best
+    device = student.pixel_mean.device
+    loader = data_loader.training_loader(data, info, args, device)
+    val_loader = data_loader.evaluation_loader(data.val, info, args, device)
+    optimizer, scheduler, scaler, ema = train_baseline.optimization(student, len(loader), args)
+    run.keep(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+
+    for epoch in range(len(run.history), args.num_epochs):
+        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # dropout's
+        student.train()
+        meter = utils.Meter(run, loader)
+        batches = meter.watch(loader.epoch_for_two(epoch))
+        for step, (images, teacher_images, labels) in enumerate(batches, 1):
+            with utils.autocast(device, args):
+                with torch.no_grad():
+                    teacher_logits = models.forward(teacher, teacher_images)
+                logits = models.forward(student, images)
+                loss, ce, soft = models.distillation_loss(logits, teacher_logits, labels, args)
+            scaler.scale(loss / args.accumulate_steps).backward()
+
+            meter.add(train_loss=loss, ce_loss=ce, kd_loss=soft,
+                      train_accuracy=models.accuracy(logits, labels))
+            if step % train_baseline.DIAGNOSE_EVERY == 1:
+                meter.add(entropy=models.entropy(logits),
+                          **about_targets(teacher_logits, labels, args))
+            if step % args.accumulate_steps:
+                continue
+
+            # One update: the fp16 scaler leaves it out where the gradient overflowed.
+            scaler.unscale_(optimizer)
+            if args.clip_grad:
+                torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            if ema:
+                ema.update(student, step=scheduler.last_epoch)  # counts updates, whatever its name
+
+        validated = ema.module if ema else student
+        run.finish_epoch(meter.row() | models.validate(validated, val_loader), validated)
+    return run.best
+
+
+def about_targets(teacher_logits, labels, args):
+    """How sure and how often right the teacher is, and how sure its targets are in the loss's eyes."""
+    seen = models.standardise(teacher_logits) if args.distillation_loss == "lskd" else teacher_logits
+    return {"teacher_entropy": models.entropy(teacher_logits),
+            "target_entropy": models.entropy(seen / args.temperature),
+            "teacher_accuracy": models.accuracy(teacher_logits, labels)}
+
+
+# The teacher --------------------------------------------------------------------------------------
+
+def teacher_args(args):
+    """The settings of the teacher's own fine-tuning, under the names that train_baseline.train reads.
+
+    Its seed is another than the student's, which thus sees other crops than the teacher was trained
+    with: on its own, epoch by epoch, a teacher is surer and more often right than on any others. No
+    label smoothing, which erases what the other classes have to say (Müller et al. 2019).
+    """
+    unread = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
+              "kl_direction", *config.TEACHER_ONLY}
+    own = {name: value for name, value in vars(args).items() if name not in unread}
+    own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate,
+            "image_size": args.teacher_image_size or args.image_size, "teacher_image_size": None,
+            "fresh": args.fresh_teacher, "seeds": None, "seed": config.MAX_SEED - args.seed,
+            "label_smoothing": 0.0}
+    return argparse.Namespace(**own)
 
 
 def find_teacher(args, data):
     """Path of the teacher of a former run where it is finished and fits, else None."""
-    folder = utils.run_folder("teacher", utils.teacher_args(args))
+    folder = utils.run_folder("teacher", teacher_args(args))
     if args.fresh_teacher or not utils.is_finished(folder):
         return None
     unfit = models.why_unfit(utils.load_file(folder / "best_model.pth"), args, data)
@@ -62,27 +132,17 @@ def find_teacher(args, data):
 
 
 def train_teacher(args, data, device):
-    """Fine-tune the teacher on the labels, after a rehearsal of the student's step; return the path of its best weights."""
-    utils.seed_everything(utils.teacher_args(args).seed)
-    teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained, args.teacher_weights).to(device)
-    student = models.build_model(args.student_model, len(data.class_names), args.pretrained, args.student_weights).to(device)
-
-    info = models.describe("distilled", student, args.student_model, data, args)
-    loaders = data_loader.training_loader(data, info, args, device), data_loader.evaluation_loader(data.val, info, args, device)
-    utils.rehearse(student, lambda *batch: distill(teacher.eval(), *batch, args), *loaders, info, args)
-    del student, loaders
-
-    def objective(images, logits, labels):
-        ce = models.cross_entropy(logits, labels, args.label_smoothing)
-        return {"loss": ce, "ce_loss": ce}
-
-    name, args = args.teacher_model, utils.teacher_args(args)
-    info = models.describe("teacher", teacher, name, data, args)
-    return train(teacher, objective, info, data, args, args.fresh)
+    """Fine-tune the teacher on the labels; return the path of its best weights."""
+    own = teacher_args(args)
+    torch.manual_seed(own.seed)
+    teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
+                                 args.teacher_weights).to(device)
+    info = models.describe("teacher", teacher, args.teacher_model, data, own)
+    return train_baseline.train(teacher, info, data, own)
 
 
 def load_teacher(path, args, data, device):
-    """The frozen teacher of `path`, and what a student's checkpoint says about it: path, SHA-256, validation accuracy.
+    """The frozen teacher of `path`, and what a student's checkpoint says about it.
 
     Raises UserError where it was trained on something else or knows too little to teach.
     """
@@ -93,43 +153,18 @@ def load_teacher(path, args, data, device):
     accuracy, least = info["val_accuracy"], models.least_accuracy(info["num_classes"])
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
     if accuracy < least:
-        raise utils.UserError(f"a teacher below {least:.1%} on {info['num_classes']} classes would teach noise; train it "
-                              "longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
+        raise utils.UserError(
+            f"a teacher below {least:.1%} on {info['num_classes']} classes would teach noise; train it "
+            "longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
     for baseline in utils.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         other = utils.load_file(baseline)
-        if other["split_fingerprint"] == info["split_fingerprint"] and other["val_accuracy"] >= accuracy:
-            print(f"warning: {baseline} reaches {other['val_accuracy']:.2%} without a teacher; this one may not help")
-    return models.freeze(teacher), {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
-
-
-def train(model, objective, info, data, args, fresh):
-    """Train `model` by `objective` for args.num_epochs, or what is left of them; return the path of its best weights.
-
-    objective(images, logits, labels) returns a dict of 0-d tensors, "loss" and "ce_loss" among them. `info` is what
-    the checkpoint says of itself (models.describe). A former run is gone on with where it fits, else moved aside.
-    """
-    last = utils.open_run(info, args, fresh)
-    best = utils.run_folder(info["run"], args) / "best_model.pth"
-    if last and last["progress"]["epoch"] == args.num_epochs:
-        print(f"{info['run']}: already trained with these settings; --fresh trains it anew")
-        return best
-
-    device = model.pixel_mean.device
-    loader = data_loader.training_loader(data, info, args, device)
-    val_loader = data_loader.evaluation_loader(data.val, info, args, device)
-    utils.check_room(model, info, args)
-    utils.rehearse(model, objective, loader, val_loader, info, args)
-    state = utils.new_state(model, len(loader), args)
-    progress = utils.restore(last, state) if last else utils.new_progress()
-    step = utils.training_step(state, objective, args)
-
-    while progress["epoch"] < args.num_epochs:
-        row = utils.train_one_epoch(state, step, loader, progress, lambda: utils.save_last(state, progress, info, args),
-                                    args.save_minutes)
-        row |= utils.validate(state.validated, val_loader)
-        utils.finish_epoch(state, progress, row, info, args)
-    return best
+        same_split = other["split_fingerprint"] == info["split_fingerprint"]
+        if same_split and other["val_accuracy"] >= accuracy:
+            print(f"warning: {baseline} reaches {other['val_accuracy']:.2%} without a teacher; this one "
+                  "may not help")
+    about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
+    return models.freeze(teacher), about
 
 
 if __name__ == "__main__":
-    sys.exit(utils.run_script(main))
+    sys.exit(utils.run_script(main, config.parse_args("distillation", __doc__)))
