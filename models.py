@@ -11,16 +11,15 @@ import torch.nn.functional as F
 import utils
 from utils import UserError
 
-
 # Building -----------------------------------------------------------------------------------------
 
 def build_model(name, num_classes, pretrained=False, weights=None):
     """A timm classifier with a new head, in channels_last, that knows its own normalisation.
 
-    `weights` is a local file instead of timm's download. The head's weights come from torch's global
-    generator, so seed it just before. `model.pixel_mean` and `model.pixel_std` (1, 3, 1, 1) are what
-    `forward` normalises with; they are no part of the state_dict, which keeps timm's own names. Raises
-    UserError where weights cannot be had.
+    `weights` is a local file instead of timm's download. The head's weights come from torch's
+    global generator, so seed it just before. `model.pixel_mean` and `pixel_std` (1, 3, 1, 1) are
+    what `forward` normalises with; they are no part of the state_dict, which keeps timm's own
+    names. Raises UserError where weights cannot be had.
     """
     if pretrained and not weights:
         check_download(name)
@@ -41,7 +40,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
 
 
 def check_download(name):
-    """Ask the hub once for the weight file, if it is not cached: its client retries for a minute."""
+    """Ask the hub once for a weight file that is not cached: its client retries for a minute."""
     cfg = timm.get_pretrained_cfg(name)
     if not (cfg and cfg.hf_hub_id):
         return
@@ -56,37 +55,36 @@ def check_download(name):
     except Exception as error:
         raise UserError(
             f"downloading the ImageNet weights of {name} failed ({utils.first_line(error)}); fetch "
-            f"{file} from https://huggingface.co/{repo} by hand and give it as --student-weights or "
-            "--teacher-weights FILE, or start without them with --no-pretrained, or try the project "
-            "without any download with --quick") from None
+            f"{file} from https://huggingface.co/{repo} by hand and give it as --student-weights "
+            "or --teacher-weights FILE, or start without them with --no-pretrained, or try the "
+            "project without any download with --quick") from None
 
 
 def why_unfit(info, args, data):
     """Why the teacher of `info` (a checkpoint's dict) cannot teach on `data`; None where it can."""
-    image_size = args.teacher_image_size or args.image_size
+    size = args.teacher_image_size or args.image_size
     if info["model_name"] != args.teacher_model and not args.teacher_checkpoint:
         return f"it is {info['model_name']}, not {args.teacher_model}"
     if info["dataset"] != data.name or info["class_names"] != list(data.class_names):
         return f"it was trained on other classes ({info['dataset']}, {info['num_classes']} of them)"
     if info["split_fingerprint"] != data.split_fingerprint:
         return "it was trained on another split, and may have seen the validation images"
-    if info["image_size"] != image_size:
-        return f"it was trained at {info['image_size']} px, and --teacher-image-size is {image_size}"
+    if info["image_size"] != size:
+        return f"it was trained at {info['image_size']} px, and --teacher-image-size is {size}"
     return None
 
 
 def least_accuracy(num_classes):
-    """Validation accuracy below which a teacher knows too little to teach.
+    """Validation accuracy below which a teacher knows too little to teach: thrice chance.
 
-    Thrice chance, or, with two or three classes, where nobody can reach that, half the way from chance
-    to perfect.
+    Of two or three classes, where nobody can reach that, half the way from chance to perfect.
     """
     least = max(3 / num_classes, 2 / num_classes + 0.02)
     return least if least < 1 else (1 + 1 / num_classes) / 2
 
 
 def freeze(teacher):
-    """Put `teacher` in eval mode for good, whatever calls train() later, and out of every gradient."""
+    """Put `teacher` in eval mode for good, whatever calls train(), and out of every gradient."""
     teacher.requires_grad_(False).eval()
     teacher.train = lambda mode=True: teacher
     return teacher
@@ -118,7 +116,7 @@ def validate(model, loader):
 
 
 def accuracy(logits, labels):
-    """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C), which have none."""
+    """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C)."""
     if labels.ndim == 2:
         return torch.full((), torch.nan, device=logits.device)
     return (logits.detach().argmax(1) == labels).float().mean()
@@ -146,34 +144,27 @@ def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
     first, second = (student, teacher) if direction == "forward" else (teacher, student)
-    # batchmean: the default "mean" divides by the number of classes too, and makes the term as much
-    # weaker.
+    # batchmean: the default "mean" divides by the number of classes too.
     return F.kl_div(first, second, reduction="batchmean", log_target=True) * temperature**2
 
 
 def standardise(logits):
-    """Each image's logits with mean 0 and standard deviation 1, in float32 (Sun et al. 2024)."""
-    logits = logits.float()
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
-
-
-def lskd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """kd_loss of standardised logits (Sun et al. 2024, Logit Standardization in KD).
+    """Each image's logits with mean 0 and standard deviation 1 (Sun et al. 2024), for lskd.
 
     The temperature divides them after that; the authors use 2 or 3, and weigh this 9 against a
-    cross-entropy of 0.1, which is ALPHA = 0.989. With two classes nothing is left to learn from:
-    standardised logits are then the same for all images.
+    cross-entropy of 0.1, which is ALPHA = 0.989. Of two classes they are the same for all images.
     """
-    return kd_loss(standardise(student_logits), standardise(teacher_logits), temperature, direction)
+    logits = logits.float()
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
 
 def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
     """T^2 * (TCKD + beta * NCKD) (Zhao et al. 2022, Decoupled Knowledge Distillation).
 
-    TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the others
-    alone, both KL(teacher || student); labels (B,) int64. The authors' beta is 8, 6 or 2, by the pair
-    of models; they use T = 4, add this to a cross-entropy of weight 1, which is ALPHA = 0.5, and raise
-    its weight from zero over the first 20 epochs, which is not done here.
+    TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the
+    others alone, both KL(teacher || student); labels (B,) int64. The authors' beta is 8, 6 or 2, by
+    the pair of models; they use T = 4, add this to a cross-entropy of weight 1, which is ALPHA =
+    0.5, and raise its weight from zero over the first 20 epochs, which is not done here.
     """
     true = labels[:, None]
     others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
@@ -183,20 +174,22 @@ def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
         logits = logits.float() / temperature
         log_p = F.log_softmax(logits, 1)
         rest = log_p.gather(1, others).logsumexp(1, keepdim=True)
-        return torch.cat([log_p.gather(1, true), rest], 1), F.log_softmax(logits.gather(1, others), 1)
+        binary = torch.cat([log_p.gather(1, true), rest], 1)
+        return binary, F.log_softmax(logits.gather(1, others), 1)
 
-    tckd, nckd = (
-        F.kl_div(student, teacher, reduction="batchmean", log_target=True) for student, teacher
-        in zip(shares(student_logits), shares(teacher_logits.detach()), strict=True))
+    student_binary, student_others = shares(student_logits)
+    teacher_binary, teacher_others = shares(teacher_logits.detach())
+    tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
+    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
     return temperature**2 * (tckd + beta * nckd)
 
 
 def dist_loss(student_logits, teacher_logits, temperature):
     """T^2 * (inter + intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
 
-    1 - Pearson's correlation between the softened probabilities (B, C) of both: inter over the classes
-    of each image, intra over the images of each class, so it needs whole batches of more than a few
-    images. Each is a mean. The T^2 is the authors' code's, not the paper's; they add 2 * dist to a
+    1 - Pearson's correlation between the softened probabilities (B, C) of both: inter over the
+    classes of each image, intra over the images of each class, so it needs whole batches of more
+    than a few images. The T^2 is the authors' code's, not the paper's; they add 2 * dist to a
     cross-entropy of weight 1, which is ALPHA = 0.67, with T = 4 on CIFAR and 1 on ImageNet.
     """
     student = F.softmax(student_logits.float() / temperature, 1)
@@ -213,29 +206,37 @@ def one_minus_correlation(a, b):
 
 
 def distillation_loss(student_logits, teacher_logits, labels, args):
-    """ALPHA * soft + (1 - ALPHA) * cross-entropy: the loss, the cross-entropy, soft unweighted, 0-d.
+    """ALPHA * soft + (1 - ALPHA) * cross-entropy, and its two parts unweighted: three 0-d tensors.
 
     args.distillation_loss names the soft part: kd, dkd, dist or lskd. ALPHA weighs and TEMPERATURE
     softens in all of them, but each has a scale of its own: lskd's temperature divides standardised
     logits, dkd's other classes count eightfold, dist ends at 4 T^2.
     """
     ce = cross_entropy(student_logits, labels, args.label_smoothing)
-    temperature, direction = args.temperature, args.kl_direction
+    if args.distillation_loss == "lskd":
+        student_logits, teacher_logits = standardise(student_logits), standardise(teacher_logits)
     if args.distillation_loss == "dkd":
-        soft = dkd_loss(student_logits, teacher_logits, labels, temperature)
+        soft = dkd_loss(student_logits, teacher_logits, labels, args.temperature)
     elif args.distillation_loss == "dist":
-        soft = dist_loss(student_logits, teacher_logits, temperature)
-    elif args.distillation_loss == "lskd":
-        soft = lskd_loss(student_logits, teacher_logits, temperature, direction)
+        soft = dist_loss(student_logits, teacher_logits, args.temperature)
     else:
-        soft = kd_loss(student_logits, teacher_logits, temperature, direction)
+        soft = kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction)
     return args.alpha * soft + (1 - args.alpha) * ce, ce, soft
+
+
+def diagnose_teacher(teacher_logits, labels, args):
+    """How sure and how often right the teacher is, and how sure its targets are in the loss."""
+    standardised = args.distillation_loss == "lskd"
+    targets = standardise(teacher_logits) if standardised else teacher_logits
+    return {"teacher_entropy": entropy(teacher_logits),
+            "target_entropy": entropy(targets / args.temperature),
+            "teacher_accuracy": accuracy(teacher_logits, labels)}
 
 
 # Checkpoints as models ----------------------------------------------------------------------------
 
 def describe(run, model, name, data, args, **more):
-    """What a checkpoint of `run` says of itself besides weights, epoch and accuracy: plain values."""
+    """What a checkpoint of `run` says of itself besides weights, epoch, accuracy: plain values."""
     cfg = model.pretrained_cfg
     small = data.train.pixels is not None  # nothing to cut off at the edges of a 32 px image
     known = cfg["interpolation"] in ("bilinear", "bicubic")
@@ -262,21 +263,20 @@ def gradcam_layer(model, image_size):
     convolutions = {module: name for name, module in model.named_modules()
                     if isinstance(module, torch.nn.Conv2d)}
     hooks = [module.register_forward_hook(remember) for module in convolutions]
-    training = model.training
+    training, image = model.training, torch.zeros(1, 3, image_size, image_size)
     try:
         with torch.inference_mode():
-            image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device)
-            features = model.eval().forward_features(image)
+            features = model.eval().forward_features(image.to(model.pixel_mean.device))
     except (RuntimeError, ValueError, AssertionError) as error:  # what convolutions and timm raise
-        name = model.pretrained_cfg["architecture"]
-        reason = utils.first_line(error)
+        name, reason = model.pretrained_cfg["architecture"], utils.first_line(error)
         raise UserError(f"{name} cannot take images of {image_size} px: {reason}") from None
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    last = [module for module in shapes if features.ndim == 4 and shapes[module] == features.shape[-2:]]
-    return convolutions[last[-1]] if last else None
+    final = features.shape[-2:] if features.ndim == 4 else None
+    names = [convolutions[module] for module, shape in shapes.items() if shape == final]
+    return names[-1] if names else None
 
 
 def load_model(path, device="cpu"):

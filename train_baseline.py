@@ -3,8 +3,8 @@
     python train_baseline.py            # EfficientNet-B0 on CIFAR-100
     python train_baseline.py --quick    # a complete small run on scikit-learn's digits, no download
 
-Writes checkpoints/baseline/ and results/baseline_history.csv. After an interruption the same command
-goes on from the last whole epoch.
+Writes checkpoints/baseline/ and results/baseline_history.csv. After an interruption the same
+command goes on from the last whole epoch.
 """
 import sys
 
@@ -36,14 +36,13 @@ def main(args):
 
 
 def train(model, info, data, args):
-    """Train `model` on the labels for args.num_epochs, or what is left of them; return best_model.pth.
+    """Train `model` on the labels for the args.num_epochs that are left; return best_model.pth.
 
-    `info` is what the checkpoint says of itself (models.describe). A former run in the same folder is
-    gone on with where it fits, else moved aside.
+    `info` is what the checkpoint says of itself (models.describe). A former run in the same folder
+    is gone on with where it fits, else moved aside.
     """
     run = utils.Run(info, identity(info), args)
     if run.finished:
-        print(f"{run.name}: already trained with these settings; --fresh trains it anew")
         return run.best
     device = model.pixel_mean.device
     loader = data_loader.training_loader(data, info, args, device)
@@ -84,7 +83,7 @@ def train(model, info, data, args):
 
 
 def identity(info):
-    """What must be the same for a run to go on, of a checkpoint's `info`: settings, images, teacher."""
+    """What must be the same for a run to go on, of a checkpoint's `info`."""
     same = {name: value for name, value in info["config"].items() if name not in config.NEUTRAL}
     same |= {"model": info["model_name"], "images or split": info["split_fingerprint"]}
     if "teacher" in info:  # its file says all there is to say of it
@@ -96,7 +95,8 @@ def identity(info):
 def optimization(model, batches, args):
     """AdamW, its schedule by the update, the fp16 scaler, and the average of the weights or None.
 
-    No weight decay on biases and norms; linear warm-up, then cosine to zero. `batches` are an epoch's.
+    No weight decay on biases and norms; linear warm-up, then cosine to zero. An epoch has so many
+    `batches`.
     """
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)

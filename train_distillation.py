@@ -1,11 +1,11 @@
 """Train the student by a teacher and the labels: the distilled side of the comparison.
 
-    python train_distillation.py            # EfficientNet-B0 taught by EfficientNet-B2, on CIFAR-100
-    python train_distillation.py --quick    # a complete small run on scikit-learn's digits, no download
+    python train_distillation.py            # EfficientNet-B0 taught by B2, on CIFAR-100
+    python train_distillation.py --quick    # a complete small run on scikit-learn's digits
 
-Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits, then trains the student.
-Writes checkpoints/distilled/ and results/distilled_history.csv. After an interruption the same command
-goes on from the last whole epoch.
+Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits, then trains the
+student. Writes checkpoints/distilled/ and results/distilled_history.csv. After an interruption the
+same command goes on from the last whole epoch.
 """
 import argparse
 import sys
@@ -24,8 +24,8 @@ def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
     if args.distillation_loss == "lskd" and len(data.class_names) == 2:
-        raise utils.WrongUse("--distillation-loss lskd says the same of every image where there are two "
-                             "classes; choose kd, dkd or dist")
+        raise utils.WrongUse("--distillation-loss lskd says the same of every image where there "
+                             "are two classes; choose kd, dkd or dist")
     path = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(path, args, data, device)
     for run_args in utils.each_seed(args):
@@ -41,14 +41,13 @@ def main(args):
 
 
 def train(student, teacher, info, data, args):
-    """Train `student` by `teacher` and the labels; else as train_baseline.train.
+    """Train `student` by `teacher` and the labels; the rest is as in train_baseline.train.
 
-    `teacher` is frozen (models.freeze) and sees the student's pictures, crops and mixtures, at its own
-    image size. What differs from the baseline's loop is the teacher and the loss.
+    `teacher` is frozen (models.freeze) and sees the student's pictures, crops and mixtures, at an
+    image size of its own.
     """
     run = utils.Run(info, train_baseline.identity(info), args)
     if run.finished:
-        print(f"{run.name}: already trained with these settings; --fresh trains it anew")
         return run.best
     device = student.pixel_mean.device
     loader = data_loader.training_loader(data, info, args, device)
@@ -73,7 +72,7 @@ def train(student, teacher, info, data, args):
                       train_accuracy=models.accuracy(logits, labels))
             if step % train_baseline.DIAGNOSE_EVERY == 1:
                 meter.add(entropy=models.entropy(logits),
-                          **about_targets(teacher_logits, labels, args))
+                          **models.diagnose_teacher(teacher_logits, labels, args))
             if step % args.accumulate_steps:
                 continue
 
@@ -93,29 +92,21 @@ def train(student, teacher, info, data, args):
     return run.best
 
 
-def about_targets(teacher_logits, labels, args):
-    """How sure and how often right the teacher is, and how sure its targets are in the loss's eyes."""
-    seen = models.standardise(teacher_logits) if args.distillation_loss == "lskd" else teacher_logits
-    return {"teacher_entropy": models.entropy(teacher_logits),
-            "target_entropy": models.entropy(seen / args.temperature),
-            "teacher_accuracy": models.accuracy(teacher_logits, labels)}
-
-
 # The teacher --------------------------------------------------------------------------------------
 
 def teacher_args(args):
-    """The settings of the teacher's own fine-tuning, under the names that train_baseline.train reads.
+    """The settings of the teacher's own fine-tuning, under the names train_baseline.train reads.
 
     Its seed is another than the student's, which thus sees other crops than the teacher was trained
-    with: on its own, epoch by epoch, a teacher is surer and more often right than on any others. No
-    label smoothing, which erases what the other classes have to say (Müller et al. 2019).
+    with: of its own a teacher is surer and more often right. No label smoothing, which erases what
+    the other classes have to say (Müller et al. 2019).
     """
     unread = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
               "kl_direction", *config.TEACHER_ONLY}
     own = {name: value for name, value in vars(args).items() if name not in unread}
     own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate,
             "image_size": args.teacher_image_size or args.image_size, "teacher_image_size": None,
-            "fresh": args.fresh_teacher, "seeds": None, "seed": config.MAX_SEED - args.seed,
+            "fresh": args.fresh_teacher, "seed": config.MAX_SEED - args.seed, "seeds": None,
             "label_smoothing": 0.0}
     return argparse.Namespace(**own)
 
@@ -153,15 +144,15 @@ def load_teacher(path, args, data, device):
     accuracy, least = info["val_accuracy"], models.least_accuracy(info["num_classes"])
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
     if accuracy < least:
-        raise utils.UserError(
-            f"a teacher below {least:.1%} on {info['num_classes']} classes would teach noise; train it "
-            "longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
+        raise utils.UserError(f"a teacher below {least:.1%} on {info['num_classes']} classes would "
+                              "teach noise; train it longer (--teacher-epochs, "
+                              "--teacher-learning-rate, --fresh-teacher)")
     for baseline in utils.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
-        other = utils.load_file(baseline)
-        same_split = other["split_fingerprint"] == info["split_fingerprint"]
-        if same_split and other["val_accuracy"] >= accuracy:
-            print(f"warning: {baseline} reaches {other['val_accuracy']:.2%} without a teacher; this one "
-                  "may not help")
+        rival = utils.load_file(baseline)
+        same_split = rival["split_fingerprint"] == info["split_fingerprint"]
+        if same_split and rival["val_accuracy"] >= accuracy:
+            print(f"warning: {baseline} reaches {rival['val_accuracy']:.2%} without a teacher; "
+                  "this one may not help")
     about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
     return models.freeze(teacher), about
 

@@ -44,11 +44,7 @@ class WrongUse(UserError):
 
 
 class Stopped(BaseException):  # no Exception, which a library might swallow
-    """Ctrl-C or SIGTERM; `code` is the exit status, the text says what was saved."""
-
-    def __init__(self, code, text):
-        super().__init__(text)
-        self.code = code
+    """Ctrl-C or SIGTERM: (exit status, what was saved)."""
 
 
 def run_script(main, args):
@@ -63,7 +59,7 @@ def run_script(main, args):
     except UserError as error:
         code, message = error.code, f"error: {error}"
     except Stopped as stop:
-        code, message = stop.code, str(stop)
+        code, message = stop.args
     except (RuntimeError, MemoryError, ValueError, OSError) as error:
         known = explanation(error, args)
         if known is None:
@@ -82,7 +78,9 @@ def answer_signals(sentence):
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory",
-             "unable to find an engine")  # this one is cuDNN's, left without a workspace
+             "unable to find an engine")  # the last is cuDNN's, left without a workspace
+BAD_FOLDER = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+              getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def explanation(error, args):
@@ -90,17 +88,15 @@ def explanation(error, args):
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
         return out_of_memory(text, args)
-    if isinstance(error, RuntimeError) and "deterministic" in text:
+    if "deterministic" in text:
         return f"--deterministic is not possible with this model: {first_line(error)}"
-    if isinstance(error, ValueError) and "more than 1 value per channel" in text:  # BatchNorm's
+    if "more than 1 value per channel" in text:  # BatchNorm's
         return f"--batch-size {args.batch_size} cannot be trained with: {first_line(error)}"
     if isinstance(error, BrokenPipeError):  # of `| head`, say
         # Python would complain once more as it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "what read this script's output has gone away; the same command goes on"
-    if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
-            getattr(errno, "EDQUOT", None)):
+    if isinstance(error, OSError) and error.errno in BAD_FOLDER:
         return (f"{error.strerror}: {error.filename or 'while writing'}; make room or choose other "
                 "folders, and the same command goes on from what was saved last")
     return None
@@ -116,8 +112,8 @@ def out_of_memory(text, args):
     half, parts = max(args.batch_size // 2, 1), 2 * args.accumulate_steps
     engine = f", or another --amp-dtype than {args.amp_dtype}" if "an engine" in text else ""
     return (f"there is too little memory for a batch of {args.batch_size}{peak}; try --batch-size "
-            f"{half} --accumulate-steps {parts}, which makes the same updates but for BatchNorm, or "
-            f"a smaller --image-size{engine}")
+            f"{half} --accumulate-steps {parts}, the same updates but for BatchNorm, or a smaller "
+            f"--image-size{engine}")
 
 
 def first_line(error):
@@ -143,8 +139,8 @@ def setup(args):
              "cpu": True}
     name = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
     if not there[name]:
-        raise WrongUse(f"argument --device: torch finds no {name} here; cuda needs an NVIDIA GPU and "
-                       "a CUDA build of torch, mps an Apple GPU")
+        raise WrongUse(f"argument --device: torch finds no {name} here; cuda needs an NVIDIA GPU "
+                       "and a CUDA build of torch, mps an Apple GPU")
     if getattr(args, "amp_dtype", "auto") == "auto":
         # Emulated bf16 (GPUs before Ampere) is slower than fp16, and both than fp32 elsewhere.
         native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -250,7 +246,7 @@ def load_file(target):
         # Operand 149 opens a pickle of protocol 4 and later, which torch does not write.
         code = ("Unsupported global", "Unsupported operand 149")
         if isinstance(error, pickle.UnpicklingError) and any(sign in str(error) for sign in code):
-            raise UserError(f"{target} carries code and was refused; nothing of it was run") from None
+            raise UserError(f"{target} carries code and was refused; none of it was run") from None
         raise UserError(f"{target} is damaged, or no checkpoint at all") from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
     if version is None:
@@ -293,16 +289,19 @@ class Run:
         self.num_epochs, self.accumulate_steps = args.num_epochs, args.accumulate_steps
         self.folder = run_folder(self.name, args)
         self.best, self.last = self.folder / "best_model.pth", self.folder / "last.pth"
-        results = Path(args.results_dir, self.folder.name) if args.seeds else Path(args.results_dir)
+        results = Path(args.results_dir, self.folder.name if args.seeds else "")
         self.history_file = results / f"{self.name}_history.csv"
         self.lock = lock(self.folder)
-        self.parts, self.history, self.states, self.estimated = {}, [], {}, False
-        self.in_the_way = self.what_is_in_the_way(args.fresh)
-        if self.last.exists() and not self.in_the_way:
-            former = load_file(self.last)
-            self.history, self.states = former["history"], former["states"]
+        former = load_file(self.last) if self.last.exists() else {}
+        self.in_the_way = self.what_is_in_the_way(former, args.fresh)
+        if self.in_the_way:
+            former = {}
+        self.parts, self.states, self.estimated = {}, former.get("states", {}), False
+        self.history = former.get("history", [])
         if self.history:
             self.write_history()  # an epoch's last file, and a kill may have come before it
+        if self.finished:
+            print(f"{self.name}: already trained with these settings; --fresh trains it anew")
         self.since = time.perf_counter()
         answer_signals(self.what_is_saved)
 
@@ -316,20 +315,20 @@ class Run:
         return (f"stopped after epoch {len(self.history)} of {self.num_epochs} of the {self.name} "
                 "run, which is saved; the same command (without --fresh) goes on from there")
 
-    def what_is_in_the_way(self, fresh):
-        """Why the folder's former run cannot be gone on with, in a few words; "" where it can."""
-        if not self.last.exists():
+    def what_is_in_the_way(self, former, fresh):
+        """Why the folder's `former` run cannot be gone on with, in a few words; "" where it can."""
+        if not former:
             return "of unknown settings" if self.best.exists() else ""
-        if fresh:
-            return "--fresh"
-        former, now = load_file(self.last)["identity"], self.identity
-        other = [name for name in former | now if former.get(name) != now.get(name)]
-        return f"other {', '.join(other)}" if other else ""
+        before, now = former["identity"], self.identity
+        other = [name for name in before | now if before.get(name) != now.get(name)]
+        if fresh or not other:
+            return "--fresh" if fresh else ""
+        return f"other {', '.join(other)}"
 
     def keep(self, **parts):
-        """Set these `parts`, of which some may be None, to a former run's, and save them every epoch.
+        """Set these `parts`, each with a state_dict or None, to a former run's, and save them.
 
-        Each has a state_dict. Raises UserError where the disk has too little room.
+        Raises UserError where the disk has too little room.
         """
         self.parts = {name: part for name, part in parts.items() if part is not None}
         weights = sum(value.nbytes for value in self.parts["model"].state_dict().values())
@@ -338,8 +337,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise UserError(f"the checkpoints in {self.folder} need {needed / 2**20:.0f} MB, and the "
-                            f"disk has {free / 2**20:.0f} MB left; make room or choose another folder")
+            raise UserError(f"{self.folder} needs {needed / 2**20:.0f} MB, and the disk has "
+                            f"{free / 2**20:.0f} MB left; make room or choose another folder")
         for name in self.states:
             self.parts[name].load_state_dict(self.states[name])
         self.states = {}
@@ -347,7 +346,7 @@ class Run:
     def finish_epoch(self, row, model):
         """Save a whole epoch: best_model.pth of `model` if it is the best, last.pth, the history.
 
-        `row` has what was measured of HISTORY. Raises UserError where validation's loss is not finite.
+        `row` has what was measured of HISTORY. Raises UserError where its loss is not finite.
         """
         epoch, now = len(self.history) + 1, time.perf_counter()
         row = {name: row.get(name) for name in HISTORY}
@@ -473,9 +472,6 @@ def choose_best(checkpoint_dir, like):
 
 # A run's meter ------------------------------------------------------------------------------------
 
-WARM_UP = 3  # steps that the estimate leaves out, since a GPU tries its kernels in them
-
-
 class Meter:
     """What an epoch of `run` measures: sums that stay on the device, a clock, a progress bar."""
 
@@ -501,7 +497,7 @@ class Meter:
                 self.steps += 1
                 bar.update()
                 now = time.perf_counter()
-                if self.steps == WARM_UP:
+                if self.steps == 1:
                     self.warm = now
                 if now - looked > (5 if bar.disable else 0.3):
                     looked = now
@@ -519,28 +515,27 @@ class Meter:
         means, scaler = {}, self.run.parts["scaler"]
         for names, (total, count) in self.sums.items():
             means |= zip(names, (total / count).tolist(), strict=True)
-        where = (f"by step {self.steps} of epoch {len(self.run.history) + 1}, learning rate "
-                 f"{self.learning_rate:.2e}")
-        if not math.isfinite(means["train_loss"]):
-            raise diverged(where)
-        if scaler.is_enabled() and scaler.get_scale() < 1:
-            raise diverged(f"{where}, at any scale of the fp16 scaler")
+        overflows = scaler.is_enabled() and scaler.get_scale() < 1
+        if overflows or not math.isfinite(means["train_loss"]):
+            raise diverged(f"by step {self.steps} of epoch {len(self.run.history) + 1}, learning "
+                           f"rate {self.learning_rate:.2e}{', fp16' if overflows else ''}")
         return means
-
-    def look(self):
-        """What the progress bar shows; after 15 seconds also how long the run will take."""
-        means, memory = self.means(), ""
-        if time.perf_counter() - self.start > 15:
-            self.estimate()
-        accuracy = means["train_accuracy"]
-        shown = "" if math.isnan(accuracy) else f"acc {accuracy:.1%}, "
-        if self.on_gpu:
-            memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB"
-        return f"loss {means['train_loss']:.3f}, {shown}{self.speed():.0f} images/s{memory}"
 
     def speed(self):
         """Images a second since the epoch's start."""
         return self.steps * self.loader.batch_size / (time.perf_counter() - self.start)
+
+    def look(self):
+        """What the progress bar shows; after 15 seconds also say how long the run will take."""
+        means = self.means()
+        if self.steps > 1 and time.perf_counter() - self.start > 15:
+            self.estimate()
+        shown = [f"loss {means['train_loss']:.3f}", f"{self.speed():.0f} images/s"]
+        if not math.isnan(means["train_accuracy"]):
+            shown.insert(1, f"acc {means['train_accuracy']:.1%}")
+        if self.on_gpu:
+            shown.append(f"{torch.cuda.memory_reserved() / 2**30:.1f} GB")
+        return ", ".join(shown)
 
     def estimate(self):
         """Say once a run how long the rest of it will take, from the batches as they came."""
@@ -548,9 +543,8 @@ class Meter:
             return
         self.run.estimated = True
         epochs, batches = self.run.num_epochs, len(self.loader)
-        counted, since = self.steps - WARM_UP, self.warm
-        if counted <= 0:
-            counted, since = self.steps, self.start
+        # The first step does not count: a GPU tries its kernels in it, workers start.
+        counted, since = (self.steps - 1, self.warm) if self.steps > 1 else (1, self.start)
         left = (epochs - len(self.run.history)) * batches - self.steps
         seconds = left * (time.perf_counter() - since) / counted
         tqdm.write(f"{self.run.name}: {self.run.info['model_name']}, {epochs} epochs of {batches} "
@@ -576,5 +570,7 @@ class Meter:
 
 
 def diverged(where):
-    return UserError(f"training diverged: the loss is not finite {where}; what was saved before is "
-                     "kept; try a lower --learning-rate, a longer --warmup-epochs, --amp-dtype fp32")
+    """The error of a run whose loss is no longer finite."""
+    return UserError(f"training diverged: the loss is not finite {where}; try a lower "
+                     "--learning-rate, a longer --warmup-epochs or --amp-dtype fp32; what was "
+                     "saved before is kept")

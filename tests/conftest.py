@@ -1,9 +1,12 @@
-"""Shared by all tests: the project's folder on the path, one torch thread, small datasets with the real layouts.
+"""Shared by all tests: the project on the path, one torch thread, small datasets and models.
 
-    python -m pytest
+    python -m pytest tests
 """
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,18 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start; two threads on busy cores crawl
+os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start; two on busy cores crawl
 torch.set_num_threads(1)
 
+import config  # noqa: E402
+import train_baseline  # noqa: E402
+import train_distillation  # noqa: E402
 import utils  # noqa: E402
+
+STUDENT, TEACHER = ["--student-model", "test_efficientnet"], ["--teacher-model", "test_resnet"]
+SCRIPTS = {"baseline": "train_baseline.py", "distillation": "train_distillation.py",
+           "evaluate": "evaluate.py"}
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; leave out with -m 'not slow'")
@@ -29,30 +40,103 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
-TINY = ["--student-model", "test_efficientnet", "--teacher-model", "test_resnet", "--image-size", "32"]
+@pytest.fixture(autouse=True)
+def handlers_stay():
+    """A run in this process answers Ctrl-C; afterwards pytest does again."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def flags_of(script, folder):
+    """--quick on tiny models in float32 with all folders below `folder`."""
+    flags = ["--quick", "--checkpoint-dir", folder / "checkpoints", "--results-dir",
+             folder / "results", "--data-dir", folder / "data", "--device", "cpu"]
+    if script != "evaluate":
+        flags += STUDENT
+    if script == "distillation":
+        flags += TEACHER
+    return [str(flag) for flag in flags]
 
 
 @pytest.fixture
 def arguments(tmp_path):
     """A function that parses flags for a script, with all folders below a temporary one."""
     def parse(script, *flags):
-        folders = ["--checkpoint-dir", str(tmp_path / "checkpoints"), "--results-dir", str(tmp_path / "results"),
-                   "--data-dir", str(tmp_path / "data"), "--device", "cpu"]
-        tiny = TINY if script == "distillation" else TINY[:2] + TINY[4:] if script == "baseline" else []
-        args = utils.parse_args(script, "", ["--quick", *folders, *tiny, *flags])
-        if script != "evaluate":
+        args = config.parse_args(script, "", [*flags_of(script, tmp_path), *map(str, flags)])
+        if script != "evaluate" and args.amp_dtype == "auto":
             args.amp_dtype = "fp32"
         return args
     return parse
 
 
-@pytest.fixture(autouse=True)
-def no_pending_signal(monkeypatch):
-    monkeypatch.setattr(utils, "_signal_code", None)
-    monkeypatch.setattr(utils, "_can_save", False)
+@pytest.fixture
+def train(arguments, monkeypatch):
+    """A function that trains as a script does, two short epochs; it returns the folder."""
+    monkeypatch.setattr("models.least_accuracy", lambda classes: 0.0)  # two epochs teach little
+    mains = {"baseline": train_baseline.main, "distillation": train_distillation.main}
+
+    def call(script, *flags):
+        few = ["--num-epochs", "2", "--batch-size", "128"]
+        if script == "distillation":
+            few += ["--teacher-epochs", "2"]
+        args = arguments(script, *few, *flags)
+        mains[script](args)
+        return Path(args.checkpoint_dir)
+    return call
 
 
-def write_pictures(folder, classes=("cat", "dog", "eel"), counts=(("train", 8), ("test", 3)), sizes=((40, 60), (70, 50))):
+def start(script, folder, *flags, own_group=False):
+    """A script as a process of its own, on tiny models below `folder`."""
+    command = [sys.executable, ROOT / SCRIPTS[script], *flags_of(script, folder), *map(str, flags)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, encoding="utf-8", start_new_session=own_group,
+                            env={**os.environ, "PYTHONUTF8": "1"})
+
+
+def ended(process, seconds=300):
+    """(exit status, stdout, stderr) of a process, which has met no traceback."""
+    out, err = process.communicate(timeout=seconds)
+    assert "Traceback" not in err, err
+    return process.returncode, out, err
+
+
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.01)
+
+
+def weights(folder):
+    return torch.load(folder / "best_model.pth", weights_only=True)["state_dict"]
+
+
+def assert_equal_weights(one, two):
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def untimed(history):
+    """Rows of a history without what a clock measured."""
+    timed = ("seconds", "images_per_second")
+    return [{name: value for name, value in row.items() if name not in timed} for row in history]
+
+
+def result(folder):
+    """All that a run came to: its best weights, its last states, its history but for timings."""
+    last = utils.load_file(folder / "last.pth")
+    return weights(folder), last["states"], untimed(last["history"])
+
+
+def assert_same_result(one, two):
+    assert_equal_weights(one[0], two[0])
+    assert_equal_weights(one[1]["model"], two[1]["model"])
+    assert one[2] == two[2]
+
+
+def write_pictures(folder, classes=("cat", "dog", "eel"), counts=(("train", 8), ("test", 3)),
+                   sizes=((40, 60), (70, 50))):
     """An image-folder dataset of coloured noise, pictures of several sizes; a class is a tint."""
     random = np.random.default_rng(0)
     for part, count in counts:

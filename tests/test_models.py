@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_models.py
 """
+import argparse
 import copy
 import os
 import subprocess
@@ -10,6 +11,8 @@ import time
 
 import numpy as np
 import pytest
+import scipy.stats
+import sklearn.metrics
 import timm
 import torch
 
@@ -20,6 +23,17 @@ import utils
 from conftest import ROOT
 
 
+def loss_of(student, teacher, labels, temperature=4, alpha=0.7, direction="forward", loss="kd",
+            label_smoothing=0.0):
+    """models.distillation_loss under these settings: (loss, cross-entropy, soft part)."""
+    args = argparse.Namespace(temperature=temperature, alpha=alpha, kl_direction=direction,
+                              distillation_loss=loss, label_smoothing=label_smoothing)
+    return models.distillation_loss(student, teacher, labels, args)
+
+# Losses -------------------------------------------------------------------------------------------
+
+
+
 def softmax64(logits, temperature):
     z = logits.double().numpy() / temperature
     e = np.exp(z - z.max(1, keepdims=True))
@@ -27,7 +41,7 @@ def softmax64(logits, temperature):
 
 
 def reference_loss(student, teacher, labels, temperature, alpha, direction):
-    """Hinton et al. 2015, written out in float64: alpha T^2 KL + (1 - alpha) CE, means over the batch."""
+    """Hinton et al. 2015 in float64: alpha T^2 KL + (1 - alpha) CE, means over the batch."""
     p, q = softmax64(teacher, temperature), softmax64(student, temperature)
     if direction == "reverse":
         p, q = q, p
@@ -46,40 +60,42 @@ def batch():
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature, alpha", [(1, 0.5), (4, 0.7), (20, 1.0)])
 def test_loss_agrees_with_float64_reference(batch, temperature, alpha, direction):
-    parts = models.distillation_loss(*batch, temperature, alpha, direction)
-    for got, wanted in zip((parts["loss"], parts["ce_loss"], parts["kd_loss"]),
-                           reference_loss(*batch, temperature, alpha, direction)):
-        assert got.item() == pytest.approx(wanted, rel=1e-5)
+    parts = loss_of(*batch, temperature, alpha, direction)
+    wanted = reference_loss(*batch, temperature, alpha, direction)
+    assert [part.item() for part in parts] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_directions_differ_and_are_the_right_way_round():
-    """KL(teacher || student) is large where the student misses a mode of the teacher's, KL(student || teacher) less so."""
+    """KL(teacher || student) is large where the student misses one of the teacher's modes."""
     teacher, student = torch.tensor([[2.0, 2.0, -9.0]]), torch.tensor([[9.0, -9.0, -9.0]])
-    assert models.kd_loss(student, teacher, 1, "forward") > 5 > models.kd_loss(student, teacher, 1, "reverse")
+    forward, reverse = (models.kd_loss(student, teacher, 1, way) for way in ("forward", "reverse"))
+    assert forward > 5 > reverse
 
 
 def test_equal_logits_have_no_kd_part(batch):
     student, _, labels = batch
     for direction in ("forward", "reverse"):
-        assert abs(models.distillation_loss(student, student.clone(), labels, 4, 0.7, direction)["kd_loss"].item()) < 1e-6
+        _, _, soft = loss_of(student, student.clone(), labels, direction=direction)
+        assert abs(soft.item()) < 1e-6
 
 
 def test_alpha_zero_is_plain_cross_entropy(batch):
     student, teacher, labels = batch
-    assert torch.equal(models.distillation_loss(student, teacher, labels, 4, 0.0)["loss"],
-                       torch.nn.functional.cross_entropy(student, labels))
+    loss, _, _ = loss_of(student, teacher, labels, alpha=0.0)
+    assert torch.equal(loss, torch.nn.functional.cross_entropy(student, labels))
 
 
 def test_loss_does_not_depend_on_batch_size(batch):
-    once = models.distillation_loss(*batch, 4, 0.7)["loss"]
-    twice = models.distillation_loss(*(torch.cat([t, t]) for t in batch), 4, 0.7)["loss"]
+    once, _, _ = loss_of(*batch)
+    twice, _, _ = loss_of(*(torch.cat([tensor, tensor]) for tensor in batch))
     assert twice.item() == pytest.approx(once.item(), rel=1e-5)
 
 
 def test_no_gradient_reaches_the_teacher(batch):
     student, teacher, labels = batch
-    student.requires_grad_(), teacher.requires_grad_()
-    models.distillation_loss(student, teacher, labels, 4, 0.7)["loss"].backward()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss_of(student, teacher, labels)[0].backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
@@ -87,9 +103,10 @@ def test_no_gradient_reaches_the_teacher(batch):
 def test_finite_for_large_half_precision_logits(batch, direction):
     student, teacher, labels = batch
     student = (student.sign() * 100).half().requires_grad_()
-    loss = models.distillation_loss(student, (teacher.sign() * 100).half(), labels, 1, 0.7, direction)["loss"]
+    loss, _, _ = loss_of(student, (teacher.sign() * 100).half(), labels, 1, 0.7, direction)
     loss.backward()
-    assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(student.grad).all()
+    assert loss.dtype == torch.float32 and torch.isfinite(loss)
+    assert torch.isfinite(student.grad).all()
 
 
 def test_gradient_keeps_its_scale_between_temperatures(batch):
@@ -104,10 +121,12 @@ def test_gradient_keeps_its_scale_between_temperatures(batch):
 def reference_dkd(student, teacher, labels, temperature, beta=8.0):
     """Zhao et al. 2022, equations 6 and 7, image by image in float64."""
     total = 0.0
-    for p, q, t in zip(softmax64(teacher, temperature), softmax64(student, temperature), labels.tolist()):
+    teacher, student = softmax64(teacher, temperature), softmax64(student, temperature)
+    for p, q, t in zip(teacher, student, labels.tolist(), strict=True):
         tckd = p[t] * np.log(p[t] / q[t]) + (1 - p[t]) * np.log((1 - p[t]) / (1 - q[t]))
         others = [i for i in range(len(p)) if i != t]
-        nckd = sum(p[i] / (1 - p[t]) * np.log(p[i] / (1 - p[t]) / (q[i] / (1 - q[t]))) for i in others)
+        shares = [(p[i] / (1 - p[t]), q[i] / (1 - q[t])) for i in others]
+        nckd = sum(of_p * np.log(of_p / of_q) for of_p, of_q in shares)
         total += tckd + beta * nckd
     return temperature**2 * total / len(labels)
 
@@ -115,13 +134,13 @@ def reference_dkd(student, teacher, labels, temperature, beta=8.0):
 def reference_dist(student, teacher, labels, temperature):
     """Huang et al. 2022, equations 6 to 9, with numpy's correlation coefficient in float64."""
     q, p = softmax64(student, temperature), softmax64(teacher, temperature)
-    inter = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p)])
-    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T)])
+    inter = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q, p, strict=True)])
+    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(q.T, p.T, strict=True)])
     return temperature**2 * (inter + intra)
 
 
 def reference_lskd(student, teacher, labels, temperature):
-    """Sun et al. 2024, algorithm 1: the z-score of the logits, then KL(teacher || student) at T, in float64."""
+    """Sun et al. 2024, algorithm 1, in float64: z-scores, then KL(teacher || student) at T."""
     def z(logits):
         logits = logits.double()
         return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True)
@@ -129,24 +148,25 @@ def reference_lskd(student, teacher, labels, temperature):
     return temperature**2 * (p * np.log(p / q)).sum(1).mean()
 
 
-@pytest.mark.parametrize("loss, reference", [("dkd", reference_dkd), ("dist", reference_dist), ("lskd", reference_lskd)])
+@pytest.mark.parametrize("loss, reference", [
+    ("dkd", reference_dkd), ("dist", reference_dist), ("lskd", reference_lskd)])
 @pytest.mark.parametrize("temperature", [1, 4])
 def test_other_losses_agree_with_float64_references(batch, loss, reference, temperature):
-    parts = models.distillation_loss(*batch, temperature, 0.7, loss=loss)
-    assert parts["kd_loss"].item() == pytest.approx(reference(*batch, temperature), rel=1e-5)
-    assert parts["loss"].item() == pytest.approx(0.7 * parts["kd_loss"].item() + 0.3 * parts["ce_loss"].item(), rel=1e-5)
+    whole, ce, soft = loss_of(*batch, temperature, loss=loss)
+    assert soft.item() == pytest.approx(reference(*batch, temperature), rel=1e-5)
+    assert whole.item() == pytest.approx(0.7 * soft.item() + 0.3 * ce.item(), rel=1e-5)
     student, teacher, labels = batch
-    assert abs(models.distillation_loss(teacher, teacher, labels, temperature, 0.7, loss=loss)["kd_loss"].item()) < 1e-4
+    assert abs(loss_of(teacher, teacher, labels, temperature, loss=loss)[2].item()) < 1e-4
     large = (student.sign() * 100).half().requires_grad_()
-    models.distillation_loss(large, teacher.requires_grad_(), labels, temperature, 0.7, loss=loss)["loss"].backward()
+    loss_of(large, teacher.requires_grad_(), labels, temperature, loss=loss)[0].backward()
     assert torch.isfinite(large.grad).all() and teacher.grad is None
 
 
 def test_reversed_lskd_swaps_the_roles(batch):
     student, teacher, labels = batch
-    reverse = models.distillation_loss(student, teacher, labels, 2, 0.7, "reverse", loss="lskd")["kd_loss"].item()
-    assert reverse == pytest.approx(reference_lskd(teacher, student, labels, 2), rel=1e-5) and \
-        abs(reverse - reference_lskd(student, teacher, labels, 2)) > 1e-3
+    reverse = loss_of(student, teacher, labels, 2, 0.7, "reverse", loss="lskd")[2].item()
+    assert reverse == pytest.approx(reference_lskd(teacher, student, labels, 2), rel=1e-5)
+    assert abs(reverse - reference_lskd(student, teacher, labels, 2)) > 1e-3
 
 
 def test_dkd_with_beta_of_the_teachers_doubt_is_kd(batch):
@@ -154,17 +174,37 @@ def test_dkd_with_beta_of_the_teachers_doubt_is_kd(batch):
     for i in range(4):
         student, teacher, labels = (tensor[i:i + 1] for tensor in batch)
         doubt = 1 - torch.softmax(teacher / 4, 1)[0, labels[0]].item()
-        assert models.dkd_loss(student, teacher, labels, 4, beta=doubt).item() == pytest.approx(
-            models.kd_loss(student, teacher, 4).item(), rel=1e-4)
+        decoupled = models.dkd_loss(student, teacher, labels, 4, beta=doubt).item()
+        assert decoupled == pytest.approx(models.kd_loss(student, teacher, 4).item(), rel=1e-4)
 
 
 def test_label_smoothing_and_soft_labels(batch):
     student, teacher, labels = batch
-    hard = models.distillation_loss(student, teacher, labels, 4, 0.5, label_smoothing=0.1)
+    _, hard, hard_kd = loss_of(student, teacher, labels, 4, 0.5, label_smoothing=0.1)
     smooth = torch.nn.functional.one_hot(labels, 100).float() * 0.9 + 0.1 / 100
-    soft = models.distillation_loss(student, teacher, smooth, 4, 0.5)
-    assert soft["ce_loss"].item() == pytest.approx(hard["ce_loss"].item(), rel=1e-5)
-    assert torch.equal(soft["kd_loss"], hard["kd_loss"])  # labels do not touch the soft targets
+    _, soft, soft_kd = loss_of(student, teacher, smooth, 4, 0.5)
+    assert soft.item() == pytest.approx(hard.item(), rel=1e-5)
+    assert torch.equal(soft_kd, hard_kd)  # labels do not touch the soft targets
+
+
+def test_diagnosis_is_scipys_and_scikit_learns():
+    logits, labels = torch.randn(64, 10) * 3, torch.randint(0, 10, (64,))
+    wanted = scipy.stats.entropy(logits.double().softmax(1).numpy(), axis=1).mean()
+    assert models.entropy(logits).item() == pytest.approx(wanted, rel=1e-5)
+    right = sklearn.metrics.accuracy_score(labels, logits.argmax(1))
+    assert models.accuracy(logits, labels).item() == pytest.approx(right)
+    assert models.accuracy(logits, torch.rand(64, 10)).isnan()
+
+
+# Models -------------------------------------------------------------------------------------------
+
+def test_infer_keeps_order_and_eval_mode():
+    model = models.build_model("test_efficientnet", 10).train()
+    batches = [(torch.rand(8, 3, 32, 32), torch.randint(0, 10, (8,))) for _ in range(2)]
+    logits, labels = models.infer(model, batches)
+    assert not model.training and logits.shape == (16, 10)
+    assert torch.equal(labels, torch.cat([labels for _, labels in batches]))
+    torch.testing.assert_close(logits[8:], models.forward(model, batches[1][0]).detach())
 
 
 @pytest.mark.parametrize("name, layer", [
@@ -180,7 +220,7 @@ def test_gradcam_layer_is_the_last_feature_map(name, layer):
 def test_same_seed_same_weights_new_head_included():
     states = []
     for seed in (1, 1, 2):
-        utils.seed_everything(seed)
+        torch.manual_seed(seed)
         states.append(models.build_model("test_efficientnet", 7).state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["classifier.weight"], states[2]["classifier.weight"])
@@ -188,11 +228,12 @@ def test_same_seed_same_weights_new_head_included():
 
 
 def test_local_weights_are_loaded_but_for_the_head(tmp_path):
-    utils.seed_everything(0)
+    torch.manual_seed(0)
     source = models.build_model("test_efficientnet", 1000)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    utils.seed_everything(1)
-    model = models.build_model("test_efficientnet", 5, pretrained=True, weights=tmp_path / "weights.pth")
+    torch.manual_seed(1)
+    model = models.build_model("test_efficientnet", 5, pretrained=True,
+                               weights=tmp_path / "weights.pth")
     assert torch.equal(model.conv_stem.weight, source.conv_stem.weight)
     assert model.classifier.out_features == 5
 
@@ -209,11 +250,12 @@ def test_bad_weight_file_is_one_sentence(tmp_path, content):
 
 
 def test_weight_download_without_network_ends_in_seconds(tmp_path):
-    """The real client against an address where nobody answers; an empty cache, so that nothing is found locally."""
+    """The real client against an address where nobody answers, with an empty cache."""
     code = "import models; models.build_model('efficientnet_b0', 10, pretrained=True)"
     start = time.time()
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
-                          env={**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"})
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          encoding="utf-8", env={**os.environ, "HF_HOME": str(tmp_path),
+                                                 "HF_ENDPOINT": "http://127.0.0.1:9"})
     last = done.stderr.strip().splitlines()[-1]
     assert "--student-weights" in last and "--quick" in last and "model.safetensors" in last
     assert "Retry" not in done.stderr and time.time() - start < 40  # the import of torch included
@@ -230,45 +272,82 @@ def test_frozen_teacher_stays_in_eval_mode():
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("classes, least", [(10, 0.3), (100, 0.04), (2, 0.75), (3, 2 / 3), (102, 2 / 102 + 0.02)])
+@pytest.mark.parametrize("classes, least", [(10, 0.3), (100, 0.04), (2, 0.75), (3, 2 / 3),
+                                            (102, 2 / 102 + 0.02)])
 def test_least_accuracy_of_a_teacher(classes, least):
     assert models.least_accuracy(classes) == pytest.approx(least)
 
 
-def test_checkpoint_is_plain_safe_and_usable_without_the_project(arguments, capsys):
-    args = arguments("baseline", "--num-epochs", "1")
-    args.seed = 3
+# Checkpoints --------------------------------------------------------------------------------------
+
+def test_checkpoint_is_plain_safe_and_usable_without_the_project(arguments):
+    args = arguments("baseline", "--num-epochs", "1", "--seed", "3")
     data = data_loader.open_dataset(args)
     model = models.build_model("test_efficientnet", 10)
     info = models.describe("baseline", model, "test_efficientnet", data, args)
-    path = train_baseline.train(model, lambda images, logits, labels: dict.fromkeys(
-        ("loss", "ce_loss"), models.cross_entropy(logits, labels)), info, data, args, fresh=False)
+    path = train_baseline.train(model, info, data, args)
 
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint) == {
-        "format_version", "run", "model_name", "num_classes", "class_names", "image_size", "crop_pct", "interpolation",
-        "mean", "std", "gradcam_layer", "state_dict", "epoch", "val_accuracy", "dataset", "split_fingerprint", "config",
-        "versions"}
-    assert all(type(value) in (str, int, float, bool, list, dict, type(None)) for name, value in checkpoint.items()
-               if name != "state_dict")
-    assert all(type(value) in (str, int, float, bool, type(None)) for value in
+        "format_version", "run", "model_name", "num_classes", "class_names", "image_size",
+        "crop_pct", "interpolation", "mean", "std", "gradcam_layer", "state_dict", "epoch",
+        "val_accuracy", "dataset", "split_fingerprint", "config", "versions"}
+    plain = (str, int, float, bool, list, dict, type(None))
+    assert all(type(value) in plain for name, value in checkpoint.items() if name != "state_dict")
+    assert all(type(value) in plain[:4] + plain[-1:] for value in
                [*checkpoint["config"].values(), *checkpoint["versions"].values()])
     for tensor in checkpoint["state_dict"].values():
-        assert tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.int64)
-    other = timm.create_model(checkpoint["model_name"], num_classes=checkpoint["num_classes"])
+        assert tensor.device.type == "cpu" and tensor.is_contiguous()
+        assert tensor.dtype in (torch.float32, torch.int64)
+    name, classes = checkpoint["model_name"], checkpoint["num_classes"]
+    other = timm.create_model(name, num_classes=classes)
     other.load_state_dict(checkpoint["state_dict"])
     other.eval()
 
     loaded, info = models.load_model(path)
     assert not loaded.training and "state_dict" not in info
     images = torch.rand(2, 3, 32, 32)
-    normalised = (images - torch.tensor(info["mean"]).view(3, 1, 1)) / torch.tensor(info["std"]).view(3, 1, 1)
-    torch.testing.assert_close(other(normalised), utils.forward(loaded, images), rtol=1e-4, atol=1e-5)
+    mean, std = (torch.tensor(info[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(other((images - mean) / std), models.forward(loaded, images),
+                               rtol=1e-4, atol=1e-5)
 
 
-def test_checkpoint_that_does_not_fit_is_one_sentence(tmp_path):
+def spoil(kind, good, folder):
+    """Put a file of the given `kind`, made of the good one, into `folder`; returns its path."""
+    file = folder / "best_model.pth"
+    checkpoint = torch.load(good, weights_only=True)
+    changes = {"whole model": {"model": torch.nn.Linear(2, 2)},  # a class: only code brings it back
+               "other model": {"model_name": "test_resnet"},
+               "other class count": {"num_classes": 7},
+               "older format": {"format_version": 0},
+               "unknown model": {"model_name": "resnet_99"}}
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "picture":
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000))
+    elif kind == "bare weights":
+        torch.save(checkpoint["state_dict"], file)
+    elif kind == "last.pth":
+        file.write_bytes(good.with_name("last.pth").read_bytes())
+    elif kind == "keys missing":
+        utils.save_file({"state_dict": checkpoint["state_dict"]}, file)
+    else:
+        torch.save({**checkpoint, **changes[kind]}, file)
+    return file
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("folder", "is a folder"), ("picture", "is damaged"), ("whole model", "carries code"),
+    ("other model", "do not fit test_resnet"), ("other class count", "do not fit"),
+    ("older format", "is in format 0"), ("bare weights", "no checkpoint of this project"),
+    ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "do not fit")])
+def test_hostile_and_damaged_models_are_one_sentence(tmp_path, kind, words):
+    good = tmp_path / "good" / "best_model.pth"
+    info = {"model_name": "test_efficientnet", "num_classes": 5}
     model = models.build_model("test_efficientnet", 5)
-    info = {"format_version": utils.FORMAT_VERSION, "model_name": "test_resnet", "num_classes": 5}
-    utils.save_best(tmp_path / "best_model.pth", model, info, {"epoch": 1, "val_accuracy": 0.5})
-    with pytest.raises(utils.UserError, match="do not fit test_resnet"):
-        models.load_model(tmp_path / "best_model.pth")
+    utils.save_best(good, model, info, {"epoch": 1, "val_accuracy": 0.5})
+    utils.save_file({"history": [], "states": {}}, good.with_name("last.pth"))
+    assert models.load_model(good)[1]["epoch"] == 1
+    with pytest.raises(utils.UserError, match=words) as error:
+        models.load_model(spoil(kind, good, tmp_path))
+    assert "\n" not in str(error.value) and "best_model.pth" in str(error.value)
