@@ -6,6 +6,7 @@
 Writes checkpoints/baseline/ and results/baseline_history.csv. After an interruption the same
 command goes on from the last whole epoch.
 """
+import argparse
 import sys
 
 import torch
@@ -24,7 +25,7 @@ DIAGNOSE_EVERY = 10  # steps between two looks at entropies, which cost kernels 
 def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
-    for run_args in utils.each_seed(args):
+    for run_args in each_seed(args):
         torch.manual_seed(run_args.seed)  # the same initial weights as the distilled student's
         student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
                                      args.student_weights).to(device)
@@ -80,6 +81,12 @@ def train(model, info, data, args):
         validated = ema.module if ema else model
         run.finish_epoch(meter.row() | models.validate(validated, val_loader), validated)
     return run.best
+
+
+def each_seed(args):
+    """The settings of each student to train: one of --seeds after the other, or --seed alone."""
+    for seed in args.seeds or [args.seed]:
+        yield argparse.Namespace(**{**vars(args), "seed": seed})
 
 
 def identity(info):

@@ -28,7 +28,7 @@ def main(args):
                              "are two classes; choose kd, dkd or dist")
     path = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(path, args, data, device)
-    for run_args in utils.each_seed(args):
+    for run_args in train_baseline.each_seed(args):
         torch.manual_seed(run_args.seed)  # the same initial weights as the baseline's
         student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
                                      args.student_weights).to(device)

@@ -2,7 +2,6 @@
 
 Nothing here knows a model or a loop, and no flag but to name it in a message.
 """
-import argparse
 import contextlib
 import csv
 import ctypes
@@ -87,7 +86,12 @@ def explanation(error, args):
     """One sentence on an `error` of torch or the system that a person can put right, else None."""
     text = str(error)
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
-        return out_of_memory(text, args)
+        peak = ""
+        if torch.cuda.is_initialized():
+            peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)"
+        return (f"there is too little memory{peak}; close what else uses it, or halve --batch-size "
+                "and double --accumulate-steps, which makes the same updates but for BatchNorm, or "
+                "lower --image-size; where memory is not short, try another --amp-dtype")
     if "deterministic" in text:
         return f"--deterministic is not possible with this model: {first_line(error)}"
     if "more than 1 value per channel" in text:  # BatchNorm's
@@ -100,20 +104,6 @@ def explanation(error, args):
         return (f"{error.strerror}: {error.filename or 'while writing'}; make room or choose other "
                 "folders, and the same command goes on from what was saved last")
     return None
-
-
-def out_of_memory(text, args):
-    """The message where memory ran out: the peak, and the smaller batch of the same updates."""
-    peak = ""
-    if torch.cuda.is_initialized():
-        peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)"
-    if not hasattr(args, "batch_size"):
-        return f"there is too little memory for this{peak}; close what else uses it"
-    half, parts = max(args.batch_size // 2, 1), 2 * args.accumulate_steps
-    engine = f", or another --amp-dtype than {args.amp_dtype}" if "an engine" in text else ""
-    return (f"there is too little memory for a batch of {args.batch_size}{peak}; try --batch-size "
-            f"{half} --accumulate-steps {parts}, the same updates but for BatchNorm, or a smaller "
-            f"--image-size{engine}")
 
 
 def first_line(error):
@@ -296,13 +286,14 @@ class Run:
         self.in_the_way = self.what_is_in_the_way(former, args.fresh)
         if self.in_the_way:
             former = {}
-        self.parts, self.states, self.estimated = {}, former.get("states", {}), False
-        self.history = former.get("history", [])
+        self.history, self.states = former.get("history", []), former.get("states", {})
+        self.parts, self.estimated, self.since = {}, False, time.perf_counter()
+        for file in (self.best, self.last, self.history_file):  # a kill may have left half of one
+            file.with_name(f"{file.name}.tmp").unlink(missing_ok=True)
         if self.history:
             self.write_history()  # an epoch's last file, and a kill may have come before it
         if self.finished:
             print(f"{self.name}: already trained with these settings; --fresh trains it anew")
-        self.since = time.perf_counter()
         answer_signals(self.what_is_saved)
 
     @property
@@ -317,13 +308,13 @@ class Run:
 
     def what_is_in_the_way(self, former, fresh):
         """Why the folder's `former` run cannot be gone on with, in a few words; "" where it can."""
+        if fresh and former:
+            return "--fresh"
         if not former:
             return "of unknown settings" if self.best.exists() else ""
         before, now = former["identity"], self.identity
         other = [name for name in before | now if before.get(name) != now.get(name)]
-        if fresh or not other:
-            return "--fresh" if fresh else ""
-        return f"other {', '.join(other)}"
+        return f"other {', '.join(other)}" if other else ""
 
     def keep(self, **parts):
         """Set these `parts`, each with a state_dict or None, to a former run's, and save them.
@@ -366,8 +357,6 @@ class Run:
 
     def make_way(self):
         """Move what another run left aside, and say where."""
-        for leftover in [*self.folder.glob("*.tmp"), *self.history_file.parent.glob("*.tmp")]:
-            leftover.unlink()  # of a run that was killed while it saved
         if self.in_the_way:
             aside = move_aside(self.folder)
             for seeds in aside.glob("seed_*"):  # the runs of several seeds stay where they are
@@ -391,14 +380,14 @@ class Run:
             writer.writerows(self.history)
 
     def say(self, row, best):
-        """The epoch in one line; a star where it is the best so far."""
-        accuracy = row["train_accuracy"]
+        """The epoch in one line, a star where it is the best so far, and the time left."""
+        accuracy, left = row["train_accuracy"], self.num_epochs - row["epoch"]
         train = "" if accuracy is None else f"train {accuracy:6.2%}  "
-        print(f"{self.name} epoch {row['epoch']:>3}/{self.num_epochs}  "
-              f"loss {row['train_loss']:.4f}  {train}"
-              f"val {row['val_accuracy']:6.2%}{' *' if best else '  '}  "
-              f"lr {row['learning_rate']:.1e}  {row['images_per_second']:.0f} images/s  "
-              f"{row['seconds']:.0f} s", flush=True)
+        to_go = f", {duration(row['seconds'] * left)} to go" if left else ""
+        print(f"{self.name} epoch {row['epoch']:>3}/{self.num_epochs}  loss {row['train_loss']:.4f}"
+              f"  {train}val {row['val_accuracy']:6.2%}{' *' if best else '  '}"
+              f"  lr {row['learning_rate']:.1e}  {row['images_per_second']:.0f} images/s"
+              f"  {row['seconds']:.0f} s{to_go}", flush=True)
 
 
 def lock(folder):
@@ -414,12 +403,6 @@ def lock(folder):
         raise UserError(f"another process is training in {folder}; wait for it, stop it, or choose "
                         "another --checkpoint-dir") from None
     return held
-
-
-def each_seed(args):
-    """The settings of each student to train: one of --seeds after the other, or --seed alone."""
-    for seed in args.seeds or [args.seed]:
-        yield argparse.Namespace(**{**vars(args), "seed": seed})
 
 
 def run_folder(name, args):
@@ -438,10 +421,9 @@ def save_best(target, model, info, row):
 
 def is_finished(folder):
     """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
-    if not (folder / "last.pth").is_file():
-        return (folder / "best_model.pth").is_file()
-    last = load_file(folder / "last.pth")
-    done = len(last["history"]) == last["identity"]["num_epochs"]
+    last = folder / "last.pth"
+    run = load_file(last) if last.is_file() else {"history": [], "identity": {"num_epochs": 0}}
+    done = len(run["history"]) == run["identity"]["num_epochs"]
     return done and (folder / "best_model.pth").is_file()
 
 
@@ -481,7 +463,7 @@ class Meter:
         self.on_gpu = loader.device.type == "cuda"
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        self.start = self.warm = time.perf_counter()
+        self.start = self.first = time.perf_counter()
 
     def watch(self, batches):
         """Yield `batches` behind a progress bar, and look at the sums a few times a second.
@@ -498,10 +480,12 @@ class Meter:
                 bar.update()
                 now = time.perf_counter()
                 if self.steps == 1:
-                    self.warm = now
-                if now - looked > (5 if bar.disable else 0.3):
+                    self.first = now
+                elif now - looked > (5 if bar.disable else 0.3):
                     looked = now
                     bar.set_postfix_str(self.look(), refresh=False)
+                    if now - self.start > 15 and not self.run.estimated:
+                        self.estimate(now)
 
     def add(self, **values):
         """Add what a step measured, 0-d tensors by column of HISTORY; two kernels a call."""
@@ -526,10 +510,8 @@ class Meter:
         return self.steps * self.loader.batch_size / (time.perf_counter() - self.start)
 
     def look(self):
-        """What the progress bar shows; after 15 seconds also say how long the run will take."""
+        """What the progress bar shows."""
         means = self.means()
-        if self.steps > 1 and time.perf_counter() - self.start > 15:
-            self.estimate()
         shown = [f"loss {means['train_loss']:.3f}", f"{self.speed():.0f} images/s"]
         if not math.isnan(means["train_accuracy"]):
             shown.insert(1, f"acc {means['train_accuracy']:.1%}")
@@ -537,18 +519,16 @@ class Meter:
             shown.append(f"{torch.cuda.memory_reserved() / 2**30:.1f} GB")
         return ", ".join(shown)
 
-    def estimate(self):
-        """Say once a run how long the rest of it will take, from the batches as they came."""
-        if self.run.estimated:
-            return
+    def estimate(self, now):
+        """Say once a run how long it will take, from batches as they came.
+
+        The first step does not count: a GPU tries its kernels in it, and workers start.
+        """
         self.run.estimated = True
-        epochs, batches = self.run.num_epochs, len(self.loader)
-        # The first step does not count: a GPU tries its kernels in it, workers start.
-        counted, since = (self.steps - 1, self.warm) if self.steps > 1 else (1, self.start)
-        left = (epochs - len(self.run.history)) * batches - self.steps
-        seconds = left * (time.perf_counter() - since) / counted
-        tqdm.write(f"{self.run.name}: {self.run.info['model_name']}, {epochs} epochs of {batches} "
-                   f"steps, about {duration(seconds)} to go")
+        epochs, batches = self.run.num_epochs - len(self.run.history), len(self.loader)
+        seconds = (epochs * batches - self.steps) * (now - self.first) / (self.steps - 1)
+        tqdm.write(f"{self.run.name}: {epochs} epochs of {batches} steps, about "
+                   f"{duration(seconds)} to go")
 
     def updates(self):
         """The updates AdamW has made; it does not count those that the fp16 scaler skipped."""
@@ -559,7 +539,6 @@ class Meter:
     def row(self):
         """The epoch's row of the history but for validation. Raises UserError as `means` does."""
         means, speed = self.means(), self.speed()
-        self.estimate()
         wanted = self.steps // self.run.accumulate_steps
         row = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
         row |= {"learning_rate": self.learning_rate, "images_per_second": speed,

@@ -25,7 +25,7 @@ from conftest import ROOT, assert_same_result, ended, result, start, wait_for
 
 # Exit ---------------------------------------------------------------------------------------------
 
-TOO_LITTLE = "try --batch-size 32 --accumulate-steps 2, the same updates but for BatchNorm"
+TOO_LITTLE = "there is too little memory; close what else uses it, or halve --batch-size and double"
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -35,7 +35,7 @@ TOO_LITTLE = "try --batch-size 32 --accumulate-steps 2, the same updates but for
     (torch.OutOfMemoryError("CUDA out of memory"), 1, TOO_LITTLE), (MemoryError(), 1, TOO_LITTLE),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, TOO_LITTLE),
     (RuntimeError("GET was unable to find an engine to execute this computation"), 1,
-     "or another --amp-dtype than fp32"),
+     "where memory is not short, try another --amp-dtype"),
     (RuntimeError("x has no deterministic implementation"), 1, "--deterministic is not possible"),
     (ValueError("Expected more than 1 value per channel when training"), 2,
      "--batch-size 64 cannot be trained with"),
@@ -56,8 +56,11 @@ def test_bug_keeps_its_traceback(arguments, error):
         utils.run_script(main, arguments("baseline"))
 
 
-def test_lack_of_memory_outside_training_has_its_own_words(arguments):
-    assert utils.out_of_memory("", arguments("evaluate")).endswith("close what else uses it")
+def test_lack_of_memory_gives_the_peak(arguments, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**30)
+    message = utils.explanation(MemoryError(), arguments("evaluate"))
+    assert "too little memory (5.0 GB in use at most)" in message
 
 
 def test_signal_ends_the_script_with_its_code(arguments, capsys):
@@ -421,21 +424,18 @@ def test_time_to_go_comes_from_batches_as_they_arrive(arguments, monkeypatch, ca
     for number in meter.watch(arriving()):
         now[0] += 1 if number else 10
         meter.add(train_loss=torch.tensor(1.0), train_accuracy=torch.tensor(1.0))
-    out = capsys.readouterr().out
-    assert "10 epochs of 20 steps, about 7 min to go" in out  # 198 steps of two seconds
-    meter.row()
-    assert "to go" not in capsys.readouterr().out  # once a run
+    out = capsys.readouterr().out  # said once, after the second step: 198 steps of two seconds
+    assert out == "baseline: 10 epochs of 20 steps, about 7 min to go\n"
 
 
 def test_run_says_how_long_it_takes(tmp_path):
-    """The printed time to go against the real one, of some twenty seconds."""
-    flags = ["--num-epochs", "25", "--batch-size", "64"]
-    process = start("baseline", tmp_path, *flags)
-    while "to go" not in (line := process.stdout.readline()):
+    """The time to go that an epoch's line prints against the real one, of some twenty seconds."""
+    process = start("baseline", tmp_path, "--num-epochs", "25")
+    while "epoch   3/25" not in (line := process.stdout.readline()):
         assert line, process.communicate()
     since = time.time()
     assert ended(process)[0] == 0
-    said = float(re.search(r"about (\d+) s to go", line)[1])
+    said = float(re.search(r", (\d+) s to go", line)[1])
     assert 0.4 < said / (time.time() - since) < 2.5
 
 
