@@ -30,8 +30,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     except Exception as error:
         if not pretrained:
             raise
-        source = weights or f"the weights of {name}"
-        reason = utils.first_line(error)
+        source, reason = weights or f"the weights of {name}", utils.first_line(error)
         raise UserError(f"{source} cannot be loaded into {name}: {reason}") from error
     for key in ("mean", "std"):
         value = torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1)
@@ -48,8 +47,7 @@ def check_download(name):
     if isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
         return
     try:
-        url = huggingface_hub.hf_hub_url(repo, file)
-        huggingface_hub.get_hf_file_metadata(url, timeout=10)
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file), timeout=10)
     except huggingface_hub.errors.EntryNotFoundError:
         return  # the hub answers, and timm knows the older file names
     except Exception as error:
@@ -75,10 +73,8 @@ def why_unfit(info, args, data):
 
 
 def least_accuracy(num_classes):
-    """Validation accuracy below which a teacher knows too little to teach: thrice chance.
-
-    Of two or three classes, where nobody can reach that, half the way from chance to perfect.
-    """
+    """Validation accuracy below which a teacher knows too little to teach: thrice chance, or, of
+    two or three classes, where nobody can reach that, half the way from chance to perfect."""
     least = max(3 / num_classes, 2 / num_classes + 0.02)
     return least if least < 1 else (1 + 1 / num_classes) / 2
 
@@ -226,8 +222,8 @@ def distillation_loss(student_logits, teacher_logits, labels, args):
 
 def diagnose_teacher(teacher_logits, labels, args):
     """How sure and how often right the teacher is, and how sure its targets are in the loss."""
-    standardised = args.distillation_loss == "lskd"
-    targets = standardise(teacher_logits) if standardised else teacher_logits
+    lskd = args.distillation_loss == "lskd"
+    targets = standardise(teacher_logits) if lskd else teacher_logits
     return {"teacher_entropy": entropy(teacher_logits),
             "target_entropy": entropy(targets / args.temperature),
             "teacher_accuracy": accuracy(teacher_logits, labels)}
@@ -241,9 +237,9 @@ def describe(run, model, name, data, args, **more):
     small = data.train.pixels is not None  # nothing to cut off at the edges of a 32 px image
     known = cfg["interpolation"] in ("bilinear", "bicubic")
     return {
-        "format_version": utils.FORMAT_VERSION, "run": run, "model_name": name,
-        "num_classes": len(data.class_names), "class_names": list(data.class_names),
-        "image_size": args.image_size, "crop_pct": 1.0 if small else float(cfg["crop_pct"]),
+        "run": run, "model_name": name, "num_classes": len(data.class_names),
+        "class_names": list(data.class_names), "image_size": args.image_size,
+        "crop_pct": 1.0 if small else float(cfg["crop_pct"]),
         "interpolation": cfg["interpolation"] if known else "bicubic",
         "mean": [float(value) for value in cfg["mean"]],
         "std": [float(value) for value in cfg["std"]],

@@ -3,9 +3,9 @@
     python train_distillation.py            # EfficientNet-B0 taught by B2, on CIFAR-100
     python train_distillation.py --quick    # a complete small run on scikit-learn's digits
 
-Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits, then trains the
-student. Writes checkpoints/distilled/ and results/distilled_history.csv. After an interruption the
-same command goes on from the last whole epoch.
+Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits. Writes
+checkpoints/distilled/ and results/distilled_history.csv. After an interruption the same command
+goes on from the last whole epoch.
 """
 import argparse
 import sys
@@ -24,8 +24,7 @@ def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
     if args.distillation_loss == "lskd" and len(data.class_names) == 2:
-        raise utils.WrongUse("--distillation-loss lskd says the same of every image where there "
-                             "are two classes; choose kd, dkd or dist")
+        raise utils.WrongUse("with two classes --distillation-loss lskd has nothing to say")
     path = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(path, args, data, device)
     for run_args in train_baseline.each_seed(args):
@@ -71,8 +70,8 @@ def train(student, teacher, info, data, args):
             meter.add(train_loss=loss, ce_loss=ce, kd_loss=soft,
                       train_accuracy=models.accuracy(logits, labels))
             if step % train_baseline.DIAGNOSE_EVERY == 1:
-                meter.add(entropy=models.entropy(logits),
-                          **models.diagnose_teacher(teacher_logits, labels, args))
+                teacher_measured = models.diagnose_teacher(teacher_logits, labels, args)
+                meter.add(entropy=models.entropy(logits), **teacher_measured)
             if step % args.accumulate_steps:
                 continue
 
@@ -106,7 +105,7 @@ def teacher_args(args):
     own = {name: value for name, value in vars(args).items() if name not in unread}
     own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate,
             "image_size": args.teacher_image_size or args.image_size, "teacher_image_size": None,
-            "fresh": args.fresh_teacher, "seed": config.MAX_SEED - args.seed, "seeds": None,
+            "seed": config.MAX_SEED - args.seed, "seeds": None, "fresh": args.fresh_teacher,
             "label_smoothing": 0.0}
     return argparse.Namespace(**own)
 

@@ -10,7 +10,6 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import platform
 import shutil
 import signal
@@ -234,15 +233,17 @@ def load_file(target):
         raise
     except Exception as error:  # damage takes any form
         # Operand 149 opens a pickle of protocol 4 and later, which torch does not write.
-        code = ("Unsupported global", "Unsupported operand 149")
-        if isinstance(error, pickle.UnpicklingError) and any(sign in str(error) for sign in code):
-            raise UserError(f"{target} carries code and was refused; none of it was run") from None
-        raise UserError(f"{target} is damaged, or no checkpoint at all") from None
+        code = any(f"Unsupported {sign}" in str(error) for sign in ("global", "operand 149"))
+        wrong = "is damaged, or no checkpoint at all"
+        if code:
+            wrong = "carries code and was refused; none of it was run"
+        raise UserError(f"{target} {wrong}") from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
-    if version is None:
-        raise UserError(f"{target} is no checkpoint of this project")
     if version != FORMAT_VERSION:
-        raise UserError(f"{target} is in format {version}, this project reads {FORMAT_VERSION}")
+        wrong = f"is in format {version}, and this project reads format {FORMAT_VERSION}"
+        if version is None:
+            wrong = "is no checkpoint of this project"
+        raise UserError(f"{target} {wrong}")
     return checkpoint
 
 
@@ -281,7 +282,7 @@ class Run:
         self.best, self.last = self.folder / "best_model.pth", self.folder / "last.pth"
         results = Path(args.results_dir, self.folder.name if args.seeds else "")
         self.history_file = results / f"{self.name}_history.csv"
-        self.lock = lock(self.folder)
+        self.lock_folder()
         former = load_file(self.last) if self.last.exists() else {}
         self.in_the_way = self.what_is_in_the_way(former, args.fresh)
         if self.in_the_way:
@@ -295,6 +296,17 @@ class Run:
         if self.finished:
             print(f"{self.name}: already trained with these settings; --fresh trains it anew")
         answer_signals(self.what_is_saved)
+
+    def lock_folder(self):
+        """Keep other processes out until this run or process is gone; UserError if one is in."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.folder.with_name(f".{self.folder.name}.lock")  # the folder may be moved aside
+        self.lock = filelock.FileLock(beside, is_singleton=True)
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"another process is training in {self.folder}; wait for it, stop it, "
+                            "or choose another --checkpoint-dir") from None
 
     @property
     def finished(self):
@@ -388,21 +400,6 @@ class Run:
               f"  {train}val {row['val_accuracy']:6.2%}{' *' if best else '  '}"
               f"  lr {row['learning_rate']:.1e}  {row['images_per_second']:.0f} images/s"
               f"  {row['seconds']:.0f} s{to_go}", flush=True)
-
-
-def lock(folder):
-    """Keep other processes out of `folder` as long as the lock returned, or this process, lives.
-
-    It lies beside the folder, which may be moved aside. Raises UserError where another has it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
-    try:
-        held.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"another process is training in {folder}; wait for it, stop it, or choose "
-                        "another --checkpoint-dir") from None
-    return held
 
 
 def run_folder(name, args):
