@@ -3,7 +3,7 @@
 Shapes: images (B, 3, H, W) floats in [0, 1], labels (B,) int64 or, mixed, (B, C) probabilities,
 logits (B, C). Losses are means over the batch, in float32 also under autocast.
 """
-import huggingface_hub  # comes with timm
+import huggingface_hub
 import timm
 import torch
 import torch.nn.functional as F

@@ -19,7 +19,7 @@ import time
 import warnings
 from pathlib import Path
 
-import filelock  # comes with torch
+import filelock
 import numpy as np
 import timm
 import torch
