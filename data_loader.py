@@ -1,80 +1,54 @@
-"""Datasets, the train/validation/test split, augmentation and preprocessing.
+"""Datasets, their split into training, validation and test images, and the batches made of them.
 
-Training and validation images come from `open_dataset`, test images from `open_test` alone, which only evaluate.py
-calls. A loader yields `(images, labels)` on the device, images (B, 3, S, S) floats in [0, 1], not normalised.
+`open_dataset` gives training and validation images; only evaluate.py calls `open_test`. A loader
+yields images (B, 3, S, S) on the device, floats in [0, 1]; each model normalises them itself.
 
-Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor; photographs are decoded by
-worker processes onto square canvases. Both are cropped, flipped and resized on the device by `resample`.
+Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor; photographs
+are decoded by worker processes onto square canvases. Both are cropped, mirrored and resized on the
+device, a whole batch at a time.
 """
 import functools
-import hashlib
 import json
 import math
 import shutil
 import signal
 import socket
-from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
-from timm.data import Mixup
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torchvision import transforms
-from tqdm import tqdm
+from timm.data import Mixup
+from torchvision import datasets, transforms
+from tqdm.contrib.concurrent import thread_map
 
 from utils import FORMAT_VERSION, UserError, WrongUse, first_line, load_file, save_file
 
-SMALL = 96              # px: square images of one size up to this side are kept on the device
-CROP_PADDING = 1 / 8    # of the side, on each side: 4 px for CIFAR, as everywhere since He et al. 2015
-CROP_SCALE = (0.35, 1)  # share of a photograph's area that a random resized crop shows
-CROP_RATIO = (3 / 4, 4 / 3)
-PHOTO_RATIO = 3 / 2     # of sides; in photographs up to it the smallest crop still has the pixels to fill the output
-DOWNLOAD_TIMEOUT = 20   # s without an answer
+SMALL = 96                   # px: square images of one size up to this side are kept on the device
+CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in He et al. 2015
+CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resized crop shows
+CROP_RATIO = (3 / 4, 4 / 3)  # its width / height
+SMALLEST_CROP = (CROP_SCALE[0] * CROP_RATIO[0] / 1.5) ** 0.5  # its side as a share, up to 3:2
+EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
+DOWNLOAD_TIMEOUT = 20        # s without an answer
 DOWNLOAD_MB = {"CIFAR100": 340, "CIFAR10": 340, "Flowers102": 700}  # archive and what is in it
-EVAL_PIXELS = 32 * 224**2  # pixels of an evaluation batch: 32 images of 224 px, for which EfficientNet-B0 takes 0.44 GB in float32
-INTERPOLATIONS = {"bilinear": transforms.InterpolationMode.BILINEAR, "bicubic": transforms.InterpolationMode.BICUBIC}
-
-
-CIFAR100_SUPERCLASSES = {  # Krizhevsky 2009, by torchvision's class names
-    "aquatic mammals": "beaver dolphin otter seal whale", "fish": "aquarium_fish flatfish ray shark trout",
-    "flowers": "orchid poppy rose sunflower tulip", "food containers": "bottle bowl can cup plate",
-    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
-    "household electrical devices": "clock keyboard lamp telephone television",
-    "household furniture": "bed chair couch table wardrobe", "insects": "bee beetle butterfly caterpillar cockroach",
-    "large carnivores": "bear leopard lion tiger wolf", "large man-made outdoor things": "bridge castle house road skyscraper",
-    "large natural outdoor scenes": "cloud forest mountain plain sea",
-    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
-    "medium-sized mammals": "fox porcupine possum raccoon skunk", "non-insect invertebrates": "crab lobster snail spider worm",
-    "people": "baby boy girl man woman", "reptiles": "crocodile dinosaur lizard snake turtle",
-    "small mammals": "hamster mouse rabbit shrew squirrel", "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
-    "vehicles 1": "bicycle bus motorcycle pickup_truck train", "vehicles 2": "lawn_mower rocket streetcar tank tractor",
-}
 
 
 class Images(NamedTuple):
-    """One part of a dataset: `pixels` where all images are small, square and of one size, else `source` alone."""
+    """One part of a dataset: small images as pixels, or photographs as files."""
     pixels: torch.Tensor | None  # (N, 3, H, H) uint8
-    source: object               # source[i] is (PIL image, label); None where pixels hold all
+    files: list | None           # N paths; None where there are pixels
     labels: torch.Tensor         # (N,) int64
-    names: list                  # file names below the part's folder, or []
+    names: list                  # of an image folder's files, for the fingerprint; else []
 
     def select(self, indices):
-        pick = torch.as_tensor(indices)
-        return Images(None if self.pixels is None else self.pixels[pick],
-                      None if self.source is None else torch.utils.data.Subset(self.source, pick.tolist()),
-                      self.labels[pick], [self.names[i] for i in indices] if self.names else [])
-
-
-def picture(images, i):
-    """Image `i` of one part as a person sees it: an RGB PIL image."""
-    if images.pixels is not None:
-        return Image.fromarray(images.pixels[i].permute(1, 2, 0).numpy())
-    return to_rgb(images.source[i][0])
+        if self.pixels is not None:
+            return Images(self.pixels[indices], None, self.labels[indices], [])
+        return Images(None, [self.files[i] for i in indices], self.labels[indices], [])
 
 
 class Dataset(NamedTuple):
@@ -83,44 +57,40 @@ class Dataset(NamedTuple):
     class_names: list
     train: Images
     val: Images
-    split_fingerprint: str  # SHA-256 of classes, training images and the choice of validation images
+    split_fingerprint: str  # SHA-256 of classes, training images and choice of validation images
     augmentation: str       # none, crop, flip_crop or resized_crop
 
 
-# Datasets -------------------------------------------------------------------------------------------------------
+# Datasets -----------------------------------------------------------------------------------------
 
 def open_dataset(args):
-    """The training and validation images of args.dataset_name. Raises UserError where they cannot be had."""
-    whole, class_names = read_part(args.dataset_name, "train", args)
-    if args.dataset_name == "ImageFolder":
+    """The `Dataset` of args. Raises UserError if it cannot be had, WrongUse if args do not fit."""
+    name, augmentation = args.dataset_name, args.augmentation
+    whole, class_names = read_part(name, "train", args)
+    if name == "ImageFolder":
         check_class_folders(Path(args.dataset_dir), class_names)
-    has_val = args.dataset_name == "Flowers102" or \
-        args.dataset_name == "ImageFolder" and Path(args.dataset_dir, "val").is_dir()
-    if has_val:
-        train, (val, _) = whole, read_part(args.dataset_name, "val", args)
+    if name == "Flowers102" or (name == "ImageFolder" and Path(args.dataset_dir, "val").is_dir()):
+        train = whole
+        val, _ = read_part(name, "val", args)
         chosen = {"val": val.labels.tolist(), "val_names": val.names}
     else:
-        try:
-            train_indices, val_indices = train_test_split(
-                np.arange(len(whole.labels)), test_size=args.val_fraction, stratify=whole.labels.numpy(),
-                random_state=args.split_seed)
-        except ValueError as error:
-            raise WrongUse(f"the {len(whole.labels)} training images cannot be split with --val-fraction "
-                            f"{args.val_fraction:g}, every class on both sides: {error}") from None
-        train_indices, val_indices = np.sort(train_indices), np.sort(val_indices)
+        train_indices, val_indices = split(whole.labels.numpy(), args.val_fraction, args.split_seed)
         train, val = whole.select(train_indices), whole.select(val_indices)
         chosen = {"val_indices": val_indices.tolist()}
+    content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names}
+    fingerprint = sha256(json.dumps(content | chosen).encode()).hexdigest()
+
     if len(train.labels) < args.batch_size * args.accumulate_steps:
-        times = f" --accumulate-steps {args.accumulate_steps}" * (args.accumulate_steps > 1)
-        raise WrongUse(f"--batch-size {args.batch_size}{times} is more than the {len(train.labels)} training images")
-    content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names, **chosen}
-    fingerprint = digest(json.dumps(content).encode())
-    augmentation = args.augmentation
+        steps = f" --accumulate-steps {args.accumulate_steps}" if args.accumulate_steps > 1 else ""
+        raise WrongUse(f"--batch-size {args.batch_size}{steps} is more than the "
+                       f"{len(train.labels)} training images")
+    if augmentation in ("crop", "flip_crop") and train.pixels is None:
+        raise WrongUse(f"--augmentation {augmentation} pads and crops small images; "
+                       "photographs take resized_crop or none")
     if augmentation == "auto":
-        augmentation = "crop" if args.dataset_name == "Digits" else "resized_crop" if train.pixels is None else "flip_crop"
-    if train.pixels is None and augmentation in ("crop", "flip_crop"):
-        raise WrongUse(f"--augmentation {augmentation} pads and crops small images; photographs take resized_crop or none")
-    return Dataset(args.dataset_name, class_names, train, val, fingerprint, augmentation)
+        for_small = "crop" if name == "Digits" else "flip_crop"  # a mirrored digit is no digit
+        augmentation = "resized_crop" if train.pixels is None else for_small
+    return Dataset(name, class_names, train, val, fingerprint, augmentation)
 
 
 def open_test(name, args):
@@ -128,434 +98,329 @@ def open_test(name, args):
     return read_part(name, "test", args)
 
 
+def split(labels, fraction, seed):
+    """Indices of the larger and the smaller part of `labels` (N,), stratified, in their order."""
+    try:
+        parts = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels,
+                                 random_state=seed)
+    except ValueError as error:
+        raise WrongUse(f"the {len(labels)} training images cannot be split with --val-fraction "
+                       f"{fraction:g}, every class on both sides: {error}") from None
+    return [np.sort(part) for part in parts]
+
+
 def read_part(name, part, args):
-    """The `part` (train, val or test) of dataset `name`: (Images, class names in the dataset's own order)."""
-    if name == "Digits":
-        digits = load_digits()
-        train, test = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
-        chosen = np.sort(test if part == "test" else train)
-        gray = torch.from_numpy(np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8))  # 17 shades, 0 to 16
-        labels = torch.from_numpy(digits.target[chosen].astype(np.int64))
-        return Images(gray[:, None].repeat(1, 3, 1, 1), None, labels, []), [str(i) for i in digits.target_names]
+    """The `part` (train, val or test) of dataset `name`: (Images, class names in its own order)."""
     if name == "ImageFolder":
         return read_folder(Path(args.dataset_dir, part), args.data_dir)
-    cls = getattr(torchvision.datasets, name)
-    source = download(cls, args.data_dir, **({"split": part} if name == "Flowers102" else {"train": part != "test"}))
+    if name == "Digits":
+        digits = load_digits()
+        train, test = split(digits.target, fraction=0.2, seed=0)
+        chosen = test if part == "test" else train
+        gray = torch.from_numpy(digits.images[chosen] * (255 / 16)).round().byte()  # of 0 to 16
+        labels = torch.from_numpy(digits.target[chosen]).long()
+        return Images(gray[:, None].repeat(1, 3, 1, 1), None, labels, []), list("0123456789")
     if name == "Flowers102":
-        return Images(None, source, torch.tensor(source._labels), []), list(source.classes)  # no public name for labels
-    pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-    return Images(pixels, None, torch.tensor(source.targets), []), list(source.classes)
+        flowers = download(datasets.Flowers102, args.data_dir, split=part)
+        labels = torch.tensor(flowers._labels)  # neither these nor the files have a public name
+        return Images(None, flowers._image_files, labels, []), list(flowers.classes)
+    cifar = download(getattr(datasets, name), args.data_dir, train=part != "test")
+    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, None, torch.tensor(cifar.targets), []), list(cifar.classes)
 
 
 def download(cls, data_dir, **part):
-    """Open a torchvision dataset, downloaded on first use. Raises UserError with what to do by hand."""
-    folder = Path(data_dir, getattr(cls, "base_folder", "flowers-102"))
+    """A torchvision dataset, downloaded on first use. Raises UserError with what to do by hand."""
     Path(data_dir).mkdir(parents=True, exist_ok=True)
-    if not folder.exists() and (free := shutil.disk_usage(data_dir).free / 2**20) < DOWNLOAD_MB[cls.__name__]:
-        raise UserError(f"{cls.__name__} needs {DOWNLOAD_MB[cls.__name__]} MB in {data_dir} while it is unpacked, and the disk has "
-                        f"{free:.0f} MB left; make room or choose another --data-dir")
+    flowers, needed = cls is datasets.Flowers102, DOWNLOAD_MB[cls.__name__]
+    folder = Path(data_dir, "flowers-102" if flowers else cls.base_folder)
+    free = shutil.disk_usage(data_dir).free / 2**20
+    if not folder.exists() and free < needed:
+        raise UserError(f"{cls.__name__} needs {needed} MB in {data_dir} while it is unpacked, and "
+                        f"the disk has {free:.0f} MB left; make room or choose another --data-dir")
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # urllib would wait for ever on a network that answers nothing
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # urllib would wait for ever for a silent server
     try:
         return cls(root=data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
-            raise  # the disk, not the network
-        if cls is torchvision.datasets.Flowers102:
-            base, files = cls._download_url_prefix, [name for name, _ in cls._file_dict.values()]
-            by_hand = f"{', '.join(base + name for name in files)} into {Path(data_dir, 'flowers-102')}"
+        of_network = isinstance(error, (ConnectionError, TimeoutError))
+        if getattr(error, "errno", None) and not of_network:
+            raise  # it is the disk
+        if flowers:
+            urls = [cls._download_url_prefix + file for file, _ in cls._file_dict.values()]
+            by_hand = f"{', '.join(urls)} into {folder}"
         else:
             by_hand = f"{cls.url} into {data_dir}"
         reason = getattr(error, "reason", None) or error
-        raise UserError(f"downloading {cls.__name__} failed ({reason}); download {by_hand} by hand and run the same "
-                        f"command again, or try the project without any download with --quick") from None
+        raise UserError(
+            f"downloading {cls.__name__} failed ({reason}); download {by_hand} by hand and run the "
+            "same command again, or try the project without any download with --quick") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
+# Pictures -----------------------------------------------------------------------------------------
+
 def read_folder(folder, data_dir):
     """The pictures of `folder`/<class>/*, classes in sorted order: (Images, class names).
 
-    All are decoded once, so that a broken one is found before training; what came out is kept in `data_dir`/decoded/
-    for the next time, as long as names, sizes and dates of the files stay the same. Raises UserError for all faults at once.
+    All are decoded once, so that a broken one is found before training. What came out is kept in
+    `data_dir`/decoded/ for the next time, while names, sizes and dates of the files stay the same.
     """
     try:
-        source = torchvision.datasets.ImageFolder(str(folder), loader=read_image)
+        found = datasets.ImageFolder(str(folder))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} is no folder of pictures in one folder per class: {first_line(error)}") from None
-    files = [Path(file) for file, _ in source.samples]
+        raise UserError(f"{folder} is no folder of pictures in one folder per class: "
+                        f"{first_line(error)}") from None
+    files, labels = [Path(file) for file, _ in found.samples], torch.tensor(found.targets)
     names = [file.relative_to(folder).as_posix() for file in files]
     stats = [file.stat() for file in files]
-    signature = digest(json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)]).encode())
-    kept = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{digest(str(folder.resolve()).encode())[:12]}.pth")
-    pixels, fits = load_decoded(kept, signature)
-    if not fits:
+    known_by = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
+    signature = sha256(json.dumps(known_by).encode()).hexdigest()
+    place = sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    kept = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{place}.pth")
+    content = load_decoded(kept, signature) if kept.exists() else None
+    if content is None:
         pixels = decode(folder, files)
-        checksum = None if pixels is None else digest(pixels.numpy())
+        content = {"format_version": FORMAT_VERSION, "signature": signature, "pixels": pixels,
+                   "checksum": None if pixels is None else sha256(pixels.numpy()).hexdigest()}
         try:
-            save_file({"format_version": FORMAT_VERSION, "signature": signature, "checksum": checksum, "pixels": pixels}, kept)
+            save_file(content, kept)
         except OSError as error:
-            print(f"the decoded pictures could not be kept in {kept} ({error.strerror}); they will be decoded again next time")
-    return Images(pixels, None if pixels is not None else source, torch.tensor(source.targets), names), source.classes
-
-
-def digest(content):
-    return hashlib.sha256(content).hexdigest()
+            print(f"the decoded pictures could not be kept in {kept} ({error.strerror}); "
+                  "they will be decoded again next time")
+    pixels = content["pixels"]
+    return Images(pixels, files if pixels is None else None, labels, names), found.classes
 
 
 def load_decoded(kept, signature):
-    """(pixels or None, whether the file of decoded pictures is there, whole, and of the same pictures)."""
-    if not kept.exists():
-        return None, False
+    """What the file `kept` holds; None where it is of other pictures, or damaged."""
     try:
         content = load_file(kept)
         if content["signature"] != signature:
-            return None, False
-        if content["pixels"] is None or digest(content["pixels"].numpy()) == content["checksum"]:
-            return content["pixels"], True
-    except (UserError, KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # of a dict that is not what was saved
-        pass
+            return None
+        pixels = content["pixels"]
+        if pixels is None or sha256(pixels.numpy()).hexdigest() == content["checksum"]:
+            return content
+    except (UserError, KeyError, AttributeError, TypeError, ValueError, RuntimeError):
+        pass  # not what was saved
     print(f"{kept} is damaged and will be made again")
-    return None, False
+    return None
 
 
 def decode(folder, files):
-    """The pixels (N, 3, H, H) of small square pictures of one size, else None; reads every file and reports all faults."""
+    """Pixels (N, 3, H, H) of small square pictures of one size, else None. Raises UserError."""
     def read(file):
         try:
             image = read_image(file)
         except UserError as error:
-            return str(error)
-        return np.asarray(image) if small else image.size
+            return error
+        return np.asarray(image) if image.width == image.height <= SMALL else None
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        sizes = set(pool.map(image_size, files)) - {None}
-        small = len(sizes) == 1 and all(width == height <= SMALL for width, height in sizes)
-        images = list(tqdm(pool.map(read, files), total=len(files), desc=f"reading {folder}", leave=False, disable=None))
-    faults = [fault for fault in images if isinstance(fault, str)]
+    # Threads are enough, since Pillow decodes outside Python's lock.
+    images = thread_map(read, files, desc=f"reading {folder}", leave=False, disable=None)
+    faults = [str(image) for image in images if isinstance(image, UserError)]
     if faults:
-        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: {'; '.join(faults[:10])}"
-                        f"{'; …' if len(faults) > 10 else ''}")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if small else None
+        more = "; …" if len(faults) > 10 else ""
+        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: "
+                        f"{'; '.join(faults[:10])}{more}")
+    if any(image is None or image.shape != images[0].shape for image in images):
+        return None
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
 def check_class_folders(folder, class_names):
-    """Hold the names of the other parts' class folders against the training part's, without opening an image."""
-    for part in ("val", "test"):
-        if part == "val" and not (folder / part).is_dir():
-            continue
-        names = {entry.name for entry in (folder / part).iterdir() if entry.is_dir()} if (folder / part).is_dir() else set()
-        if names != set(class_names):
-            odd = sorted(names ^ set(class_names))
-            raise UserError(f"{folder / part} must have the same class folders as {folder / 'train'}; {len(odd)} differ: "
-                            f"{', '.join(odd[:10])}{', …' if len(odd) > 10 else ''}")
-
-
-def image_size(file):
-    """(width, height) of a picture, read from its head; None where it is no picture."""
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
-        return None
+    """Hold the class folders of test/ and, where there is one, val/ against the training part's."""
+    for part in (folder / "val", folder / "test"):
+        odd = sorted({entry.name for entry in part.glob("*") if entry.is_dir()} ^ set(class_names))
+        if odd and (part.name == "test" or part.is_dir()):
+            more = ", …" if len(odd) > 10 else ""
+            raise UserError(f"{part} must have the same class folders as {folder / 'train'}; "
+                            f"{len(odd)} differ: {', '.join(odd[:10])}{more}")
 
 
 def read_image(file):
-    """A picture file (path or open file) as an RGB PIL image, see `to_rgb`. Raises UserError where it cannot be read."""
+    """A picture (path or open file) as an RGB PIL image; UserError where it cannot be read."""
     try:
         with Image.open(file) as image:
             return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
-        name = file if isinstance(file, (str, Path)) else getattr(file, "filename", None) or getattr(file, "name", "the file")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = file  # these are the errors that Pillow's decoders raise
+        if not isinstance(file, (str, Path)):  # an upload's name is its `filename`
+            name = getattr(file, "filename", None) or getattr(file, "name", "the file")
         raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
 
 
 def to_rgb(image):
-    """Any PIL image (grey, palette, transparent, 16 bits, turned by EXIF) as people see it: upright RGB on white."""
+    """Any PIL image (grey, palette, transparent, 16 bits, turned by EXIF): upright RGB on white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL's own conversion would clip them all to white
+    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would clip them all to white
         values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        scale = 257 if values.max() > 255 else 1
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-# Preprocessing --------------------------------------------------------------------------------------------------
+def picture(images, i):
+    """Image `i` of one part as a person sees it: an RGB PIL image."""
+    if images.pixels is None:
+        return read_image(images.files[i])
+    return transforms.functional.to_pil_image(images.pixels[i])
 
-def crop_to_size(size, crop_pct, interpolation):
-    """PIL image to PIL image: shorter side to size / crop_pct, then the square in the middle, as timm evaluates."""
-    return transforms.Compose([to_rgb, transforms.Resize(math.floor(size / crop_pct), INTERPOLATIONS[interpolation]),
-                               transforms.CenterCrop(size)])
+
+def crop_to_size(info):
+    """Transform of PIL images, as timm's: shorter side to size / crop_pct, middle square of it."""
+    size, mode = info["image_size"], transforms.InterpolationMode(info["interpolation"])
+    shorter = transforms.Resize(math.floor(size / info["crop_pct"]), mode)
+    return transforms.Compose([to_rgb, shorter, transforms.CenterCrop(size)])
 
 
 def build_transform(info):
-    """The preprocessing of one PIL image for the model of `info` (a checkpoint's dict): a tensor (3, S, S), normalised."""
-    return transforms.Compose([crop_to_size(info["image_size"], info["crop_pct"], info["interpolation"]),
-                               transforms.ToTensor(), transforms.Normalize(info["mean"], info["std"])])
+    """PIL image to tensor (3, S, S), normalised, for the model of `info` (a checkpoint's dict)."""
+    normalise = transforms.Normalize(info["mean"], info["std"])
+    return transforms.Compose([crop_to_size(info), transforms.ToTensor(), normalise])
 
 
-def resample(images, boxes, flip, size, interpolation, margin=0):
-    """Cut a box out of each image, resize it with PIL's antialiased filter, and mirror it where asked.
+# Batches ------------------------------------------------------------------------------------------
 
-    images (B, 3, H, W) floats in [0, 1]; boxes (B, 4): top, left, height, width in pixels, which may reach `margin`
-    pixels beyond the image, where it is black; flip (B,) bool. Returns (B, 3, size, size) floats in [0, 1].
-    Resizing is separable, so each image takes one matrix per axis: the filter of PIL's Resample.c (bicubic with
-    a = -0.5, or triangle, widened by the scale when shrinking), cut off at the box.
-    """
-    top, left, height, width = boxes.unbind(1)
-    rows = resize_matrix(top, height, images.shape[2], size, interpolation, margin)  # (B, size, H)
-    columns = resize_matrix(left, width, images.shape[3], size, interpolation, margin)
-    return resize(images, rows, columns, flip)
-
-
-def resize(images, rows, columns, flip):
-    """images (B, 3, H, W) times the matrices rows (B or 1, S, H) and columns (B or 1, S, W), mirrored where flip (B or 1,), clipped
-    to [0, 1] as PIL clips: (B, 3, S, S) in channels_last."""
+def resize(images, rows, columns):
+    """Resize images (B, 3, H, W) by the matrices rows (B or 1, S, H) and columns (B or 1, S, W) to
+    (B, 3, S, S), channels_last. After each axis values are clipped to [0, 1], as PIL clips them."""
     B, C, H, W = images.shape
     S = rows.shape[1]
-    columns = torch.where(flip[:, None, None], columns.flip(1), columns)
     # The channels lie side by side, so that each image takes one product an axis and not three.
-    narrow = (images.reshape(B, C * H, W) @ columns.transpose(1, 2)).clamp_(0, 1)  # PIL clips between its two passes too
-    wide = (rows @ narrow.view(B, C, H, S).transpose(1, 2).reshape(B, H, C * S)).clamp_(0, 1)
-    return wide.view(B, S, C, S).transpose(1, 2).contiguous(memory_format=torch.channels_last)
+    narrow = (images.reshape(B, C * H, W) @ columns.transpose(1, 2)).clamp_(0, 1)
+    side_by_side = narrow.view(B, C, H, S).transpose(1, 2).reshape(B, H, C * S)
+    resized = (rows @ side_by_side).clamp_(0, 1).view(B, S, C, S).transpose(1, 2)
+    return resized.contiguous(memory_format=torch.channels_last)
 
 
-def resize_matrix(start, length, pixels, size, interpolation, margin):
-    """Weights (B, size, pixels) that resize `length` pixels from `start` on to `size` pixels; start, length (B,)."""
-    scale = (length / size)[:, None, None]
+def resize_matrices(start, length, side, size, interpolation):
+    """Matrices (…, size, side), one for each start and length (…): it resizes `length` of an axis'
+    `side` pixels, from `start` on, to `size`. The antialiased filter of PIL's Resample.c: bicubic
+    with a = -0.5, or a triangle, widened by the scale when shrinking, cut off at both ends."""
+    scale = (length / size)[..., None, None]
     centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    at = torch.arange(-margin, pixels + margin, device=start.device) - start[:, None, None]  # position within the box
-    x = ((at + 0.5 - centre) / scale.clamp(min=1)).abs()
+    pixel = torch.arange(side, device=start.device) - start[..., None, None]
+    x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()
     if interpolation == "bicubic":
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2) * (x < 2)
+        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far) * (x < 2)
     else:
         weights = (1 - x).clamp(min=0)
-    weights = weights * ((at >= 0) & (at < length[:, None, None]))
-    weights = weights / weights.sum(2, keepdim=True)
-    return weights[:, :, margin:margin + pixels]
+    weights = weights * ((pixel >= 0) & (pixel < length[..., None, None]))
+    return weights / weights.sum(-1, keepdim=True)
 
 
-def random_boxes(augmentation, number, side, generator):
-    """Boxes for `number` images, as functions of nothing but the generator.
-
-    For crop and flip_crop: (number, 4) top, left, height, width in pixels of images `side` pixels wide, whole numbers
-    like torchvision's RandomCrop after padding. For resized_crop: (number, 10, 2), ten tries of log aspect ratio and area
-    and (number, 2) positions in [0, 1), which `resized_boxes` makes boxes of once the picture's shape is known.
-    """
-    if augmentation == "resized_crop":
-        low, high = torch.tensor([[math.log(CROP_RATIO[0]), CROP_SCALE[0]], [math.log(CROP_RATIO[1]), CROP_SCALE[1]]])
-        tries = torch.rand(number, 10, 2, generator=generator) * (high - low) + low
-        return torch.cat([tries.flatten(1), torch.rand(number, 2, generator=generator)], 1)
-    boxes = torch.tensor([0.0, 0.0, side, side]).repeat(number, 1)
-    if augmentation in ("crop", "flip_crop"):
-        margin = crop_margin(side)
-        boxes[:, :2] = torch.randint(-margin, margin + 1, (number, 2), generator=generator)
-    return boxes
+def shift_matrices(side, margin, size, interpolation, device):
+    """Matrices (2 * margin + 1, size, side), one for each place of a crop as large as the image in
+    the image with a black border of `margin` pixels; without one, that of the whole image."""
+    start, padded = torch.arange(2 * margin + 1.0, device=device), side + 2 * margin
+    matrices = resize_matrices(start, torch.full_like(start, side), padded, size, interpolation)
+    return matrices[..., margin:margin + side]  # black adds nothing
 
 
-def crop_margin(side):
-    return max(1, round(side * CROP_PADDING))
+def draw_crops(number, generator):
+    """What is random in `number` random resized crops: (number, 22), ten tries of log aspect ratio
+    and area, then a position. `resized_boxes` makes boxes of it once the pictures are known."""
+    low = torch.tensor([math.log(CROP_RATIO[0]), CROP_SCALE[0]])
+    high = torch.tensor([math.log(CROP_RATIO[1]), CROP_SCALE[1]])
+    tries = torch.rand(number, 10, 2, generator=generator) * (high - low) + low
+    return torch.cat([tries.flatten(1), torch.rand(number, 2, generator=generator)], 1)
 
 
 def resized_boxes(draws, aspect, side):
-    """Boxes (B, 4) of random resized crops (Szegedy et al. 2015) on canvases of `side` pixels.
-
-    `draws` (B, 22) from `random_boxes`, aspect (B,): width / height of the pictures that were stretched onto the
-    canvases. Of the ten tries the first that fits is taken, else the largest central box with a legal ratio, as in
-    torchvision's RandomResizedCrop. Whole pixels.
-    """
-    tries, position = draws[:, :20].view(-1, 10, 2), draws[:, 20:]
-    ratio, area, aspect = tries[..., 0].exp(), tries[..., 1], aspect[:, None]
-    shape = torch.stack([(area * aspect / ratio).sqrt(), (area * ratio / aspect).sqrt()], 2)  # height, width: (B, 10, 2)
-    fits = (shape <= 1).all(2)
-    first = fits.float().argmax(1)
-    chosen = shape[torch.arange(len(shape), device=shape.device), first]
-    central = torch.stack([(aspect[:, 0] / CROP_RATIO[0]).clamp(max=1), (CROP_RATIO[1] / aspect[:, 0]).clamp(max=1)], 1)
-    chosen, position = torch.where(fits.any(1)[:, None], chosen, central), \
-        torch.where(fits.any(1)[:, None], position, torch.full_like(position, 0.5))
-    extent = (chosen * side).round().clamp(min=1)
-    return torch.cat([(position * (side - extent + 1)).floor().clamp(min=0), extent], 1)
+    """Random resized crops (Szegedy et al. 2015) of pictures of width / height `aspect` (B,), which
+    were stretched onto canvases of `side` pixels: top and left (B, 2), height and width (B, 2).
+    As in torchvision the first try that fits, or else the largest central box of a legal ratio."""
+    log_ratio, area = draws[:, :20].view(-1, 10, 2).unbind(2)
+    ratio, aspect = log_ratio.exp(), aspect[:, None]
+    tries = torch.stack([area * aspect / ratio, area * ratio / aspect], 2).sqrt()  # (B, 10, 2)
+    largest = torch.stack([aspect / CROP_RATIO[0], CROP_RATIO[1] / aspect], 2).clamp(max=1)
+    shapes = torch.cat([tries, largest], 1)  # (B, 11, 2) shares of the canvas; the last fits
+    first = (shapes <= 1).all(2).float().argmax(1)[:, None]
+    extent = (shapes.take_along_dim(first[:, None], 1)[:, 0] * side).round().clamp(min=1)
+    position = torch.where(first < 10, draws[:, 20:], 0.5)
+    return (position * (side - extent + 1)).floor().clamp(min=0), extent
 
 
-def mixing(num_classes, args):
-    """timm's mixup and cutmix as the settings ask, or None. Label smoothing is the loss's."""
-    if args.mixup_alpha or args.cutmix_alpha:
-        return Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0, num_classes=num_classes)
-    return None
+class SmallImages:
+    """Small images of one size, on the device or, where they do not fit, in the host's memory."""
+    def __init__(self, images, device):
+        self.device = device
+        self.pixels = images.pixels.to(home_of(images.pixels, device))
+        self.labels = images.labels.to(device)
+
+    def batches(self, order, batch_size):
+        """Yield the images of the indices `order` (N,), `batch_size` at a time, all on the device:
+        uint8 pixels (B, 3, H, H), labels (B,) and width / height (B,)."""
+        for chosen in order.to(self.pixels.device).split(batch_size):
+            pixels = self.pixels[chosen]
+            if pixels.device.type != self.device.type:  # "cuda" is no "cuda:0", so compare types
+                # Nothing waits for a copy out of pinned memory.
+                pixels = pixels.pin_memory().to(self.device, non_blocking=True)
+                chosen = chosen.pin_memory().to(self.device, non_blocking=True)
+            yield pixels, self.labels[chosen], torch.ones(len(pixels), device=self.device)
 
 
-# Loaders --------------------------------------------------------------------------------------------------------
+class Photographs:
+    """Photographs, decoded by worker processes and made square by `canvas`, a PIL transform."""
+    def __init__(self, images, canvas, device, num_workers):
+        self.device, self.labels = device, images.labels
+        self.batch_indices = []  # refilled for each epoch, so that the DataLoader keeps its workers
+        self.decoded = torch.utils.data.DataLoader(
+            list(zip(images.files, images.labels.tolist(), strict=True)),
+            batch_sampler=self.batch_indices, collate_fn=functools.partial(decode_batch, canvas),
+            num_workers=num_workers, persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_the_parent, pin_memory=device.type == "cuda",
+            generator=torch.Generator())  # or it would draw from the global one, as dropout does
 
-class Photographs(torch.utils.data.Dataset):
-    """Decodes pictures in worker processes: item i is (uint8 tensor (3, S, S), width / height, label), or a sentence that says
-    why it cannot be had, since an exception would come out of a worker with its traceback in its text.
-
-    For training the whole picture is stretched onto the canvas, whatever its shape; `resized_boxes` undoes that.
-    """
-    def __init__(self, images, size, crop=None):
-        self.images, self.size, self.crop = images, size, crop
-
-    def __getitem__(self, i):
-        try:
-            image, label = self.images.source[i]
-            image = to_rgb(image)
-        except UserError as error:
-            return str(error)
-        except (OSError, SyntaxError, ValueError) as error:  # of torchvision's own datasets
-            return f"image {i} of the dataset cannot be read as a picture: {first_line(error)}"
-        aspect = image.width / image.height
-        canvas = self.crop(image) if self.crop else image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1), np.float32(aspect), label
+    def batches(self, order, batch_size):
+        """As SmallImages.batches. Raises UserError where a picture cannot be read any more."""
+        self.batch_indices[:] = [indices.tolist() for indices in order.split(batch_size)]
+        for batch in self.decoded:
+            if isinstance(batch, UserError):
+                raise batch
+            yield [tensor.to(self.device, non_blocking=True) for tensor in batch]
 
 
-def collate(items):
-    """A batch of what `Photographs` returns, or the first sentence among it."""
-    return next((item for item in items if isinstance(item, str)), None) or torch.utils.data.default_collate(items)
+def decode_batch(canvas, items):
+    """What SmallImages.batches yields, but on the host, of (file, label) pairs; or a UserError:
+    raised, it would come out of the worker with its traceback in its text."""
+    batch = []
+    try:
+        for file, label in items:
+            image = read_image(file)
+            aspect = np.float32(image.width / image.height)
+            batch.append((transforms.functional.pil_to_tensor(canvas(image)), label, aspect))
+    except UserError as error:
+        return error
+    return torch.utils.data.default_collate(batch)
 
 
 def leave_signals_to_the_parent(_):
-    """Ctrl-C reaches the whole process group; a worker that died of it would end the training before it is saved."""
+    """Ctrl-C reaches workers too; one that died of it would end training before it is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class Loader:
-    """Batches of one part of a dataset, on the device.
-
-    With a `seed` it trains: `epoch(n)` yields that epoch's batches, whose order, crops and flips follow from (seed, n)
-    alone, so that any two runs see the same images and a run can go on in mid-epoch; the last incomplete batch is
-    dropped. Without one, iterating yields all images once, in order, cropped in the middle.
-    """
-    def __init__(self, images, device, image_size, interpolation, crop_pct=1.0, batch_size=None, num_workers=0,
-                 seed=None, augmentation="none", teacher_image_size=None, mixup=None, acc=1):
-        self.acc = acc
-        self.device, self.size, self.interpolation = device, image_size, interpolation
-        self.seed, self.mixup = seed, mixup
-        self.augmentation, self.teacher_size = augmentation, teacher_image_size or image_size
-        self.batch_size = batch_size or evaluation_batch_size(image_size)
-        self.labels, self.pixels = images.labels.to(device), None
-        if images.pixels is not None:
-            self.pixels, self.side = images.pixels.to(home_of(images.pixels, device)), images.pixels.shape[-1]
-        else:
-            self.side = self.size
-            if seed is not None:
-                self.side = math.ceil(max(self.size, self.teacher_size) / (CROP_SCALE[0] * CROP_RATIO[0] / PHOTO_RATIO) ** 0.5)
-            crop = crop_to_size(image_size, crop_pct, interpolation) if seed is None else None
-            self.batches = []  # of indices, which the DataLoader, keeping its workers, decodes epoch by epoch
-            self.photographs = torch.utils.data.DataLoader(
-                Photographs(images, self.side, crop), batch_sampler=self.batches, num_workers=num_workers, collate_fn=collate,
-                pin_memory=device.type == "cuda", persistent_workers=num_workers > 0, worker_init_fn=leave_signals_to_the_parent,
-                generator=torch.Generator())  # or it would draw from the global one, which dropout draws from too
-
-        self.shifts = {}  # by output size, the matrices of whole images shifted by whole pixels: few, so made once
-        if augmentation in ("crop", "flip_crop"):
-            margin = crop_margin(self.side)
-            starts = torch.arange(-margin, margin + 1.0, device=device)
-            self.shifts = {size: resize_matrix(starts, torch.full_like(starts, self.side), self.side, size, interpolation, margin)
-                           for size in (self.size, self.teacher_size)}
-
-    def __len__(self):
-        count = len(self.labels)
-        return count // self.batch_size // self.acc * self.acc if self.seed is not None else math.ceil(count / self.batch_size)
-
-    def __iter__(self):
-        whole = torch.tensor([[0.0, 0.0, self.side, self.side]], device=self.device)
-        upright = torch.zeros(1, dtype=torch.bool, device=self.device)
-        indices = torch.arange(len(self.labels), device="cpu" if self.pixels is None else self.pixels.device)
-        for pixels, labels, _ in self._decoded(indices.split(self.batch_size)):
-            images = self._on_device(pixels)
-            if self.side != self.size:  # workers have resized photographs already
-                images = resample(images, whole, upright, self.size, self.interpolation)
-            yield images.contiguous(memory_format=torch.channels_last), labels
-
-    def epoch_for_two(self, epoch):
-        for views, labels in self.epochs(epoch):
-            yield (views[0], views[1], labels) if isinstance(views, tuple) else (views, views, labels)
-
-    def epoch(self, epoch, start=0):
-        for views, labels in self.epochs(epoch):
-            yield (views[0] if isinstance(views, tuple) else views), labels
-
-    def epochs(self, epoch, start=0):
-        """Yield the batches of `epoch` from batch `start` on: (images, labels), or, where the teacher's images are of
-        another size, ((the student's, the teacher's), labels). Mixed labels are (B, C) floats."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        count = len(self.labels)
-        order = torch.randperm(count, generator=generator)
-        if self.pixels is not None:
-            order = order.to(self.pixels.device)  # once, for each copy from pageable memory waits for the device
-        boxes = random_boxes(self.augmentation, count, self.side, generator).to(self.device)
-        flips = torch.rand(count, generator=generator) < (0.5 if self.augmentation in ("flip_crop", "resized_crop") else 0)
-        flips = flips.to(self.device)
-        batches = order[:len(self) * self.batch_size].view(-1, self.batch_size)
-        for number, (pixels, labels, aspect) in enumerate(self._decoded(batches[start:]), start):
-            at = slice(number * self.batch_size, (number + 1) * self.batch_size)  # draws belong to places, not to images
-            images = self._on_device(pixels)
-            box = boxes[at]
-            if self.augmentation == "resized_crop":
-                box = resized_boxes(box, aspect, self.side)
-            views = [self._view(images, box, flips[at], size) for size in dict.fromkeys((self.size, self.teacher_size))]
-            if self.mixup:
-                for i, view in enumerate(views):
-                    np.random.seed(seed_of(self.seed, epoch, number))  # timm draws from numpy's global generator
-                    views[i], mixed = self.mixup(view, labels)
-                labels = mixed
-            yield views[0] if len(views) == 1 else tuple(views), labels
-
-    def _view(self, images, boxes, flip, size):
-        """What `resample` makes of the images at `size`, with matrices made beforehand where there are some."""
-        if size not in self.shifts:
-            return resample(images, boxes, flip, size, self.interpolation)
-        rows, columns = (self.shifts[size][boxes[:, axis].long() + crop_margin(self.side)] for axis in (0, 1))
-        return resize(images, rows, columns, flip)
-
-    def _decoded(self, batches):
-        """For each batch of indices: uint8 pixels (B, 3, H, W), and on the device labels (B,) and aspect (B,).
-
-        What comes from host memory comes through pinned copies, for which nothing waits.
-        """
-        if self.pixels is None:
-            self.batches[:] = [chosen.tolist() for chosen in batches]
-            for batch in self.photographs:
-                if isinstance(batch, str):
-                    raise UserError(batch)
-                pixels, aspect, labels = batch
-                yield pixels, labels.to(self.device, non_blocking=True), aspect.to(self.device, non_blocking=True)
-            return
-        square = torch.ones(self.batch_size, device=self.device)
-        for chosen in batches:
-            pixels = self.pixels[chosen]
-            if self.pixels.device.type != self.device.type:  # "cuda" is no "cuda:0", so compare the types
-                chosen, pixels = (tensor.pin_memory().to(self.device, non_blocking=True) for tensor in (chosen, pixels))
-            yield pixels, self.labels[chosen], square[:len(pixels)]
-
-    def _on_device(self, pixels):
-        return pixels.to(self.device, non_blocking=True).float() / 255
-
-
-def evaluation_batch_size(image_size):
-    """Images at once where nothing is trained: as many as the memory that training takes has room for."""
-    return min(512, max(16, EVAL_PIXELS // image_size**2))
-
-
 def home_of(pixels, device):
-    """Where the images live: on the device, or, where they would take more than half of its free memory, on the host."""
+    """Where images live: on the device, or on the host if they need over half its free memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what a model before this one has left would count as taken
         size, free = pixels.numel(), torch.cuda.mem_get_info(device)[0]
         if size > free / 2:
-            say_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has {free / 2**30:.1f} GB free")
+            say_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has "
+                     f"{free / 2**30:.1f} GB free")
             return torch.device("cpu")
         say_once(f"images: {len(pixels)} of them, {size / 2**20:.0f} MB, live on the GPU")
     return device
 
 
-@functools.cache
-def say_once(line):
-    """Print a line, however many loaders of the same images a run makes."""
-    print(line)
+say_once = functools.cache(print)  # a line, however many loaders of the same images a run makes
 
 
 def seed_of(*numbers):
@@ -563,15 +428,94 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def training_loader(data, info, args, device):
-    """The loader of data.train for a model of `info`: what a fair pair shares but for the teacher's own view."""
-    return Loader(data.train, device, info["image_size"], info["interpolation"], batch_size=args.batch_size,
-                  num_workers=args.num_workers, seed=args.seed, augmentation=data.augmentation,
-                  teacher_image_size=getattr(args, "teacher_image_size", None),
-                  mixup=mixing(info["num_classes"], args), acc=args.accumulate_steps)
+class TrainingLoader:
+    """Batches of data.train for a model of `info`. All that is random in an epoch follows from
+    (args.seed, epoch) alone. args.accumulate_steps batches make one update; what is left of an
+    epoch after its last whole update is dropped."""
+    def __init__(self, data, info, args, device):
+        self.seed, self.device, self.batch_size = args.seed, device, args.batch_size
+        self.accumulate_steps = args.accumulate_steps
+        self.size, self.interpolation = info["image_size"], info["interpolation"]
+        self.teacher_size = getattr(args, "teacher_image_size", None) or self.size
+        if data.train.pixels is None:  # canvases on which no crop has to be enlarged
+            self.side = math.ceil(max(self.size, self.teacher_size) / SMALLEST_CROP)
+            canvas = transforms.Resize((self.side, self.side), transforms.InterpolationMode.BICUBIC)
+            self.source = Photographs(data.train, canvas, device, args.num_workers)
+        else:
+            self.side = data.train.pixels.shape[-1]
+            self.source = SmallImages(data.train, device)
+        self.flip_share = 0.5 if data.augmentation in ("flip_crop", "resized_crop") else 0
+        self.shifts = {}  # by size; made once, since they are few and take longer to make than use
+        if data.augmentation != "resized_crop":
+            margin = 0 if data.augmentation == "none" else max(1, round(self.side * CROP_PADDING))
+            for size in (self.size, self.teacher_size):
+                self.shifts[size] = shift_matrices(
+                    self.side, margin, size, self.interpolation, device)
+        self.mixup = None
+        if args.mixup_alpha or args.cutmix_alpha:  # label smoothing is the loss's
+            self.mixup = Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0,
+                               num_classes=info["num_classes"])
+
+    def __len__(self):
+        updates = len(self.source.labels) // (self.batch_size * self.accumulate_steps)
+        return updates * self.accumulate_steps
+
+    def epoch(self, epoch):
+        """Yield (images, labels) batch by batch; labels are (B,), or mixed (B, C) floats."""
+        for images, _, labels in self.epoch_for_two(epoch):
+            yield images, labels
+
+    def epoch_for_two(self, epoch):
+        """Yield (images, teacher_images, labels): the same crops of the same pictures, each at its
+        own size; where the sizes are equal, the same tensor."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        count = len(self.source.labels)
+        order = torch.randperm(count, generator=generator)[:len(self) * self.batch_size]
+        if self.shifts:  # which of them, down and across
+            draws = torch.randint(len(self.shifts[self.size]), (count, 2), generator=generator)
+        else:
+            draws = draw_crops(count, generator)
+        flips = torch.rand(count, generator=generator) < self.flip_share
+        draws, flips = draws.to(self.device), flips.to(self.device)
+        for number, batch in enumerate(self.source.batches(order, self.batch_size)):
+            pixels, labels, aspect = batch
+            images, views = pixels.float() / 255, {}
+            at = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            for size in {self.size, self.teacher_size}:
+                if self.shifts:
+                    matrices = self.shifts[size][draws[at]]
+                else:
+                    boxes = resized_boxes(draws[at], aspect, self.side)
+                    matrices = resize_matrices(*boxes, self.side, size, self.interpolation)
+                rows, columns = matrices.unbind(1)
+                columns = torch.where(flips[at, None, None], columns.flip(1), columns)
+                views[size] = resize(images, rows, columns)
+                if self.mixup:
+                    np.random.seed(seed_of(self.seed, epoch, number))  # for timm, both views alike
+                    views[size], mixed = self.mixup(views[size], labels)
+            yield views[self.size], views[self.teacher_size], mixed if self.mixup else labels
 
 
-def evaluation_loader(images, info, args, device):
-    """The loader of all `images`, once and in order, cropped as the model of `info` wants it."""
-    return Loader(images, device, info["image_size"], info["interpolation"], crop_pct=info["crop_pct"],
-                  num_workers=args.num_workers)
+class EvaluationLoader:
+    """All `images` once, in order, as the model of `info` wants them: yields (images, labels)."""
+    def __init__(self, images, info, args, device):
+        size = info["image_size"]
+        self.batch_size = min(512, max(16, EVAL_PIXELS // size**2))
+        self.matrix = None  # photographs have their size from the workers
+        if images.pixels is None:
+            self.source = Photographs(images, crop_to_size(info), device, args.num_workers)
+        else:
+            self.source, side = SmallImages(images, device), images.pixels.shape[-1]
+            if side != size:
+                self.matrix = shift_matrices(side, 0, size, info["interpolation"], device)
+
+    def __len__(self):
+        return math.ceil(len(self.source.labels) / self.batch_size)
+
+    def __iter__(self):
+        order = torch.arange(len(self.source.labels))
+        for pixels, labels, _ in self.source.batches(order, self.batch_size):
+            images = pixels.float() / 255
+            if self.matrix is not None:
+                images = resize(images, self.matrix, self.matrix)
+            yield images.contiguous(memory_format=torch.channels_last), labels

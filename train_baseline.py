@@ -46,8 +46,8 @@ def train(model, info, data, args):
     if run.finished:
         return run.best
     device = model.pixel_mean.device
-    loader = data_loader.training_loader(data, info, args, device)
-    val_loader = data_loader.evaluation_loader(data.val, info, args, device)
+    loader = data_loader.TrainingLoader(data, info, args, device)
+    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)
     run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
 

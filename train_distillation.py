@@ -49,8 +49,8 @@ def train(student, teacher, info, data, args):
     if run.finished:
         return run.best
     device = student.pixel_mean.device
-    loader = data_loader.training_loader(data, info, args, device)
-    val_loader = data_loader.evaluation_loader(data.val, info, args, device)
+    loader = data_loader.TrainingLoader(data, info, args, device)
+    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = train_baseline.optimization(student, len(loader), args)
     run.keep(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
 

@@ -207,12 +207,15 @@ def ceiling_loop(args, device, distil):
 def evaluation_loops(args, device):
     """(b) and (c) of evaluation: as the scripts do it, and one resident batch again and again."""
     model = models.build_model(args.model, CLASSES).to(device).eval()
-    size = data_loader.evaluation_batch_size(args.image_size)
-    random = np.random.default_rng(0)
-    data = made_up(random.integers(0, 256, (args.steps * size, 32, 32, 3), dtype=np.uint8),
-                   random.integers(0, CLASSES, args.steps * size))
+    random, settings = np.random.default_rng(0), settings_of(args, False)
     info = {"image_size": args.image_size, "interpolation": "bicubic", "crop_pct": 1.0}
-    loader = data_loader.evaluation_loader(data.train, info, settings_of(args, False), device)
+
+    def loader_of(count):
+        data = made_up(random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
+                       random.integers(0, CLASSES, count))
+        return data_loader.EvaluationLoader(data.train, info, settings, device)
+    size = loader_of(16).batch_size
+    loader = loader_of(args.steps * size)
     images = torch.rand(size, 3, args.image_size, args.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
 

@@ -60,7 +60,7 @@ def plain_training(args, info, data):
               {"params": [p for p in model.parameters() if p.ndim > 1],
                "weight_decay": args.weight_decay}]
     optimizer = torch.optim.AdamW(groups, fused=True)
-    loader = data_loader.training_loader(data, info, args, torch.device("cpu"))
+    loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
     _, scheduler, *_ = train_baseline.optimization(model, len(loader), args)
     mean, std = (torch.tensor(info[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     for epoch in range(args.num_epochs):
@@ -190,7 +190,7 @@ def test_best_model_is_the_one_validated(arguments):
     model, info, data = whole_run(args)
     best = train_baseline.train(model, info, data, args)
     kept, about = models.load_model(best)
-    loader = data_loader.evaluation_loader(data.val, info, args, torch.device("cpu"))
+    loader = data_loader.EvaluationLoader(data.val, info, args, torch.device("cpu"))
     row = last_of(args)["history"][about["epoch"] - 1]
     assert about["val_accuracy"] == row["val_accuracy"] == max(
         row["val_accuracy"] for row in last_of(args)["history"])
@@ -584,7 +584,7 @@ def test_memory_of_what_lives(arguments, names, limit, batch, monkeypatch):
 @pytest.mark.parametrize("name, limit", [("efficientnet_b0", 1.5), ("efficientnet_b2", 3.0)])
 def test_memory_of_evaluation(name, limit):
     """Batches of evaluation at 224 px, in float32, take no more than training may."""
-    count = data_loader.evaluation_batch_size(224)
+    count = data_loader.EVAL_PIXELS // 224**2
     model = models.build_model(name, 10)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         pretend(model, "cpu")
@@ -624,7 +624,7 @@ def test_loop_never_waits_for_the_device(arguments, home, precision, flags, monk
     ticks = iter(range(10**9))
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-6 * next(ticks))  # so that no look is due
     args = arguments("distillation", "--amp-dtype", precision, "--num-epochs", "1", *flags)
-    batches_of = data_loader.Loader.epoch_for_two
+    batches_of = data_loader.TrainingLoader.epoch_for_two
 
     def watched(loader, epoch):
         try:
@@ -634,7 +634,7 @@ def test_loop_never_waits_for_the_device(arguments, home, precision, flags, monk
                 yield batch
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.setattr(data_loader.Loader, "epoch_for_two", watched)
+    monkeypatch.setattr(data_loader.TrainingLoader, "epoch_for_two", watched)
     student, info, data = whole_run(args)
     teacher = models.freeze(models.build_model("test_resnet", len(data.class_names)).cuda())
     info |= {"run": "distilled", "teacher": {"sha256": "x"}}

@@ -18,39 +18,31 @@ import utils
 from conftest import assert_equal_weights, weights, write_pictures
 
 
-class Watched(data_loader.Loader):
+class Watched(data_loader.TrainingLoader):
     """A loader that remembers the batches it gave."""
     seen = []
 
-    def epoch(self, epoch):
-        for batch in super().epoch(epoch):
-            Watched.seen.append(tuple(tensor.clone() for tensor in batch))
-            yield batch
-
     def epoch_for_two(self, epoch):
         for batch in super().epoch_for_two(epoch):
-            Watched.seen.append(tuple(tensor.clone() for tensor in batch))
+            Watched.seen.append([tensor.clone() for tensor in batch])
             yield batch
 
 
 @pytest.mark.parametrize("flags", [[], ["--mixup-alpha", "0.4"]])
 def test_fair_pair(train, monkeypatch, flags):
     """Bit-identical batches in the runs of both students; the teacher learned in another order."""
-    monkeypatch.setattr(data_loader, "Loader", Watched)
-    batches = {}
-    Watched.seen = batches["baseline"] = []
+    monkeypatch.setattr(data_loader, "TrainingLoader", Watched)
+    Watched.seen = alone = []
     train("baseline", *flags)
     Watched.seen = taught = []
     train("distillation", *flags)
-    count = len(batches["baseline"])
-    batches["teacher"], batches["distilled"] = taught[:count], taught[count:]
-    assert count == len(batches["distilled"]) == 2 * (1293 // 128)
-    for alone, pair in zip(batches["baseline"], batches["distilled"], strict=True):
-        images, teacher_images, labels = pair
-        assert torch.equal(images, alone[0]) and torch.equal(labels, alone[1])
-        assert torch.equal(images, teacher_images)
-    assert not any(torch.equal(alone[0], other[0])
-                   for alone, other in zip(batches["baseline"], batches["teacher"], strict=True))
+    teacher, distilled = taught[:len(alone)], taught[len(alone):]
+    assert len(alone) == len(distilled) == 2 * (1293 // 128)
+    for one, other in zip(alone, distilled, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+        assert torch.equal(other[0], other[1])  # at equal sizes the teacher sees the very same
+    assert not any(torch.equal(one[0], other[0])
+                   for one, other in zip(alone, teacher, strict=True))
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9", "--accumulate-steps", "2"]])
@@ -71,7 +63,7 @@ def test_loop_is_the_one_one_would_write(arguments, train):
     torch.manual_seed(args.seed)
     student = models.build_model("test_efficientnet", 10)
     info = models.describe("distilled", student, "test_efficientnet", data, args)
-    loader = data_loader.training_loader(data, info, args, torch.device("cpu"))
+    loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
     groups = [{"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0},
               {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": 0.05}]
     optimizer = torch.optim.AdamW(groups, fused=True)
@@ -135,7 +127,7 @@ def test_diagnostics_are_of_the_batches_they_name(arguments, train):
     data = data_loader.open_dataset(args)
     teacher, _ = models.load_model(folder / "teacher" / "best_model.pth")
     _, info = models.load_model(folder / "distilled" / "best_model.pth")
-    loader = data_loader.training_loader(data, info, args, torch.device("cpu"))
+    loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
     looked = [batch for number, batch in enumerate(loader.epoch_for_two(0)) if number % 10 == 0]
     right = [models.accuracy(models.forward(teacher, images), labels).item()
              for _, images, labels in looked]
