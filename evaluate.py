@@ -196,7 +196,7 @@ def differences(entries):
 # Numbers ------------------------------------------------------------------------------------------
 
 def compare(entries, labels, validation_images):
-    """Every number of the report but notes and timings, as plain values by the README's names.
+    """Every number of the report but notes and timings, by the names in results/README.md.
 
     `entries` {run: [Entry per seed]}, `labels` (N,) of the test images, `validation_images` their
     number or None. Accuracies are fractions, losses nats.
