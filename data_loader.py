@@ -221,9 +221,8 @@ def decode(folder, files):
     images = thread_map(read, files, desc=f"reading {folder}", leave=False, disable=None)
     faults = [str(image) for image in images if isinstance(image, UserError)]
     if faults:
-        more = "; …" if len(faults) > 10 else ""
-        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: "
-                        f"{'; '.join(faults[:10])}{more}")
+        shown = "; ".join([*faults[:10], "…"] if len(faults) > 10 else faults)
+        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: {shown}")
     if any(image is None or image.shape != images[0].shape for image in images):
         return None
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
@@ -433,8 +432,8 @@ class TrainingLoader:
     (args.seed, epoch) alone. args.accumulate_steps batches make one update; what is left of an
     epoch after its last whole update is dropped."""
     def __init__(self, data, info, args, device):
-        self.seed, self.device, self.batch_size = args.seed, device, args.batch_size
-        self.accumulate_steps = args.accumulate_steps
+        self.seed, self.device = args.seed, device
+        self.batch_size, self.accumulate_steps = args.batch_size, args.accumulate_steps
         self.size, self.interpolation = info["image_size"], info["interpolation"]
         self.teacher_size = getattr(args, "teacher_image_size", None) or self.size
         if data.train.pixels is None:  # canvases on which no crop has to be enlarged

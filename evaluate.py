@@ -3,9 +3,8 @@
     python evaluate.py            # the two students in checkpoints/, all seeds that both have
     python evaluate.py --quick    # those of the small run
 
-Four parts: load, numbers, report, figures. Dataset, split, image size and crop are the
-checkpoints' own. Writes into results/: comparison_report.txt for people, comparison.json and
-predictions.npz for programs, and every figure as PNG and PDF.
+Dataset, split, image size and crop are the checkpoints' own. Writes into results/ the report for
+people, comparison.json and predictions.npz for programs, and every figure as PNG and PDF.
 """
 import argparse
 import json
@@ -13,7 +12,6 @@ import math
 import statistics
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,14 +50,12 @@ def main(args):
     if teacher:
         entries["teacher"] = [load_entry(teacher, first, test, val, args, device)]
 
-    started = time.perf_counter()
     labels, results = test.labels.numpy(), Path(args.results_dir)
     numbers = compare(entries, labels, len(val.labels) if val else None)
-    write_figures(entries, labels, test, numbers, results)
-    numbers["timings"] = {"statistics_and_figures_seconds": time.perf_counter() - started,
-                          "device": utils.device_name(device), **time_models(entries, device)}
+    numbers["timings"] = {"training_hours": training_hours(entries)}
     numbers["notes"] = {"unfair": differences(entries), "no_teacher": no_teacher,
                         "no_validation": no_validation, "left_out": left_out}
+    write_figures(entries, labels, test, numbers, results)
     report = write_report(numbers)
     write_files(entries, labels, numbers, report, results)
     print(report)
@@ -84,8 +80,8 @@ class Entry(NamedTuple):
 
 
 def find_students(args):
-    """Paths of the students to compare, {run: [one per seed]}, and a phrase for each left out: the
-    seeds that both runs have, where there are any, else the plain pair."""
+    """Paths of the students to compare, {run: [one per seed]}: of the seeds that both runs have, if
+    there are any, else the plain pair; and a phrase for each that is left out."""
     given = {"baseline": args.baseline_checkpoint, "distilled": args.distilled_checkpoint}
     plain, seeds = {}, {}
     for run in STUDENTS:
@@ -108,9 +104,8 @@ def find_students(args):
             numbers = " ".join(map(str, sorted(seeds[run])))
             raise UserError(f"the {run} run has several seeds, the {other} run none; make them "
                             f"with: python {scripts[other]} --seeds {numbers}{quick}")
-    if missing:
-        raise UserError(f"there is no {plain[missing[0]]}; make it with: "
-                        f"python {scripts[missing[0]]}{quick}")
+    for run in missing:
+        raise UserError(f"there is no {plain[run]}; make it with: python {scripts[run]}{quick}")
     left_out = [f"{run} seed {seed}" for run in STUDENTS for seed in sorted(seeds[run])]
     return {run: [plain[run]] for run in STUDENTS}, left_out
 
@@ -201,17 +196,14 @@ def compare(entries, labels, validation_images):
     `entries` {run: [Entry per seed]}, `labels` (N,) of the test images, `validation_images` their
     number or None. Accuracies are fractions, losses nats.
     """
-    names = entries["baseline"][0].info["class_names"]
+    first = entries["baseline"][0].info
     scores = {run: over_seeds([measure(entry, labels) for entry in group])
               for run, group in entries.items()}
     numbers = {
-        "dataset": {"name": entries["baseline"][0].info["dataset"], "num_classes": len(names),
+        "dataset": {"name": first["dataset"], "num_classes": first["num_classes"],
                     "test_images": len(labels), "validation_images": validation_images},
         "seeds": [entry.info["config"]["seed"] for entry in entries["distilled"]],
-        "versions": entries["baseline"][0].info["versions"],
-        "models": scores,
-        "comparison": verdict(entries, labels),
-        "confused_pairs": confused_pairs(entries, labels, names)}
+        "versions": first["versions"], "models": scores, "comparison": verdict(entries, labels)}
     if "teacher" in entries:
         numbers["fidelity"] = {run: mean_of([fidelity(entry, entries["teacher"][0], labels)
                                              for entry in entries[run]]) for run in STUDENTS}
@@ -352,39 +344,13 @@ def confusion_matrix(group, labels):
                                              normalize="true") for entry in group], axis=0)
 
 
-def confused_pairs(entries, labels, names, most=8):
-    """The mistakes that either student makes most often, as shares of the true class's images."""
-    others = 1 - np.eye(len(names))
-    mistakes = {run: confusion_matrix(entries[run], labels) * others for run in STUDENTS}
-    worst = np.maximum(mistakes["baseline"], mistakes["distilled"])
-    order = np.argsort(-worst, axis=None, kind="stable")[:most]
-    return [{"true": names[i], "predicted": names[j],
-             **{run: float(mistakes[run][i, j]) for run in STUDENTS}}
-            for i, j in np.transpose(np.unravel_index(order, worst.shape)) if worst[i, j] > 0]
-
-
-@torch.inference_mode()
-def time_models(entries, device, seconds=3):
-    """Latency at batch 1 (ms) and throughput at batch 64 (images/s), medians over some `seconds`,
-    and the hours of training (mean over seeds, None where a history is gone)."""
-    median, hours = {}, {}
-    for batch in (1, 64):
-        images, taken = {}, {run: [] for run in entries}
-        for run, (entry, *_) in entries.items():
-            shape = (batch, 3, entry.info["image_size"], entry.info["image_size"])
-            images[run] = torch.rand(shape, device=device).to(memory_format=torch.channels_last)
-        end = time.perf_counter() + seconds
-        while len(taken["baseline"]) < 6 or time.perf_counter() < end:
-            for run, (entry, *_) in entries.items():  # in turns: a slow moment slows them all
-                start = time.perf_counter()
-                models.forward(entry.model, images[run]).cpu()  # waits for the device
-                taken[run].append(time.perf_counter() - start)
-        median[batch] = {run: statistics.median(taken[run][1:]) for run in entries}  # 0: warm-up
+def training_hours(entries):
+    """Hours each run's training took, mean over the seeds; None where a history is gone."""
+    hours = {}
     for run, group in entries.items():
         totals = [sum(row["seconds"] for row in entry.history) / 3600 for entry in group]
         hours[run] = statistics.fmean(totals) if all(totals) else None
-    return {"latency_ms": {run: 1000 * median[1][run] for run in entries},
-            "throughput": {run: 64 / median[64][run] for run in entries}, "training_hours": hours}
+    return hours
 
 
 # Report -------------------------------------------------------------------------------------------
@@ -393,10 +359,10 @@ def write_report(numbers):
     """The comparison as text of at most 100 columns, the verdict first, the timings last."""
     dataset, seeds = numbers["dataset"], ", ".join(map(str, numbers["seeds"]))
     names = {run: scores["model_name"] for run, scores in numbers["models"].items()}
-    teacher = names.get("teacher", "a teacher that is gone")
     versions = [f"{name} {value}" for name, value in numbers["versions"].items() if value]
     sections = [
-        [f"{names['baseline']} alone against {names['distilled']} taught by {teacher}",
+        [f"{names['baseline']} alone against {names['distilled']} taught by "
+         f"{names.get('teacher', 'a teacher that is gone')}",
          f"{dataset['name']}: {dataset['test_images']} test images of {dataset['num_classes']} "
          f"classes, {'seeds' if len(numbers['seeds']) > 1 else 'seed'} {seeds}"],
         *[[f"WARNING: {text}."] for text in warning_texts(numbers)],
@@ -404,11 +370,7 @@ def write_report(numbers):
         cost_lines(numbers),
         score_lines(numbers),
         change_lines(numbers),
-        change_table("Most confused: true class, taken for",
-                     [(f"{pair['true']}, {pair['predicted']}", pair["baseline"], pair["distilled"])
-                      for pair in numbers["confused_pairs"]]),
-        ["Trained with " + ", ".join(versions)],
-        timing_lines(numbers)]
+        ["Trained with " + ", ".join(versions)]]
     wrapped = ["\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
                for lines in sections if lines]
     return "\n\n".join(wrapped) + "\n"
@@ -433,20 +395,16 @@ def cells(items, key, spec):
 
 def warning_texts(numbers):
     notes = numbers["notes"]
-    texts = []
-    if notes["unfair"]:
-        texts.append("This is no fair pair, these differ between the two runs: "
-                     + "; ".join(notes["unfair"]))
-    if not numbers["comparison"].get("teacher_beats_baseline", True):
-        texts.append("The teacher does not beat the baseline on these images; little can be "
-                     "learned from it")
-    if notes["no_teacher"]:
-        texts.append(f"No teacher in this report: {notes['no_teacher']}")
-    if notes["no_validation"]:
-        texts.append(f"No temperature scaling: {notes['no_validation']}")
-    if notes["left_out"]:
-        texts.append("Left out: " + ", ".join(notes["left_out"]))
-    return texts
+    unfair, left_out = "; ".join(notes["unfair"]), ", ".join(notes["left_out"])
+    weak = not numbers["comparison"].get("teacher_beats_baseline", True)
+    texts = [
+        (unfair, f"This is no fair pair, these differ between the two runs: {unfair}"),
+        (weak, "The teacher does not beat the baseline on these images; "
+               "little can be learned from it"),
+        (notes["no_teacher"], f"No teacher in this report: {notes['no_teacher']}"),
+        (notes["no_validation"], f"No temperature scaling: {notes['no_validation']}"),
+        (left_out, f"Left out: {left_out}")]
+    return [text for applies, text in texts if applies]
 
 
 def verdict_sentence(numbers):
@@ -462,8 +420,8 @@ def verdict_sentence(numbers):
         basis = f"{seeds}, paired t-test p = {comparison['t_test_p']:.2g}"
     gain = f"{mean} points of top-1 accuracy (95 % interval {low} to {high} over {basis})"
     if comparison["verdict"] == "undecided":
-        return (f"The data cannot tell whether distillation helped: {gain}; "
-                "the interval includes zero.")
+        gain += "; the interval includes zero"
+        return f"The data cannot tell whether distillation helped: {gain}."
     return f"The distilled student is {comparison['verdict']} than the baseline: {gain}."
 
 
@@ -504,8 +462,7 @@ def score_lines(numbers):
         ("temperature, fitted on validation", cells(scaled, "temperature", ".4f"))])
     if "fidelity" in numbers:
         alike = [numbers["fidelity"].get(run, {}) for run in runs]
-        lead = [{}, numbers["comparison"], {}]
-        errs = "agreement_where_teacher_errs"
+        lead, errs = [{}, numbers["comparison"], {}], "agreement_where_teacher_errs"
         lines += table("Fidelity to the teacher", [], [
             ("same top-1 answer", cells(alike, "agreement", ".2%")),
             ("same answer where the teacher errs", cells(alike, errs, ".2%")),
@@ -520,25 +477,11 @@ def change_lines(numbers, most=5):
     order = sorted(before, key=lambda name: before[name] - after[name])
     chosen = [name for name in order[:most] if after[name] > before[name]]
     chosen += [name for name in order[-most:] if after[name] < before[name]]
-    rows = [(name, before[name], after[name]) for name in chosen]
-    return change_table("Accuracy by class, most gained and lost", rows)
-
-
-def change_table(title, rows):
-    """A table of rows of (label, share before, share after), and the difference in points."""
-    return table(title, ["Baseline", "Distilled", "points"], [
-        (label if len(label) <= 34 else label[:33] + "…",
-         [f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.2f}"])
-        for label, before, after in rows])
-
-
-def timing_lines(numbers):
-    timings, runs = numbers["timings"], list(numbers["models"])
-    hours = [timings["training_hours"][run] for run in runs]
-    return table(f"Timings on {timings['device']}"[:38], map(str.capitalize, runs), [
-        ("one image (ms)", [f"{timings['latency_ms'][run]:.2f}" for run in runs]),
-        ("batches of 64 (images/s)", [f"{timings['throughput'][run]:.0f}" for run in runs]),
-        ("training (h)", ["not known" if value is None else f"{value:.2f}" for value in hours])])
+    heads = ["Baseline", "Distilled", "points"]
+    return table("Accuracy by class, most gained and lost", heads, [
+        (name if len(name) <= 34 else name[:33] + "…", [
+            f"{before[name]:.1%}", f"{after[name]:.1%}",
+            f"{100 * (after[name] - before[name]):+.2f}"]) for name in chosen])
 
 
 def write_files(entries, labels, numbers, report, results):
@@ -649,8 +592,7 @@ def diagnostics_figure(entries):
             (entropy, "Entropy of the predictions", "nats"), (accuracy, "Accuracy", "%")):
         axis.set_ylim(bottom=0)
         finish(axis, title, unit, fontsize="x-small")
-    figure.suptitle("On the training images, as augmented: students as they learned, "
-                    "the teacher frozen")
+    figure.suptitle("On the training images as augmented, the students as they learned")
     return figure
 
 
@@ -739,8 +681,7 @@ def gallery_figure(entries, labels, test, most=8):
             f"Baseline: {names[before[i]]} {np.exp(baseline.log_probs[i].max()):.0%}\n"
             f"Distilled: {names[after[i]]} {np.exp(distilled.log_probs[i].max()):.0%}", fontsize=8)
     seed = f", seed {distilled.info['config']['seed']}," if len(entries["distilled"]) > 1 else ""
-    figure.suptitle(f"Test images that the distilled student{seed} corrects (above) "
-                    "and newly gets wrong (below)")
+    figure.suptitle(f"Images that the distilled student{seed} corrects or newly gets wrong")
     return figure
 
 

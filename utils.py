@@ -7,6 +7,7 @@ import csv
 import ctypes
 import errno
 import hashlib
+import importlib.metadata
 import io
 import math
 import os
@@ -20,10 +21,7 @@ import warnings
 from pathlib import Path
 
 import filelock
-import numpy as np
-import timm
 import torch
-import torchvision
 from tqdm import tqdm
 
 FORMAT_VERSION = 2  # of every checkpoint; raised when an older reader could misread a new one
@@ -54,15 +52,12 @@ def run_script(main, args):
         main(args)
         sys.stdout.flush()  # here, where a broken pipe has its message
         return 0
-    except UserError as error:
-        code, message = error.code, f"error: {error}"
     except Stopped as stop:
         code, message = stop.args
-    except (RuntimeError, MemoryError, ValueError, OSError) as error:
-        known = explanation(error, args)
-        if known is None:
+    except Exception as error:
+        if not (known := explanation(error, args)):
             raise
-        code, message = (2 if isinstance(error, ValueError) else 1), f"error: {known}"
+        code, message = getattr(known, "code", 1), f"error: {known}"
     print(message, file=sys.stderr)
     return code
 
@@ -82,8 +77,10 @@ BAD_FOLDER = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDI
 
 
 def explanation(error, args):
-    """One sentence on an `error` of torch or the system that a person can put right, else None."""
+    """A UserError or a sentence on what a person can put right of an `error`, else None."""
     text = str(error)
+    if isinstance(error, UserError):
+        return error
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
         peak = ""
         if torch.cuda.is_initialized():
@@ -94,9 +91,8 @@ def explanation(error, args):
     if "deterministic" in text:
         return f"--deterministic is not possible with this model: {first_line(error)}"
     if "more than 1 value per channel" in text:  # BatchNorm's
-        return f"--batch-size {args.batch_size} cannot be trained with: {first_line(error)}"
-    if isinstance(error, BrokenPipeError):  # of `| head`, say
-        # Python would complain once more as it ends.
+        return WrongUse(f"--batch-size {args.batch_size} cannot be trained with: {text}")
+    if isinstance(error, BrokenPipeError):  # of `| head`, say; Python would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "what read this script's output has gone away; the same command goes on"
     if isinstance(error, OSError) and error.errno in BAD_FOLDER:
@@ -144,9 +140,8 @@ def setup(args):
     slow = ""
     if name == "cpu":
         keep_freed_memory()
-        slow = "; without a GPU large images take long"
-        if os.name == "nt":
-            slow += " (the default torch for Windows has no CUDA: see README, Troubleshooting)"
+        windows = " (Windows: see README, Troubleshooting)" if os.name == "nt" else ""
+        slow = f"; without a GPU large images take long{windows}"
     print(f"device: {device_name(torch.device(name))}, {args.amp_dtype}{slow}")
     return torch.device(name)
 
@@ -184,9 +179,9 @@ def versions(device):
     commit = None
     with contextlib.suppress(OSError):  # no git
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    packages = {name: importlib.metadata.version(name) for name in ("timm", "torchvision", "numpy")}
     return {"device": device_name(device), "commit": commit, "python": platform.python_version(),
-            "torch": str(torch.__version__), "timm": str(timm.__version__),
-            "torchvision": str(torchvision.__version__), "numpy": str(np.__version__)}
+            "torch": str(torch.__version__), **packages}
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -233,17 +228,14 @@ def load_file(target):
         raise
     except Exception as error:  # damage takes any form
         # Operand 149 opens a pickle of protocol 4 and later, which torch does not write.
-        code = any(f"Unsupported {sign}" in str(error) for sign in ("global", "operand 149"))
-        wrong = "is damaged, or no checkpoint at all"
-        if code:
-            wrong = "carries code and was refused; none of it was run"
-        raise UserError(f"{target} {wrong}") from None
+        if any(f"Unsupported {sign}" in str(error) for sign in ("global", "operand 149")):
+            raise UserError(f"{target} carries code and was refused; none of it was run") from None
+        raise UserError(f"{target} is damaged, or no checkpoint at all") from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
+    if version is None:
+        raise UserError(f"{target} is no checkpoint of this project")
     if version != FORMAT_VERSION:
-        wrong = f"is in format {version}, and this project reads format {FORMAT_VERSION}"
-        if version is None:
-            wrong = "is no checkpoint of this project"
-        raise UserError(f"{target} {wrong}")
+        raise UserError(f"{target} is in format {version}, this project reads {FORMAT_VERSION}")
     return checkpoint
 
 
@@ -298,7 +290,7 @@ class Run:
         answer_signals(self.what_is_saved)
 
     def lock_folder(self):
-        """Keep other processes out until this run or process is gone; UserError if one is in."""
+        """Keep other processes out till this run or process is gone; UserError if one is in."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         beside = self.folder.with_name(f".{self.folder.name}.lock")  # the folder may be moved aside
         self.lock = filelock.FileLock(beside, is_singleton=True)
@@ -351,12 +343,11 @@ class Run:
 
         `row` has what was measured of HISTORY. Raises UserError where its loss is not finite.
         """
-        epoch, now = len(self.history) + 1, time.perf_counter()
-        row = {name: row.get(name) for name in HISTORY}
-        row |= {"epoch": epoch, "seconds": now - self.since}
-        self.since = now
+        now, epoch = time.perf_counter(), len(self.history) + 1
         if not math.isfinite(row["val_loss"]):
             raise diverged(f"on the validation images after epoch {epoch}")
+        row = dict.fromkeys(HISTORY) | row | {"epoch": epoch, "seconds": now - self.since}
+        self.since = now
         if not self.history:
             self.make_way()
         best = all(row["val_accuracy"] > former["val_accuracy"] for former in self.history)
@@ -378,8 +369,7 @@ class Run:
                 shutil.move(self.history_file, aside)
             print(f"the former {self.name} run ({self.in_the_way}) is now in {aside}")
         elif self.history_file.exists():
-            aside = move_aside(self.history_file)
-            print(f"the history of another {self.name} run is now in {aside}")
+            print(f"another {self.name} run's history is now in {move_aside(self.history_file)}")
         self.save_last({})  # a best_model.pth without would be taken for one put there by hand
 
     def save_last(self, states):
@@ -418,9 +408,10 @@ def save_best(target, model, info, row):
 
 def is_finished(folder):
     """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
-    last = folder / "last.pth"
-    run = load_file(last) if last.is_file() else {"history": [], "identity": {"num_epochs": 0}}
-    done = len(run["history"]) == run["identity"]["num_epochs"]
+    done, last = True, folder / "last.pth"
+    if last.is_file():
+        run = load_file(last)
+        done = len(run["history"]) == run["identity"]["num_epochs"]
     return done and (folder / "best_model.pth").is_file()
 
 
@@ -436,17 +427,18 @@ def choose_best(checkpoint_dir, like):
 
     Only students on the same dataset, classes and split as `like` (a checkpoint's dict) compete.
     """
-    folder, best, accuracy = Path(checkpoint_dir), None, -1
-    for candidate in [path for run in ("baseline", "distilled")
-                      for path in student_checkpoints(folder / run)]:
-        info, same = load_file(candidate), ("dataset", "class_names", "split_fingerprint")
-        if all(info[key] == like[key] for key in same) and info["val_accuracy"] > accuracy:
-            best, accuracy = candidate, info["val_accuracy"]
-    if best:
-        with write_into_place(folder / "best_model.pth", "wb") as file:
-            file.write(best.read_bytes())
-        print(f"best student so far: {best.parent.relative_to(folder)}, {accuracy:.2%} on "
-              f"validation images; copied to {folder / 'best_model.pth'}")
+    folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
+    infos = {path: load_file(path) for run in ("baseline", "distilled")
+             for path in student_checkpoints(folder / run)}
+    rivals = {path: info["val_accuracy"] for path, info in infos.items()
+              if all(info[key] == like[key] for key in same)}
+    if not rivals:
+        return
+    best = max(rivals, key=rivals.get)  # the first of equals
+    with write_into_place(folder / "best_model.pth", "wb") as file:
+        file.write(best.read_bytes())
+    print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
+          f"validation images; copied to {folder / 'best_model.pth'}")
 
 
 # A run's meter ------------------------------------------------------------------------------------

@@ -98,12 +98,13 @@ def test_numbers_agree_with_an_independent_reading_of_the_checkpoints(trained):
         # Resized on bytes there, on floats here.
         np.testing.assert_allclose(saved[run], probabilities, atol=0.05)
         assert_scores_are_scikit_learns(saved[run], labels, numbers["models"][run])
-        scores, timings = numbers["models"][run], numbers["timings"]
+        scores = numbers["models"][run]
         assert scores["parameters"] == sum(p.numel() for p in model.parameters())
         assert scores["val_accuracy"] == checkpoint["val_accuracy"]
         assert scores["calibration_scaled"]["temperature"] > 0
-        for key in ("latency_ms", "throughput", "training_hours"):
-            assert timings[key][run] > 0
+        history = utils.load_file(path.with_name("last.pth"))["history"]
+        hours = sum(row["seconds"] for row in history) / 3600
+        assert numbers["timings"]["training_hours"][run] == pytest.approx(hours)
 
 
 def assert_scores_are_scikit_learns(probabilities, labels, scores):
@@ -139,15 +140,11 @@ def test_report_and_figures(trained):
     assert (trained / "c" / "quick" / "best_model.pth").is_file()
 
 
-def test_rerun_gives_the_same_files_but_for_timings(trained, tmp_path):
+def test_rerun_gives_the_same_files(trained, tmp_path):
     first, again = trained / "r" / "quick", run_again(trained, tmp_path / "r")
     files = [f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf")]
-    for name in (*files, "predictions.npz"):
+    for name in (*files, "predictions.npz", "comparison.json", "comparison_report.txt"):
         assert (again / name).read_bytes() == (first / name).read_bytes(), name
-    one, two = numbers_in(first), numbers_in(again)
-    assert one.pop("timings").keys() == two.pop("timings").keys() and one == two
-    texts = [report_in(folder).split("Timings on")[0] for folder in (first, again)]
-    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("run, command", [("baseline", "python train_baseline.py --quick"),
@@ -222,7 +219,7 @@ def test_checkpoints_from_elsewhere(trained, tmp_path):
     theirs = tmp_path / "theirs.pth"
     shutil.copy(trained / "c" / "quick" / "baseline" / "best_model.pth", theirs)
     report = report_in(run_again(trained, tmp_path / "r", "--baseline-checkpoint", theirs))
-    assert f"  {'training (h)':<36}{'not known':>20}" in report  # nobody has its history
+    assert "What training cost is not known of: baseline." in report  # nobody has its history
 
 
 def test_seeds_of_both_runs_are_used_and_the_rest_is_named(trained, tmp_path):
@@ -430,17 +427,13 @@ def test_from_three_seeds_on_the_verdict_rests_on_them():
     assert baseline["sd"]["top1"] == pytest.approx(0.001) and three["seeds"] == [0, 1, 2]
 
 
-def test_confused_pairs_and_changed_classes_by_hand():
+def test_changed_classes_by_hand():
     labels = np.repeat(np.arange(3), 10)
     before, after = labels.copy(), labels.copy()
     before[:4], after[:1], after[20:23] = 1, 1, 0
     entries = {"baseline": [entry_of(answers(before, 3))],
                "distilled": [entry_of(answers(after, 3))]}
     numbers = evaluate.compare(entries, labels, None)
-    assert numbers["confused_pairs"] == [
-        {"true": "c0", "predicted": "c1", "baseline": pytest.approx(0.4),
-         "distilled": pytest.approx(0.1)},
-        {"true": "c2", "predicted": "c0", "baseline": 0, "distilled": pytest.approx(0.3)}]
     lines = "\n".join(evaluate.change_lines(numbers))
     assert lines.index("c0") < lines.index("c2")
     assert "+30.00" in lines and "-30.00" in lines and "c1" not in lines
@@ -518,6 +511,5 @@ def test_statistics_and_figures_are_quick_and_small(tmp_path, classes, images):
     tracemalloc.stop()
     ones = dict.fromkeys(entries, 1.0)
     numbers |= {"notes": {"unfair": [], "no_teacher": None, "no_validation": None, "left_out": []},
-                "timings": {"device": "none", "training_hours": ones, "latency_ms": ones,
-                            "throughput": ones}}
+                "timings": {"training_hours": ones}}
     assert max(map(len, evaluate.write_report(numbers).splitlines())) <= 100
