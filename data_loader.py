@@ -461,10 +461,10 @@ class TrainingLoader:
 
     def epoch(self, epoch):
         """Yield (images, labels) batch by batch; labels are (B,), or mixed (B, C) floats."""
-        for images, _, labels in self.epoch_for_two(epoch):
+        for images, _, labels in self.epoch_with_teacher(epoch):
             yield images, labels
 
-    def epoch_for_two(self, epoch):
+    def epoch_with_teacher(self, epoch):
         """Yield (images, teacher_images, labels): the same crops of the same pictures, each at its
         own size; where the sizes are equal, the same tensor."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))

@@ -26,14 +26,14 @@ def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
     for run_args in each_seed(args):
-        torch.manual_seed(run_args.seed)  # the same initial weights as the distilled student's
+        torch.manual_seed(run_args.seed)  # as in train_distillation.main: the same initial weights
         student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
                                      args.student_weights).to(device)
         info = models.describe("baseline", student, args.student_model, data, run_args)
-        best = train(student, info, data, run_args)
-    utils.choose_best(args.checkpoint_dir, info)
+        path = train(student, info, data, run_args)
+    utils.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
     quick = " --quick" if args.quick else ""
-    print(f"the baseline is in {best}; next: python train_distillation.py{quick}")
+    print(f"the baseline is in {path}; next: python train_distillation.py{quick}")
 
 
 def train(model, info, data, args):
@@ -42,7 +42,7 @@ def train(model, info, data, args):
     `info` is what the checkpoint says of itself (models.describe). A former run in the same folder
     is gone on with where it fits, else moved aside.
     """
-    run = utils.Run(info, identity(info), args)
+    run = utils.Run(info, must_match(info), args)
     if run.finished:
         return run.best
     device = model.pixel_mean.device
@@ -52,7 +52,7 @@ def train(model, info, data, args):
     run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
 
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # dropout's
+        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # for dropout
         model.train()
         meter = utils.Meter(run, loader)
         for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
@@ -64,7 +64,7 @@ def train(model, info, data, args):
             meter.add(train_loss=loss, ce_loss=loss, train_accuracy=models.accuracy(logits, labels))
             if step % DIAGNOSE_EVERY == 1:
                 meter.add(entropy=models.entropy(logits))
-            if step % args.accumulate_steps:
+            if step % args.accumulate_steps:  # of which an epoch's number of batches is a multiple
                 continue
 
             # One update: the fp16 scaler leaves it out where the gradient overflowed.
@@ -78,6 +78,7 @@ def train(model, info, data, args):
             if ema:
                 ema.update(model, step=scheduler.last_epoch)  # counts updates, whatever its name
 
+        # History, best_model.pth, last.pth: from here the next run goes on.
         validated = ema.module if ema else model
         run.finish_epoch(meter.row() | models.validate(validated, val_loader), validated)
     return run.best
@@ -89,8 +90,8 @@ def each_seed(args):
         yield argparse.Namespace(**{**vars(args), "seed": seed})
 
 
-def identity(info):
-    """What must be the same for a run to go on, of a checkpoint's `info`."""
+def must_match(info):
+    """What must be the same for a former run to be gone on with, of a checkpoint's `info`."""
     same = {name: value for name, value in info["config"].items() if name not in config.NEUTRAL}
     same |= {"model": info["model_name"], "images or split": info["split_fingerprint"]}
     if "teacher" in info:  # its file says all there is to say of it

@@ -28,24 +28,23 @@ def main(args):
     path = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(path, args, data, device)
     for run_args in train_baseline.each_seed(args):
-        torch.manual_seed(run_args.seed)  # the same initial weights as the baseline's
+        torch.manual_seed(run_args.seed)  # as in train_baseline.main: the same initial weights
         student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
                                      args.student_weights).to(device)
         info = models.describe("distilled", student, args.student_model, data, run_args,
                                teacher=about_teacher)
-        best = train(student, teacher, info, data, run_args)
-    utils.choose_best(args.checkpoint_dir, info)
+        path = train(student, teacher, info, data, run_args)
+    utils.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
     quick = " --quick" if args.quick else ""
-    print(f"the distilled student is in {best}; next: python evaluate.py{quick}")
+    print(f"the distilled student is in {path}; next: python evaluate.py{quick}")
 
 
 def train(student, teacher, info, data, args):
-    """Train `student` by `teacher` and the labels; the rest is as in train_baseline.train.
+    """As train_baseline.train, but by `teacher`, which is frozen (models.freeze), and the labels.
 
-    `teacher` is frozen (models.freeze) and sees the student's pictures, crops and mixtures, at an
-    image size of its own.
+    It sees the student's pictures, crops and mixtures, at an image size of its own.
     """
-    run = utils.Run(info, train_baseline.identity(info), args)
+    run = utils.Run(info, train_baseline.must_match(info), args)
     if run.finished:
         return run.best
     device = student.pixel_mean.device
@@ -55,10 +54,10 @@ def train(student, teacher, info, data, args):
     run.keep(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
 
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # dropout's
+        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # for dropout
         student.train()
         meter = utils.Meter(run, loader)
-        batches = meter.watch(loader.epoch_for_two(epoch))
+        batches = meter.watch(loader.epoch_with_teacher(epoch))
         for step, (images, teacher_images, labels) in enumerate(batches, 1):
             with utils.autocast(device, args):
                 with torch.no_grad():
@@ -72,7 +71,7 @@ def train(student, teacher, info, data, args):
             if step % train_baseline.DIAGNOSE_EVERY == 1:
                 teacher_measured = models.diagnose_teacher(teacher_logits, labels, args)
                 meter.add(entropy=models.entropy(logits), **teacher_measured)
-            if step % args.accumulate_steps:
+            if step % args.accumulate_steps:  # of which an epoch's number of batches is a multiple
                 continue
 
             # One update: the fp16 scaler leaves it out where the gradient overflowed.
@@ -86,6 +85,7 @@ def train(student, teacher, info, data, args):
             if ema:
                 ema.update(student, step=scheduler.last_epoch)  # counts updates, whatever its name
 
+        # History, best_model.pth, last.pth: from here the next run goes on.
         validated = ema.module if ema else student
         run.finish_epoch(meter.row() | models.validate(validated, val_loader), validated)
     return run.best
@@ -96,9 +96,9 @@ def train(student, teacher, info, data, args):
 def teacher_args(args):
     """The settings of the teacher's own fine-tuning, under the names train_baseline.train reads.
 
-    Its seed is another than the student's, which thus sees other crops than the teacher was trained
-    with: of its own a teacher is surer and more often right. No label smoothing, which erases what
-    the other classes have to say (Müller et al. 2019).
+    Its seed is another than the student's, so that it does not teach on the very crops it learned,
+    of which it is too sure. No label smoothing, which erases what the other classes have to say
+    (Müller et al. 2019).
     """
     unread = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
               "kl_direction", *config.TEACHER_ONLY}
@@ -117,7 +117,7 @@ def find_teacher(args, data):
         return None
     unfit = models.why_unfit(utils.load_file(folder / "best_model.pth"), args, data)
     if unfit:
-        print(f"the teacher in {folder} does not fit: {unfit}")
+        print(f"the teacher in {folder} does not fit and will be moved aside: {unfit}")
     return None if unfit else folder / "best_model.pth"
 
 

@@ -324,7 +324,7 @@ def test_mixing_is_timms_and_follows_the_seed(arguments):
 def test_equal_sizes_are_one_tensor_for_two(arguments, mixing):
     args = arguments("distillation", *mixing)
     data = data_loader.open_dataset(args)
-    batches = list(loader_of(data, args).epoch_for_two(1))
+    batches = list(loader_of(data, args).epoch_with_teacher(1))
     assert all(images is teacher_images for images, teacher_images, _ in batches)
     ours = [(images, labels) for images, _, labels in batches]
     assert_equal_batches(ours, loader_of(data, args).epoch(1))
@@ -337,7 +337,7 @@ def test_teacher_sees_the_same_crop_in_more_detail(arguments, augmentation, mixi
     flags = ["--augmentation", augmentation, *mixing]
     args = arguments("distillation", "--teacher-image-size", "64", *flags)
     data = data_loader.open_dataset(args)
-    batches = list(loader_of(data, args).epoch_for_two(1))
+    batches = list(loader_of(data, args).epoch_with_teacher(1))
     ours = [(images, labels) for images, _, labels in batches]
     assert_equal_batches(ours, loader_of(data, args).epoch(1))
     assert_equal_batches(ours, loader_of(data, arguments("baseline", *flags)).epoch(1))
@@ -351,7 +351,7 @@ def test_photographs_for_two_are_those_of_the_epoch(arguments, tmp_path):
     args = folder_args(arguments, write_pictures(tmp_path / "pictures"))
     args.teacher_image_size = 48
     data = data_loader.open_dataset(args)
-    batches = list(loader_of(data, args).epoch_for_two(1))
+    batches = list(loader_of(data, args).epoch_with_teacher(1))
     assert all(teacher_images.shape[-1] == 48 for _, teacher_images, _ in batches)
     ours = [(images, labels) for images, _, labels in batches]
     assert_equal_batches(ours, loader_of(data, args).epoch(1))

@@ -624,7 +624,7 @@ def test_loop_never_waits_for_the_device(arguments, home, precision, flags, monk
     ticks = iter(range(10**9))
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-6 * next(ticks))  # so that no look is due
     args = arguments("distillation", "--amp-dtype", precision, "--num-epochs", "1", *flags)
-    batches_of = data_loader.TrainingLoader.epoch_for_two
+    batches_of = data_loader.TrainingLoader.epoch_with_teacher
 
     def watched(loader, epoch):
         try:
@@ -634,7 +634,7 @@ def test_loop_never_waits_for_the_device(arguments, home, precision, flags, monk
                 yield batch
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    monkeypatch.setattr(data_loader.TrainingLoader, "epoch_for_two", watched)
+    monkeypatch.setattr(data_loader.TrainingLoader, "epoch_with_teacher", watched)
     student, info, data = whole_run(args)
     teacher = models.freeze(models.build_model("test_resnet", len(data.class_names)).cuda())
     info |= {"run": "distilled", "teacher": {"sha256": "x"}}

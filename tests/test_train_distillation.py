@@ -22,8 +22,8 @@ class Watched(data_loader.TrainingLoader):
     """A loader that remembers the batches it gave."""
     seen = []
 
-    def epoch_for_two(self, epoch):
-        for batch in super().epoch_for_two(epoch):
+    def epoch_with_teacher(self, epoch):
+        for batch in super().epoch_with_teacher(epoch):
             Watched.seen.append([tensor.clone() for tensor in batch])
             yield batch
 
@@ -70,7 +70,7 @@ def test_loop_is_the_one_one_would_write(arguments, train):
     log_softmax, steps = torch.nn.functional.log_softmax, len(loader)
     student.train()
     for epoch in range(2):
-        batches = enumerate(loader.epoch_for_two(epoch), epoch * steps)
+        batches = enumerate(loader.epoch_with_teacher(epoch), epoch * steps)
         for step, (images, teacher_images, labels) in batches:
             for group in optimizer.param_groups:  # one epoch of warm-up, one of cosine
                 group["lr"] = rate_of(step, steps, args.learning_rate)
@@ -128,7 +128,8 @@ def test_diagnostics_are_of_the_batches_they_name(arguments, train):
     teacher, _ = models.load_model(folder / "teacher" / "best_model.pth")
     _, info = models.load_model(folder / "distilled" / "best_model.pth")
     loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
-    looked = [batch for number, batch in enumerate(loader.epoch_for_two(0)) if number % 10 == 0]
+    batches = enumerate(loader.epoch_with_teacher(0))
+    looked = [batch for number, batch in batches if number % 10 == 0]
     right = [models.accuracy(models.forward(teacher, images), labels).item()
              for _, images, labels in looked]
     row = utils.load_file(folder / "distilled" / "last.pth")["history"][0]
