@@ -275,7 +275,7 @@ class Run:
         results = Path(args.results_dir, self.folder.name if args.seeds else "")
         self.history_file = results / f"{self.name}_history.csv"
         self.lock_folder()
-        former = load_file(self.last) if self.last.exists() else {}
+        former = load_file(self.last) if self.last.exists() and not args.fresh else {}
         self.in_the_way = self.what_is_in_the_way(former, args.fresh)
         if self.in_the_way:
             former = {}
@@ -312,13 +312,12 @@ class Run:
 
     def what_is_in_the_way(self, former, fresh):
         """Why the folder's `former` run cannot be gone on with, in a few words; "" where it can."""
-        if fresh and former:
-            return "--fresh"
-        if not former:
-            return "of unknown settings" if self.best.exists() else ""
-        before, now = former["identity"], self.identity
-        other = [name for name in before | now if before.get(name) != now.get(name)]
-        return f"other {', '.join(other)}" if other else ""
+        if former:
+            before, now = former["identity"], self.identity
+            other = [name for name in before | now if before.get(name) != now.get(name)]
+            return f"other {', '.join(other)}" if other else ""
+        there = self.last.exists() or self.best.exists()
+        return ("--fresh" if fresh else "of unknown settings") if there else ""
 
     def keep(self, **parts):
         """Set these `parts`, each with a state_dict or None, to a former run's, and save them.

@@ -241,6 +241,19 @@ def test_former_run_is_moved_aside_once_there_is_something_to_save(arguments, ca
     assert utils.load_file(other.best)["val_accuracy"] == 0.4
 
 
+def test_damaged_run_is_one_sentence_and_moved_aside_with_fresh(arguments):
+    args = arguments("baseline")
+    run, model = run_of(args)
+    run.finish_epoch(row_of(0.5), model)
+    run.last.write_bytes(run.last.read_bytes()[:-5000])
+    with pytest.raises(utils.UserError, match="last.pth is damaged"):
+        run_of(args)
+    args.fresh = True
+    again, model = run_of(args)
+    again.finish_epoch(row_of(0.4), model)
+    assert (again.folder.with_name("baseline.1") / "last.pth").is_file()
+
+
 def test_history_of_another_checkpoint_folder_is_kept(arguments, tmp_path):
     args = arguments("baseline")
     run, model = run_of(args)
