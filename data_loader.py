@@ -444,7 +444,7 @@ class TrainingLoader:
             self.side = data.train.pixels.shape[-1]
             self.source = SmallImages(data.train, device)
         self.flip_share = 0.5 if data.augmentation in ("flip_crop", "resized_crop") else 0
-        self.shifts = {}  # by size; made once, since they are few and take longer to make than use
+        self.shifts = {}  # matrices by size, made once: they are few, and slow to make
         if data.augmentation != "resized_crop":
             margin = 0 if data.augmentation == "none" else max(1, round(self.side * CROP_PADDING))
             for size in (self.size, self.teacher_size):
@@ -479,14 +479,14 @@ class TrainingLoader:
         for number, batch in enumerate(self.source.batches(order, self.batch_size)):
             pixels, labels, aspect = batch
             images, views = pixels.float() / 255, {}
-            at = slice(number * self.batch_size, (number + 1) * self.batch_size)
+            at = slice(number * self.batch_size, (number + 1) * self.batch_size)  # in the epoch
             for size in {self.size, self.teacher_size}:
                 if self.shifts:
                     matrices = self.shifts[size][draws[at]]
                 else:
                     boxes = resized_boxes(draws[at], aspect, self.side)
                     matrices = resize_matrices(*boxes, self.side, size, self.interpolation)
-                rows, columns = matrices.unbind(1)
+                rows, columns = matrices.unbind(1)  # each (B, size, side)
                 columns = torch.where(flips[at, None, None], columns.flip(1), columns)
                 views[size] = resize(images, rows, columns)
                 if self.mixup:

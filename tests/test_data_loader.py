@@ -320,6 +320,13 @@ def test_mixing_is_timms_and_follows_the_seed(arguments):
     assert_equal_batches([third], itertools.islice(loader_of(data, args).epoch(0), 2, 3))
 
 
+def test_every_batch_is_mixed_by_a_share_of_its_own(arguments):
+    args = arguments("baseline", "--mixup-alpha", "0.8")
+    loader = loader_of(data_loader.open_dataset(args), args)
+    shares = {round(labels.max(1).values.min().item(), 4) for _, labels in loader.epoch(0)}
+    assert len(shares) > len(loader) / 2
+
+
 @pytest.mark.parametrize("mixing", [[], ["--mixup-alpha", "0.8"], ["--cutmix-alpha", "1"]])
 def test_equal_sizes_are_one_tensor_for_two(arguments, mixing):
     args = arguments("distillation", *mixing)
@@ -621,6 +628,19 @@ def test_a_silent_server_is_given_up(arguments, monkeypatch):
         with pytest.raises(utils.UserError, match="by hand"):
             data_loader.open_dataset(arguments("baseline", "--dataset-name", "CIFAR100"))
     assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("fault, seen", [
+    (ConnectionResetError(104, "Connection reset by peer"), utils.UserError),
+    (TimeoutError(110, "timed out"), utils.UserError), (OSError(28, "No space left"), OSError)])
+def test_a_fault_of_the_disk_is_not_taken_for_the_network(arguments, monkeypatch, fault, seen):
+    def fail(self, **how):
+        raise fault
+
+    fake = type("CIFAR100", (torchvision.datasets.CIFAR100,), {"__init__": fail})
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", fake)
+    with pytest.raises(seen, match=fault.strerror):
+        data_loader.open_dataset(arguments("baseline", "--dataset-name", "CIFAR100"))
 
 
 def test_too_little_room_for_a_download_is_said_before_it(arguments, monkeypatch):
