@@ -436,8 +436,8 @@ class TrainingLoader:
         self.batch_size, self.accumulate_steps = args.batch_size, args.accumulate_steps
         self.size, self.interpolation = info["image_size"], info["interpolation"]
         self.teacher_size = getattr(args, "teacher_image_size", None) or self.size
-        if data.train.pixels is None:  # canvases on which no crop has to be enlarged
-            self.side = math.ceil(max(self.size, self.teacher_size) / SMALLEST_CROP)
+        if data.train.pixels is None:  # canvases on which no crop of the student's is enlarged; a
+            self.side = math.ceil(self.size / SMALLEST_CROP)  # teacher's size must not change them
             canvas = transforms.Resize((self.side, self.side), transforms.InterpolationMode.BICUBIC)
             self.source = Photographs(data.train, canvas, device, args.num_workers)
         else:

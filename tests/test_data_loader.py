@@ -355,13 +355,19 @@ def test_teacher_sees_the_same_crop_in_more_detail(arguments, augmentation, mixi
 
 
 def test_photographs_for_two_are_those_of_the_epoch(arguments, tmp_path):
+    """The student's pixels are the baseline's to the bit, whatever size the teacher has."""
     args = folder_args(arguments, write_pictures(tmp_path / "pictures"))
-    args.teacher_image_size = 48
     data = data_loader.open_dataset(args)
-    batches = list(loader_of(data, args).epoch_with_teacher(1))
-    assert all(teacher_images.shape[-1] == 48 for _, teacher_images, _ in batches)
-    ours = [(images, labels) for images, _, labels in batches]
-    assert_equal_batches(ours, loader_of(data, args).epoch(1))
+    baseline = list(loader_of(data, args).epoch(1))
+    for size in (40, 48, 96):
+        args.teacher_image_size = size
+        batches = list(loader_of(data, args).epoch_with_teacher(1))
+        assert all(teacher_images.shape[-1] == size for _, teacher_images, _ in batches)
+        assert_equal_batches([(images, labels) for images, _, labels in batches], baseline)
+        images, teacher_images, _ = batches[0]
+        small = torch.nn.functional.interpolate(teacher_images, size=32, mode="bicubic",
+                                                antialias=True)
+        assert (small - images).abs().mean() < 0.05  # the same crop
 
 
 # Where the images are -----------------------------------------------------------------------------
@@ -490,14 +496,16 @@ def test_evaluation_yields_all_images_in_order_each_time(size):
         assert torch.equal(images, data.val.pixels / 255)
 
 
+@pytest.mark.parametrize("size", [64, 32])
 @pytest.mark.parametrize("sizes, tolerance", [(((48, 48),), 1.5 / 255), (((40, 60), (70, 50)), 0)])
-def test_evaluation_loader_agrees_with_build_transform(arguments, tmp_path, sizes, tolerance):
+def test_evaluation_loader_agrees_with_build_transform(
+        arguments, tmp_path, size, sizes, tolerance):
     """Photographs to the bit; small images within 1.5/255 of PIL's bytes before normalising."""
     folder = write_pictures(tmp_path / "pictures", sizes=sizes)
     args = folder_args(arguments, folder)
     test, _ = data_loader.open_test("ImageFolder", args)
-    info = {"image_size": 64, "crop_pct": 1.0 if tolerance else 0.875, "interpolation": "bicubic",
-            "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    info = {"image_size": size, "crop_pct": 1.0 if tolerance else 0.875,
+            "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     loader = data_loader.EvaluationLoader(test, info, args, CPU)
     images = torch.cat([images for images, _ in loader])
     transform = data_loader.build_transform(info)
