@@ -370,7 +370,7 @@ def test_finished_run_says_so_and_is_left_alone(train, capsys):
     folder = train("baseline")
     before = (folder / "baseline" / "last.pth").stat().st_mtime_ns
     out = capsys.readouterr().out
-    assert "about" in out and "next: python train_distillation.py --quick" in out
+    assert "s to go" in out and "next: python train_distillation.py --quick" in out
     train("baseline")
     out = capsys.readouterr().out
     assert "already trained" in out and "baseline epoch" not in out
