@@ -102,7 +102,7 @@ def ended(process, seconds=300):
     return process.returncode, out, err
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=180):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end

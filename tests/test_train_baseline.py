@@ -335,7 +335,7 @@ def test_signals_say_which_epoch_is_saved_and_how_to_go_on(tmp_path, number, cod
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
     wait_for(lambda: last.exists() and utils.load_file(last)["history"])
     process.send_signal(number)
-    status, out, err = ended(process, 30)
+    status, out, err = ended(process, 120)
     epochs = len(utils.load_file(last)["history"])
     assert status == code and epochs > 0
     assert f"stopped after epoch {epochs} of 200 of the baseline run, which is saved" in err
@@ -352,7 +352,7 @@ def test_ctrl_c_in_a_terminal_reaches_data_workers_too(tmp_path):
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
     wait_for(lambda: last.exists() and utils.load_file(last)["history"])
     os.killpg(process.pid, signal.SIGINT)
-    status, out, err = ended(process, 30)
+    status, out, err = ended(process, 120)
     assert status == 130 and err.strip().splitlines()[-1].startswith("stopped after epoch")
 
 

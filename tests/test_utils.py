@@ -269,11 +269,11 @@ def test_second_process_is_refused_while_the_first_lives_and_a_kill_leaves_no_lo
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
     first = start("baseline", tmp_path, "--num-epochs", "200")
     wait_for(last.exists)
-    code, _, err = ended(start("baseline", tmp_path, "--num-epochs", "200"), 60)
+    code, _, err = ended(start("baseline", tmp_path, "--num-epochs", "200"), 180)
     assert code == 1 and "another process is training in" in err and err.count("\n") == 1
     first.kill()
     first.communicate()
-    code, out, err = ended(start("baseline", tmp_path, "--num-epochs", "1"), 60)
+    code, out, err = ended(start("baseline", tmp_path, "--num-epochs", "1"), 180)
     assert code == 0, err
     assert "other num_epochs" in out
 
@@ -292,7 +292,7 @@ def small_disk(tmp_path):
 
 def test_too_little_room_is_found_before_the_work(small_disk):
     (small_disk / "filler").write_bytes(bytes(5 * 2**20))
-    code, out, err = ended(start("baseline", small_disk), 60)
+    code, out, err = ended(start("baseline", small_disk), 180)
     assert code == 1 and "MB left; make room" in err and "epoch" not in out
     assert not list(small_disk.rglob("*.pth"))
 
@@ -309,7 +309,7 @@ def test_full_disk_ends_with_one_message_and_the_last_good_checkpoint(small_disk
                 file.flush()
         except OSError:
             pass
-    code, _, err = ended(process, 60)
+    code, _, err = ended(process, 180)
     assert code == 1 and "No space left on device" in err and err.count("\n") == 1
     epochs = len(utils.load_file(run / "last.pth")["history"])
     assert epochs >= 1 and utils.load_file(run / "best_model.pth")
@@ -324,7 +324,7 @@ def test_full_disk_ends_with_one_message_and_the_last_good_checkpoint(small_disk
 def test_read_only_folder(small_disk):
     read_only = 32 | 1  # MS_REMOUNT | MS_RDONLY
     ctypes.CDLL(None).mount(b"tmpfs", os.fsencode(small_disk), b"tmpfs", read_only, b"")
-    code, _, err = ended(start("baseline", small_disk, "--num-epochs", "1"), 60)
+    code, _, err = ended(start("baseline", small_disk, "--num-epochs", "1"), 180)
     assert code == 1 and "Read-only file system" in err and err.count("\n") == 1
 
 
@@ -449,7 +449,7 @@ def test_run_says_how_long_it_takes(tmp_path):
     since = time.time()
     assert ended(process)[0] == 0
     said = float(re.search(r", (\d+) s to go", line)[1])
-    assert 0.4 < said / (time.time() - since) < 2.5
+    assert 0.3 < said / (time.time() - since) < 3
 
 
 def test_runs_of_two_processes_agree_to_the_bit_when_one_goes_on(tmp_path):
