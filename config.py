@@ -41,7 +41,7 @@ ALPHA = 0.7                   # 0 to 1, weight of the soft targets; 0 is plain c
 KL_DIRECTION = "forward"      # forward: KL(teacher || student), Hinton's; reverse: the other way
 
 # Optimisation: AdamW, linear warm-up, then cosine to zero, per update
-BATCH_SIZE = 16               # images a step; fits a 6 GB GPU at 224 px with room to spare
+BATCH_SIZE = 16               # images a step; fewer where GPU memory is short
 ACCUMULATE_STEPS = 1          # batches to one update, which is a large batch's but for BatchNorm
 NUM_EPOCHS = 50               # epochs of the student, baseline and distilled alike
 LEARNING_RATE = 1e-3          # peak, above 0; for AdamW from pretrained weights

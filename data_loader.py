@@ -26,7 +26,7 @@ from timm.data import Mixup
 from torchvision import datasets, transforms
 from tqdm.contrib.concurrent import thread_map
 
-from utils import FORMAT_VERSION, UserError, WrongUse, first_line, load_file, save_file
+from utils import UserError, WrongUse, first_line, load_file, save_file
 
 SMALL = 96                   # px: square images of one size up to this side are kept on the device
 CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in He et al. 2015
@@ -182,7 +182,7 @@ def read_folder(folder, data_dir):
     content = load_decoded(kept, signature) if kept.exists() else None
     if content is None:
         pixels = decode(folder, files)
-        content = {"format_version": FORMAT_VERSION, "signature": signature, "pixels": pixels,
+        content = {"signature": signature, "pixels": pixels,
                    "checksum": None if pixels is None else sha256(pixels.numpy()).hexdigest()}
         try:
             save_file(content, kept)
@@ -298,7 +298,7 @@ def resize(images, rows, columns):
 
 
 def resize_matrices(start, length, side, size, interpolation):
-    """Matrices (…, size, side), one for each start and length (…): it resizes `length` of an axis'
+    """Matrices (*, size, side), one for each start and length (*): it resizes `length` of an axis'
     `side` pixels, from `start` on, to `size`. The antialiased filter of PIL's Resample.c: bicubic
     with a = -0.5, or a triangle, widened by the scale when shrinking, cut off at both ends."""
     scale = (length / size)[..., None, None]
