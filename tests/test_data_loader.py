@@ -464,7 +464,7 @@ def test_photographs_do_not_depend_on_workers(arguments, tmp_path):
 
 
 def test_an_epoch_left_early_does_not_disturb_the_next(arguments, tmp_path):
-    """A rehearsal takes one batch alone."""
+    """A run that was stopped within one, say, whose workers go on."""
     args = folder_args(arguments, write_pictures(tmp_path / "pictures"), "--num-workers", "1")
     data = data_loader.open_dataset(args)
     loader = loader_of(data, args)
