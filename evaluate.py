@@ -59,7 +59,7 @@ def main(args):
     report = write_report(numbers)
     write_files(entries, labels, numbers, report, results)
     print(report)
-    utils.choose_best(args.checkpoint_dir, first)
+    models.choose_best(args.checkpoint_dir, first)
     print(f"report, numbers and figures are in {results}")
 
 
@@ -87,7 +87,7 @@ def find_students(args):
     for run in STUDENTS:
         folder = Path(args.checkpoint_dir, run)
         plain[run] = Path(given[run] or folder / "best_model.pth")
-        seeded = [path for path in utils.student_checkpoints(folder) if path.parent != folder]
+        seeded = [path for path in models.student_checkpoints(folder) if path.parent != folder]
         seeds[run] = {int(path.parent.name.removeprefix("seed_")): path for path in seeded}
     common = sorted(seeds["baseline"].keys() & seeds["distilled"].keys())
     if common and not any(given.values()):

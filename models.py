@@ -3,6 +3,8 @@
 Shapes: images (B, 3, H, W) floats in [0, 1], labels (B,) int64 or, mixed, (B, C) probabilities,
 logits (B, C). Losses are means over the batch, in float32 also under autocast.
 """
+from pathlib import Path
+
 import huggingface_hub
 import timm
 import torch
@@ -41,15 +43,11 @@ def build_model(name, num_classes, pretrained=False, weights=None):
 def check_download(name):
     """Ask the hub once for a weight file that is not cached: its client retries for a minute."""
     cfg = timm.get_pretrained_cfg(name)
-    if not (cfg and cfg.hf_hub_id):
-        return
     repo, file = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
-    if isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
+    if not repo or isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
         return
     try:
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file), timeout=10)
-    except huggingface_hub.errors.EntryNotFoundError:
-        return  # the hub answers, and timm knows the older file names
+        huggingface_hub.model_info(repo, timeout=10)
     except Exception as error:
         raise UserError(
             f"downloading the ImageNet weights of {name} failed ({utils.first_line(error)}); fetch "
@@ -102,15 +100,6 @@ def infer(model, loader):
     return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
 
-def validate(model, loader):
-    """val_loss, plain cross-entropy, and val_accuracy on all images of `loader`."""
-    torch.cuda.empty_cache()  # or what torch keeps for training and for evaluation would add up
-    logits, labels = infer(model, loader)
-    torch.cuda.empty_cache()
-    return {"val_loss": F.cross_entropy(logits, labels).item(),
-            "val_accuracy": accuracy(logits, labels).item()}
-
-
 def accuracy(logits, labels):
     """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C)."""
     if labels.ndim == 2:
@@ -120,8 +109,7 @@ def accuracy(logits, labels):
 
 def entropy(logits):
     """Mean entropy in nats of the softmax of `logits`, a 0-d tensor: how sure the model is."""
-    log_probabilities = F.log_softmax(logits.detach().float(), 1)
-    return -(log_probabilities.exp() * log_probabilities).sum(1).mean()
+    return torch.distributions.Categorical(logits=logits.detach().float()).entropy().mean()
 
 
 # Losses -------------------------------------------------------------------------------------------
@@ -158,9 +146,8 @@ def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
     """T^2 * (TCKD + beta * NCKD) (Zhao et al. 2022, Decoupled Knowledge Distillation).
 
     TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the
-    others alone, both KL(teacher || student); labels (B,) int64. The authors' beta is 8, 6 or 2, by
-    the pair of models; they use T = 4, add this to a cross-entropy of weight 1, which is ALPHA =
-    0.5, and raise its weight from zero over the first 20 epochs, which is not done here.
+    others alone, both KL(teacher || student); labels (B,) int64. The authors use T = 4, beta 8, 6
+    or 2, by the models, and ALPHA = 0.5, raised over 20 epochs, which is not done here.
     """
     true = labels[:, None]
     others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
@@ -205,8 +192,7 @@ def distillation_loss(student_logits, teacher_logits, labels, args):
     """ALPHA * soft + (1 - ALPHA) * cross-entropy, and its two parts unweighted: three 0-d tensors.
 
     args.distillation_loss names the soft part: kd, dkd, dist or lskd. ALPHA weighs and TEMPERATURE
-    softens in all of them, but each has a scale of its own: lskd's temperature divides standardised
-    logits, dkd's other classes count eightfold, dist ends at 4 T^2.
+    softens each of them, but on a scale of its own, so that what suits one suits no other.
     """
     ce = cross_entropy(student_logits, labels, args.label_smoothing)
     if args.distillation_loss == "lskd":
@@ -233,16 +219,14 @@ def diagnose_teacher(teacher_logits, labels, args):
 
 def describe(run, model, name, data, args, **more):
     """What a checkpoint of `run` says of itself besides weights, epoch, accuracy: plain values."""
-    cfg = model.pretrained_cfg
-    small = data.train.pixels is not None  # nothing to cut off at the edges of a 32 px image
+    cfg, small = model.pretrained_cfg, data.train.pixels is not None
     known = cfg["interpolation"] in ("bilinear", "bicubic")
     return {
         "run": run, "model_name": name, "num_classes": len(data.class_names),
         "class_names": list(data.class_names), "image_size": args.image_size,
-        "crop_pct": 1.0 if small else float(cfg["crop_pct"]),
+        "crop_pct": 1.0 if small else float(cfg["crop_pct"]),  # 32 px have no edges to cut off
         "interpolation": cfg["interpolation"] if known else "bicubic",
-        "mean": [float(value) for value in cfg["mean"]],
-        "std": [float(value) for value in cfg["std"]],
+        **{key: [float(value) for value in cfg[key]] for key in ("mean", "std")},
         "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
         "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(),
         "versions": utils.versions(model.pixel_mean.device), **more,
@@ -250,19 +234,16 @@ def describe(run, model, name, data, args, **more):
 
 
 def gradcam_layer(model, image_size):
-    """Name of the last convolution whose output is the final feature map; None without one."""
-    shapes = {}
-
-    def remember(module, inputs, output):
-        shapes[module] = output.shape[-2:]
-
+    """Name of the last convolution with the final feature map's size; None without one."""
+    shapes, training = {}, model.training
     convolutions = {module: name for name, module in model.named_modules()
                     if isinstance(module, torch.nn.Conv2d)}
-    hooks = [module.register_forward_hook(remember) for module in convolutions]
-    training, image = model.training, torch.zeros(1, 3, image_size, image_size)
+    hooks = [conv.register_forward_hook(
+        lambda conv, _, output: shapes.update({conv: output.shape[-2:]})) for conv in convolutions]
     try:
         with torch.inference_mode():
-            features = model.eval().forward_features(image.to(model.pixel_mean.device))
+            image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device)
+            features = model.eval().forward_features(image)
     except (RuntimeError, ValueError, AssertionError) as error:  # what convolutions and timm raise
         name, reason = model.pretrained_cfg["architecture"], utils.first_line(error)
         raise UserError(f"{name} cannot take images of {image_size} px: {reason}") from None
@@ -271,8 +252,7 @@ def gradcam_layer(model, image_size):
         for hook in hooks:
             hook.remove()
     final = features.shape[-2:] if features.ndim == 4 else None
-    names = [convolutions[module] for module, shape in shapes.items() if shape == final]
-    return names[-1] if names else None
+    return next((convolutions[conv] for conv in reversed(shapes) if shapes[conv] == final), None)
 
 
 def load_model(path, device="cpu"):
@@ -293,7 +273,26 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), info
 
 
-def unnormalise(images, info):
-    """The picture in a normalised batch (B, 3, S, S), as floats in [0, 1], for showing it."""
-    mean, std = (torch.tensor(info[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return (images.detach().cpu() * std + mean).clamp(0, 1)
+def student_checkpoints(folder):
+    """The best_model.pth of a student's folder and of its seed_<n>/, not of those moved aside."""
+    seeds = [path for path in folder.glob("seed_*") if path.name.removeprefix("seed_").isdigit()]
+    return sorted(file for path in [folder, *seeds] if (file := path / "best_model.pth").is_file())
+
+
+def choose_best(checkpoint_dir, like):
+    """Copy the best student by validation accuracy to best_model.pth; a tie goes to the baseline.
+
+    Only students on the same dataset, classes and split as `like` (a checkpoint's dict) compete.
+    """
+    folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
+    infos = {path: utils.load_file(path) for run in ("baseline", "distilled")
+             for path in student_checkpoints(folder / run)}
+    rivals = {path: info["val_accuracy"] for path, info in infos.items()
+              if all(info[key] == like[key] for key in same)}
+    if not rivals:
+        return
+    best = max(rivals, key=rivals.get)  # the first of equals
+    with utils.write_into_place(folder / "best_model.pth", "wb") as file:
+        file.write(best.read_bytes())
+    print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
+          f"validation images; copied to {folder / 'best_model.pth'}")

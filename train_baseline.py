@@ -31,7 +31,7 @@ def main(args):
                                      args.student_weights).to(device)
         info = models.describe("baseline", student, args.student_model, data, run_args)
         path = train(student, info, data, run_args)
-    utils.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
+    models.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
     quick = " --quick" if args.quick else ""
     print(f"the baseline is in {path}; next: python train_distillation.py{quick}")
 
@@ -80,8 +80,26 @@ def train(model, info, data, args):
 
         # History, best_model.pth, last.pth: from here the next run goes on.
         validated = ema.module if ema else model
-        run.finish_epoch(meter.row() | models.validate(validated, val_loader), validated)
+        run.finish_epoch(meter.row() | validate(validated, val_loader), validated)
     return run.best
+
+
+def validate(model, loader):
+    """val_loss, plain cross-entropy, and val_accuracy on all images of `loader`."""
+    torch.cuda.empty_cache()  # or what torch keeps for training and for evaluation would add up
+    logits, labels = models.infer(model, loader)
+    torch.cuda.empty_cache()
+    return {"val_loss": models.cross_entropy(logits, labels).item(),
+            "val_accuracy": models.accuracy(logits, labels).item()}
+
+
+def is_finished(folder):
+    """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
+    done, last = True, folder / "last.pth"
+    if last.is_file():
+        saved = utils.load_file(last)
+        done = len(saved["history"]) == saved["identity"]["num_epochs"]
+    return done and (folder / "best_model.pth").is_file()
 
 
 def each_seed(args):

@@ -34,7 +34,7 @@ def main(args):
         info = models.describe("distilled", student, args.student_model, data, run_args,
                                teacher=about_teacher)
         path = train(student, teacher, info, data, run_args)
-    utils.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
+    models.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
     quick = " --quick" if args.quick else ""
     print(f"the distilled student is in {path}; next: python evaluate.py{quick}")
 
@@ -87,7 +87,7 @@ def train(student, teacher, info, data, args):
 
         # History, best_model.pth, last.pth: from here the next run goes on.
         validated = ema.module if ema else student
-        run.finish_epoch(meter.row() | models.validate(validated, val_loader), validated)
+        run.finish_epoch(meter.row() | train_baseline.validate(validated, val_loader), validated)
     return run.best
 
 
@@ -113,7 +113,7 @@ def teacher_args(args):
 def find_teacher(args, data):
     """Path of the teacher of a former run where it is finished and fits, else None."""
     folder = utils.run_folder("teacher", teacher_args(args))
-    if args.fresh_teacher or not utils.is_finished(folder):
+    if args.fresh_teacher or not train_baseline.is_finished(folder):
         return None
     unfit = models.why_unfit(utils.load_file(folder / "best_model.pth"), args, data)
     if unfit:
@@ -146,7 +146,7 @@ def load_teacher(path, args, data, device):
         raise utils.UserError(f"a teacher below {least:.1%} on {info['num_classes']} classes would "
                               "teach noise; train it longer (--teacher-epochs, "
                               "--teacher-learning-rate, --fresh-teacher)")
-    for baseline in utils.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
+    for baseline in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         rival = utils.load_file(baseline)
         same_split = rival["split_fingerprint"] == info["split_fingerprint"]
         if same_split and rival["val_accuracy"] >= accuracy:

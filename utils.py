@@ -232,10 +232,8 @@ def load_file(target):
             raise UserError(f"{target} carries code and was refused; none of it was run") from None
         raise UserError(f"{target} is damaged, or no checkpoint at all") from None
     version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
-    if version is None:
-        raise UserError(f"{target} is no checkpoint of this project")
     if version != FORMAT_VERSION:
-        raise UserError(f"{target} is in format {version}, this project reads {FORMAT_VERSION}")
+        raise UserError(f"{target} is no checkpoint of this project, format {FORMAT_VERSION}")
     return checkpoint
 
 
@@ -352,7 +350,9 @@ class Run:
         best = all(row["val_accuracy"] > former["val_accuracy"] for former in self.history)
         self.history.append(row)
         if best:
-            save_best(self.best, model, self.info, row)
+            weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+            kept = {"state_dict": weights, "epoch": epoch, "val_accuracy": row["val_accuracy"]}
+            save_file({**self.info, **kept}, self.best)
         self.save_last({name: part.state_dict() for name, part in self.parts.items()})
         self.write_history()
         self.say(row, best)
@@ -395,49 +395,6 @@ def run_folder(name, args):
     """checkpoints/<name>/, or below it seed_<n>/ for a student of several seeds."""
     folder = Path(args.checkpoint_dir, name)
     return folder / f"seed_{args.seed}" if args.seeds else folder
-
-
-def save_best(target, model, info, row):
-    """Write best_model.pth: `info` (plain values), contiguous CPU weights, epoch and accuracy."""
-    weights = {name: tensor.detach().to("cpu", copy=True).contiguous()
-               for name, tensor in model.state_dict().items()}
-    kept = {"state_dict": weights, "epoch": row["epoch"], "val_accuracy": row["val_accuracy"]}
-    save_file({**info, **kept}, target)
-
-
-def is_finished(folder):
-    """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
-    done, last = True, folder / "last.pth"
-    if last.is_file():
-        run = load_file(last)
-        done = len(run["history"]) == run["identity"]["num_epochs"]
-    return done and (folder / "best_model.pth").is_file()
-
-
-def student_checkpoints(folder):
-    """The best_model.pth of a student's folder and of its seed_<n>/, not of those moved aside."""
-    seeds = [path for path in folder.glob("seed_*") if path.name.removeprefix("seed_").isdigit()]
-    found = [path / "best_model.pth" for path in [folder, *seeds]]
-    return sorted(path for path in found if path.is_file())
-
-
-def choose_best(checkpoint_dir, like):
-    """Copy the best student by validation accuracy to best_model.pth; a tie goes to the baseline.
-
-    Only students on the same dataset, classes and split as `like` (a checkpoint's dict) compete.
-    """
-    folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
-    infos = {path: load_file(path) for run in ("baseline", "distilled")
-             for path in student_checkpoints(folder / run)}
-    rivals = {path: info["val_accuracy"] for path, info in infos.items()
-              if all(info[key] == like[key] for key in same)}
-    if not rivals:
-        return
-    best = max(rivals, key=rivals.get)  # the first of equals
-    with write_into_place(folder / "best_model.pth", "wb") as file:
-        file.write(best.read_bytes())
-    print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
-          f"validation images; copied to {folder / 'best_model.pth'}")
 
 
 # A run's meter ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import data_loader
 import models
 import train_baseline
 import utils
-from conftest import ROOT
+from conftest import ROOT, save_best
 
 
 def loss_of(student, teacher, labels, temperature=4, alpha=0.7, direction="forward", loss="kd",
@@ -339,15 +339,43 @@ def spoil(kind, good, folder):
 @pytest.mark.parametrize("kind, words", [
     ("folder", "is a folder"), ("picture", "is damaged"), ("whole model", "carries code"),
     ("other model", "do not fit test_resnet"), ("other class count", "do not fit"),
-    ("older format", "is in format 0"), ("bare weights", "no checkpoint of this project"),
+    ("older format", "format 2"), ("bare weights", "no checkpoint of this project"),
     ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "do not fit")])
 def test_hostile_and_damaged_models_are_one_sentence(tmp_path, kind, words):
     good = tmp_path / "good" / "best_model.pth"
     info = {"model_name": "test_efficientnet", "num_classes": 5}
     model = models.build_model("test_efficientnet", 5)
-    utils.save_best(good, model, info, {"epoch": 1, "val_accuracy": 0.5})
+    save_best(good, model, info)
     utils.save_file({"history": [], "states": {}}, good.with_name("last.pth"))
     assert models.load_model(good)[1]["epoch"] == 1
     with pytest.raises(utils.UserError, match=words) as error:
         models.load_model(spoil(kind, good, tmp_path))
     assert "\n" not in str(error.value) and "best_model.pth" in str(error.value)
+
+
+# The best student ---------------------------------------------------------------------------------
+
+def student(folder, run, accuracy, **more):
+    info = {"run": run, "dataset": "Digits", "class_names": ["a"], "split_fingerprint": "f", **more}
+    save_best(folder / run / "best_model.pth", torch.nn.Linear(1, 1), info, accuracy)
+    return info
+
+
+@pytest.mark.parametrize("baseline, distilled, chosen", [
+    (0.5, 0.6, "distilled"), (0.6, 0.5, "baseline"), (0.5, 0.5, "baseline")])
+def test_best_student_is_chosen_on_validation_and_a_tie_goes_to_the_baseline(
+        tmp_path, capsys, baseline, distilled, chosen):
+    like = student(tmp_path, "baseline", baseline)
+    student(tmp_path, "distilled", distilled)
+    student(tmp_path, "teacher", 0.99)
+    models.choose_best(tmp_path, like)
+    assert utils.load_file(tmp_path / "best_model.pth")["run"] == chosen
+    assert f"best student so far: {chosen}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("odd", [{"split_fingerprint": "g"}, {"dataset": "CIFAR10"},
+                                 {"class_names": ["b"]}])
+def test_students_on_other_data_are_no_rivals(tmp_path, odd):
+    student(tmp_path, "baseline", 0.9, **odd)
+    models.choose_best(tmp_path, student(tmp_path, "distilled", 0.5))
+    assert utils.load_file(tmp_path / "best_model.pth")["run"] == "distilled"

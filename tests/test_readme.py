@@ -23,7 +23,7 @@ import config
 import data_loader
 import models
 import utils
-from conftest import ROOT, STUDENT, TEACHER
+from conftest import ROOT, STUDENT, TEACHER, save_best
 
 FILES = ("README.md", "results/README.md", "checkpoints/README.md", "tests/README.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
@@ -56,8 +56,7 @@ def folder(tmp_path_factory):
     model = models.build_model("efficientnet_b0", 10)
     model.classifier.weight.data *= 3e5  # untrained, it is as sure of what it sees as a trained one
     info = models.describe("baseline", model, "efficientnet_b0", data, args)
-    utils.save_best(folder / "checkpoints" / "best_model.pth", model, info,
-                    {"epoch": 1, "val_accuracy": 0.1})
+    save_best(folder / "checkpoints" / "best_model.pth", model, info)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
     return folder

@@ -194,7 +194,7 @@ def test_best_model_is_the_one_validated(arguments):
     row = last_of(args)["history"][about["epoch"] - 1]
     assert about["val_accuracy"] == row["val_accuracy"] == max(
         row["val_accuracy"] for row in last_of(args)["history"])
-    measured = models.validate(kept, loader)
+    measured = train_baseline.validate(kept, loader)
     assert measured["val_accuracy"] == about["val_accuracy"]
     assert measured["val_loss"] == pytest.approx(row["val_loss"], rel=1e-4)
 
@@ -254,7 +254,7 @@ def test_killed_between_two_files_of_an_epoch(train, tmp_path, monkeypatch):
     """Where best_model.pth or last.pth is an epoch ahead of the rest, the end is the same."""
     folder, flags = tmp_path / "checkpoints" / "quick" / "baseline", ["--num-epochs", "3"]
     csv_file = tmp_path / "results" / "quick" / "baseline_history.csv"
-    monkeypatch.setattr(models, "validate", stop_after(3, models.validate))
+    monkeypatch.setattr(train_baseline, "validate", stop_after(3, train_baseline.validate))
     with pytest.raises(utils.Stopped):
         train("baseline", *flags)
     second = {file: file.read_bytes() for file in (folder / "last.pth", csv_file)}
@@ -262,14 +262,14 @@ def test_killed_between_two_files_of_an_epoch(train, tmp_path, monkeypatch):
     monkeypatch.undo()
     train("baseline", *flags)
     whole, table = result(folder), csv_file.read_text(encoding="utf-8")
-    assert len(table.splitlines()) == 4 and utils.is_finished(folder)
+    assert len(table.splitlines()) == 4 and train_baseline.is_finished(folder)
 
     csv_file.write_bytes(second[csv_file])  # the last epoch's best and last were written
     train("baseline", *flags)
     assert csv_file.read_text(encoding="utf-8") == table
     for file, content in second.items():  # its best alone was written
         file.write_bytes(content)
-    assert not utils.is_finished(folder)
+    assert not train_baseline.is_finished(folder)
     train("baseline", *flags)
     assert_same_result(whole, result(folder))
 
@@ -279,13 +279,11 @@ def test_killed_within_the_first_epoch_is_not_finished(train, tmp_path):
     folder = tmp_path / "checkpoints" / "quick" / "baseline"
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils.Run, "write_history", lambda run: seen.append(
-            [utils.is_finished(folder), utils.load_file(folder / "last.pth")["history"]]))
-        save_best = utils.save_best
-        patch.setattr(utils, "save_best", lambda *what: (
-            save_best(*what), seen.append(utils.is_finished(folder))))
+        save_file = utils.save_file
+        patch.setattr(utils, "save_file", lambda content, target: (
+            save_file(content, target), seen.append(train_baseline.is_finished(folder))))
         train("baseline", "--num-epochs", "1")
-    assert seen[0] is False and seen[1][0] is True
+    assert seen == [False, False, True]  # a mark without an epoch, best_model.pth, last.pth
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9", "--mixup-alpha", "0.4",
@@ -307,7 +305,7 @@ def test_run_that_goes_on_ends_with_the_same_weights(arguments, flags):
     args.fresh = True
     model, info, data = build()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "validate", stop_after(2, models.validate))
+        patch.setattr(train_baseline, "validate", stop_after(2, train_baseline.validate))
         with pytest.raises(utils.Stopped):
             train_baseline.train(model, info, data, args)
     assert len(last_of(args)["history"]) == 1
@@ -400,7 +398,7 @@ def test_several_seeds(train, tmp_path, capsys):
     assert not list((folder / "baseline.1").glob("seed_*"))
     train("baseline", "--seeds", "3", "--learning-rate", "0.001")
     assert (folder / "baseline" / "seed_3.1" / "best_model.pth").is_file()
-    assert len(utils.student_checkpoints(folder / "baseline")) == 4
+    assert len(models.student_checkpoints(folder / "baseline")) == 4
 
 
 # What it costs ------------------------------------------------------------------------------------

@@ -335,35 +335,6 @@ def test_file_in_place_of_a_folder(tmp_path, flag):
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and "file" in err
 
 
-# The best student ---------------------------------------------------------------------------------
-
-def student(folder, run, accuracy, **more):
-    info = {"run": run, "dataset": "Digits", "class_names": ["a"], "split_fingerprint": "f", **more}
-    row = {"epoch": 1, "val_accuracy": accuracy}
-    utils.save_best(folder / run / "best_model.pth", torch.nn.Linear(1, 1), info, row)
-    return info
-
-
-@pytest.mark.parametrize("baseline, distilled, chosen", [
-    (0.5, 0.6, "distilled"), (0.6, 0.5, "baseline"), (0.5, 0.5, "baseline")])
-def test_best_student_is_chosen_on_validation_and_a_tie_goes_to_the_baseline(
-        tmp_path, capsys, baseline, distilled, chosen):
-    like = student(tmp_path, "baseline", baseline)
-    student(tmp_path, "distilled", distilled)
-    student(tmp_path, "teacher", 0.99)
-    utils.choose_best(tmp_path, like)
-    assert utils.load_file(tmp_path / "best_model.pth")["run"] == chosen
-    assert f"best student so far: {chosen}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("odd", [{"split_fingerprint": "g"}, {"dataset": "CIFAR10"},
-                                 {"class_names": ["b"]}])
-def test_students_on_other_data_are_no_rivals(tmp_path, odd):
-    student(tmp_path, "baseline", 0.9, **odd)
-    utils.choose_best(tmp_path, student(tmp_path, "distilled", 0.5))
-    assert utils.load_file(tmp_path / "best_model.pth")["run"] == "distilled"
-
-
 # The meter ----------------------------------------------------------------------------------------
 
 class Batches:
