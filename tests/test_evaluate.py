@@ -231,7 +231,8 @@ def test_seeds_of_both_runs_are_used_and_the_rest_is_named(trained, tmp_path):
     shutil.copytree(trained / "c" / "quick" / "baseline", folder / "baseline" / "seed_0.1")
     shutil.copy(trained / "c" / "quick" / "baseline" / "best_model.pth", folder / "baseline")
     report = report_in(run_again(tmp_path, tmp_path / "r")).replace("\n", " ")
-    assert "seeds 0, 1, 2" in report and "±" in report and "over 3 seeds" in report
+    assert "seeds 0, 1, 2" in report and "±" in report
+    assert "over 3 seeds and the test images" in report
     assert ("Left out: baseline seed 5 (the other run lacks it), distilled seed 7 (the other run "
             "lacks it), the plain baseline run.") in report
 
@@ -329,22 +330,45 @@ def test_temperature_is_fitted_on_the_validation_images(trained):
     assert scaled["temperature"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_bootstrap_agrees_with_drawing_images():
-    values, chances = [-1, -0.5, 0, 0.5, 1], [0.1, 0.1, 0.5, 0.1, 0.2]
-    gain = np.random.default_rng(0).choice(values, size=400, p=chances)
-    drawn = np.random.default_rng(1).choice(gain, (10000, 400)).mean(1)
-    wanted = np.quantile(drawn, (0.025, 0.975)).tolist()
-    assert evaluate.bootstrap_interval(gain) == pytest.approx(wanted, abs=0.004)
-    assert evaluate.bootstrap_interval(gain) == evaluate.bootstrap_interval(gain)
-    assert evaluate.bootstrap_interval(np.zeros(50)) == [0, 0]
+def test_interval_over_images_agrees_with_scipys_t_and_bootstrap():
+    gain = np.random.default_rng(0).choice([-1.0, 0, 1], size=800, p=[0.1, 0.75, 0.15])
+    got = evaluate.interval(gain[None])
+    assert got == pytest.approx(list(scipy.stats.ttest_1samp(gain, 0).confidence_interval()))
+    drawn = scipy.stats.bootstrap([gain], np.mean, n_resamples=2000, batch=100, rng=1)
+    assert got == pytest.approx(list(drawn.confidence_interval), abs=0.002)
+    assert evaluate.interval(np.zeros((1, 50))) == evaluate.interval(np.zeros((3, 50))) == [0, 0]
 
 
-def test_bootstrap_interval_covers_the_truth_95_times_in_100():
+def test_interval_over_seeds_and_images_by_hand():
+    """Sums of squares written out."""
+    gains = [[1, 0, 0, 1, 0, 0, 1, 0], [0, 0, 0, 0, -1, 0, 0, 0], [1, 1, 0, 1, 0, 1, 1, 0]]
+    S, N, mean = 3, 8, sum(map(sum, gains)) / 24
+    seeds = [sum(row) / N for row in gains]
+    images = [sum(row[i] for row in gains) / S for i in range(N)]
+    a = N * sum((x - mean)**2 for x in seeds) / (S - 1)
+    b = S * sum((x - mean)**2 for x in images) / (N - 1)
+    e = sum((gains[s][i] - seeds[s] - images[i] + mean)**2
+            for s in range(S) for i in range(N)) / ((S - 1) * (N - 1))
+    assert a > e
+    half = scipy.stats.t.ppf(0.975, S - 1) * math.sqrt((a + b - e) / (S * N))
+    assert evaluate.interval(np.array(gains)) == pytest.approx([mean - half, mean + half])
+    alike = np.array([gains[0], gains[0][::-1]])  # no seed is better than another
+    assert evaluate.interval(alike) == pytest.approx(evaluate.interval(alike.mean(0)[None]))
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("scatter", [0, 0.1])
+def test_interval_over_both_covers_the_truth_95_times_in_100(seeds, scatter):
+    """1,000 comparisons of equal methods on 1,000 images of unequal difficulty. A training run is
+    better or worse by chance, and each method has images that suit it."""
     random, covered = np.random.default_rng(0), 0
-    for i in range(1000):
-        gain = random.choice([-1.0, 0.0, 1.0], size=1000, p=[0.06, 0.85, 0.09])
-        low, high = evaluate.bootstrap_interval(gain, seed=i)
-        covered += low <= 0.03 <= high
+    for _ in range(1000):
+        difficulty, taste = random.normal(1, 2, 1000), random.normal(0, 0.5, 1000)
+        luck = random.normal(0, scatter, (2, seeds, 1))
+        right = [random.random((seeds, 1000)) < scipy.special.expit(difficulty + side + chance)
+                 for side, chance in zip((taste, -taste), luck, strict=True)]
+        low, high = evaluate.interval(right[0].astype(float) - right[1])
+        covered += low <= 0 <= high
     assert 930 <= covered <= 970
 
 
@@ -354,7 +378,7 @@ def test_t_interval_agrees_with_the_formula():
     reach = scipy.stats.t.ppf(0.975, 3) * np.std(values, ddof=1) / 2
     assert interval == pytest.approx([np.mean(values) - reach, np.mean(values) + reach])
     assert p == pytest.approx(scipy.stats.ttest_rel(values, [0] * 4).pvalue)
-    assert evaluate.t_test([0.1]) == (None, None) and evaluate.t_test([0.1, 0.1])[1] is None
+    assert evaluate.t_test([0.1]) == evaluate.t_test([0.1, 0.1]) == (None, None)
 
 
 def test_fidelity_by_hand_and_by_scipy():
@@ -399,7 +423,7 @@ def test_verdict_follows_the_interval(wrong, verdict, words):
     assert alone == (wrong[1], wrong[0])
     p = scipy.stats.binomtest(wrong[0], sum(wrong)).pvalue
     assert comparison["mcnemar_p_by_seed"] == [pytest.approx(p)]
-    sentence = evaluate.verdict_sentence(numbers)
+    sentence, = evaluate.verdict_lines(numbers)
     assert words in sentence and "over test images" in sentence
     assert ("better" in sentence) == (verdict == "better")
 
@@ -412,31 +436,42 @@ def test_mcnemar_on_a_published_table():
         assert comparison["mcnemar_p_by_seed"] == [pytest.approx(p, abs=5e-5)]
 
 
-def test_from_three_seeds_on_the_verdict_rests_on_them():
+def test_from_three_seeds_on_the_verdict_rests_on_seeds_and_images():
     labels = np.arange(1000) % 10
     two, three = (evaluate.compare(pair_of(labels, 60, 20, seeds), labels, None)
                   for seeds in (2, 3))
     comparison, gains = three["comparison"], [0.040, 0.039, 0.038]
-    assert two["comparison"]["rests_on"] == "images" and comparison["rests_on"] == "seeds"
+    assert two["comparison"]["rests_on"] == "images" and comparison["rests_on"] == "both"
     assert comparison["difference_by_seed"] == pytest.approx(gains)
     interval = scipy.stats.ttest_1samp(gains, 0).confidence_interval()
     assert comparison["interval_over_seeds"] == pytest.approx(list(interval))
-    assert "over 3 seeds, paired t-test" in evaluate.verdict_sentence(three)
+    low, high = comparison["interval_over_both"]
+    assert low < interval.low and interval.high < high  # images are few, seeds nearly alike
+    first, second = evaluate.verdict_lines(three)
+    assert f"{100 * low:+.2f} to {100 * high:+.2f} over 3 seeds and the test images" in first
+    assert "Over the test images alone: " in second and "the seeds alone: +3." in second
     baseline = three["models"]["baseline"]
     assert baseline["top1"] == pytest.approx(0.939)
     assert baseline["sd"]["top1"] == pytest.approx(0.001) and three["seeds"] == [0, 1, 2]
 
 
-def test_changed_classes_by_hand():
-    labels = np.repeat(np.arange(3), 10)
-    before, after = labels.copy(), labels.copy()
-    before[:4], after[:1], after[20:23] = 1, 1, 0
-    entries = {"baseline": [entry_of(answers(before, 3))],
-               "distilled": [entry_of(answers(after, 3))]}
-    numbers = evaluate.compare(entries, labels, None)
-    lines = "\n".join(evaluate.change_lines(numbers))
-    assert lines.index("c0") < lines.index("c2")
-    assert "+30.00" in lines and "-30.00" in lines and "c1" not in lines
+def test_seeds_with_equal_gains_do_not_prove_it():
+    """One image of 360 more with each of three seeds, and seeds that all gain much."""
+    labels = np.arange(360) % 10
+    for more, verdict in ((1, "undecided"), (30, "better")):
+        entries = {"baseline": [], "distilled": []}
+        for seed in range(3):
+            wrong = (np.arange(360) - 40 * seed) % 360 < more
+            entries["baseline"].append(
+                entry_of(answers(np.where(wrong, (labels + 1) % 10, labels), 10), seed=seed))
+            entries["distilled"].append(entry_of(answers(labels, 10), seed=seed))
+        numbers = evaluate.compare(entries, labels, None)
+        comparison = numbers["comparison"]
+        assert comparison["difference_by_seed"] == pytest.approx([more / 360] * 3)
+        assert comparison["interval_over_seeds"] is comparison["t_test_p"] is None
+        low, high = comparison["interval_over_both"]
+        assert comparison["verdict"] == verdict and high - low > 0.005
+        assert "the seeds alone: none, since they are alike" in evaluate.verdict_lines(numbers)[1]
 
 
 def test_diagnostics_figure_shows_the_histories():
