@@ -109,7 +109,8 @@ def accuracy(logits, labels):
 
 def entropy(logits):
     """Mean entropy in nats of the softmax of `logits`, a 0-d tensor: how sure the model is."""
-    return torch.distributions.Categorical(logits=logits.detach().float()).entropy().mean()
+    log_probabilities = F.log_softmax(logits.detach().float(), 1)
+    return -(log_probabilities.exp() * log_probabilities).sum(1).mean()
 
 
 # Losses -------------------------------------------------------------------------------------------

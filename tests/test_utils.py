@@ -115,7 +115,8 @@ print(faults * resource.getpagesize())
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
                           check=True)
-    assert int(done.stdout.splitlines()[-1]) < 5 * 100e6  # bytes that came anew, of 20 * 100 MB
+    # Bytes that came anew: 2,000 MB without the call, 200 to 800 with it, by where the blocks lie.
+    assert int(done.stdout.splitlines()[-1]) < 12 * 100e6
 
 
 # Files --------------------------------------------------------------------------------------------
