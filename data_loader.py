@@ -1,29 +1,35 @@
 """Datasets, their split into training, validation and test images, and the batches made of them.
 
-`open_dataset` gives training and validation images; only evaluate.py calls `open_test`. A loader
-yields images (B, 3, S, S) on the device, floats in [0, 1]; each model normalises them itself.
+`open_dataset` gives training and validation images; of test images it sees but whether a folder's
+can be decoded. A loader yields images (B, 3, S, S) on the device, floats in [0, 1]; each model
+normalises them itself.
 
-Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor; photographs
-are decoded by worker processes onto square canvases. Both are cropped, mirrored and resized on the
-device, a whole batch at a time.
+Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor, and are
+cropped, mirrored and resized there, a whole batch at a time. Photographs are by worker processes.
 """
+import contextlib
+import ctypes
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import socket
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup
 from torchvision import datasets, transforms
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm.contrib.concurrent import thread_map
 
 from utils import UserError, WrongUse, first_line, load_file, save_file
@@ -32,7 +38,7 @@ SMALL = 96                   # px: square images of one size up to this side are
 CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in He et al. 2015
 CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)  # its width / height
-SMALLEST_CROP = (CROP_SCALE[0] * CROP_RATIO[0] / 1.5) ** 0.5  # its side as a share, up to 3:2
+TURNED = 0x0112              # EXIF's tag of how a camera was held; from 5 on, width is height
 EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
 DOWNLOAD_TIMEOUT = 20        # s without an answer
 DOWNLOAD_MB = {"CIFAR100": 340, "CIFAR10": 340, "Flowers102": 700}  # archive and what is in it
@@ -68,7 +74,7 @@ def open_dataset(args):
     name, augmentation = args.dataset_name, args.augmentation
     whole, class_names = read_part(name, "train", args)
     if name == "ImageFolder":
-        check_class_folders(Path(args.dataset_dir), class_names)
+        check_other_parts(class_names, args)
     if name == "Flowers102" or (name == "ImageFolder" and Path(args.dataset_dir, "val").is_dir()):
         train = whole
         val, _ = read_part(name, "val", args)
@@ -90,12 +96,20 @@ def open_dataset(args):
     if augmentation == "auto":
         for_small = "crop" if name == "Digits" else "flip_crop"  # a mirrored digit is no digit
         augmentation = "resized_crop" if train.pixels is None else for_small
+    print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
+          f"{len(val.labels)} validation images")
     return Dataset(name, class_names, train, val, fingerprint, augmentation)
 
 
-def open_test(name, args):
-    """The test images of dataset `name` and its class names. Only evaluate.py calls this."""
-    return read_part(name, "test", args)
+def check_other_parts(class_names, args):
+    """Hold test/ and, where there is one, val/ against train/: same classes, sound pictures."""
+    for part in ("test", "val"):
+        names = class_names
+        if part == "test" or Path(args.dataset_dir, part).is_dir():
+            _, names = read_part("ImageFolder", part, args)
+        if odd := sorted(set(names) ^ set(class_names)):
+            raise UserError(f"{part}/ and train/ in {args.dataset_dir} must have the same class "
+                            f"folders; {len(odd)} differ: {', '.join(odd[:10])}")
 
 
 def split(labels, fraction, seed):
@@ -124,6 +138,8 @@ def read_part(name, part, args):
         flowers = download(datasets.Flowers102, args.data_dir, split=part)
         labels = torch.tensor(flowers._labels)  # neither these nor the files have a public name
         return Images(None, flowers._image_files, labels, []), list(flowers.classes)
+    if name not in ("CIFAR10", "CIFAR100"):  # a checkpoint may say anything
+        raise UserError(f"there is no dataset {name!r} here")
     cifar = download(getattr(datasets, name), args.data_dir, train=part != "test")
     pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return Images(pixels, None, torch.tensor(cifar.targets), []), list(cifar.classes)
@@ -167,52 +183,55 @@ def read_folder(folder, data_dir):
     All are decoded once, so that a broken one is found before training. What came out is kept in
     `data_dir`/decoded/ for the next time, while names, sizes and dates of the files stay the same.
     """
-    try:
-        found = datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is no folder of pictures in one folder per class: "
-                        f"{first_line(error)}") from None
-    files, labels = [Path(file) for file, _ in found.samples], torch.tensor(found.targets)
+    class_names, files, labels = list_pictures(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
     stats = [file.stat() for file in files]
     known_by = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
     signature = sha256(json.dumps(known_by).encode()).hexdigest()
     place = sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     kept = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{place}.pth")
-    content = load_decoded(kept, signature) if kept.exists() else None
-    if content is None:
-        pixels = decode(folder, files)
-        content = {"signature": signature, "pixels": pixels,
-                   "checksum": None if pixels is None else sha256(pixels.numpy()).hexdigest()}
+    try:
+        content = load_file(kept) if kept.exists() else {}
+    except UserError:
+        print(f"{kept} is damaged and will be made again")
+        content = {}
+    if content.get("signature") != signature:
+        content = {"signature": signature, "pixels": decode(folder, files)}
         try:
             save_file(content, kept)
         except OSError as error:
             print(f"the decoded pictures could not be kept in {kept} ({error.strerror}); "
                   "they will be decoded again next time")
     pixels = content["pixels"]
-    return Images(pixels, files if pixels is None else None, labels, names), found.classes
+    return Images(pixels, files if pixels is None else None, labels, names), class_names
 
 
-def load_decoded(kept, signature):
-    """What the file `kept` holds; None where it is of other pictures, or damaged."""
-    try:
-        content = load_file(kept)
-        if content["signature"] != signature:
-            return None
-        pixels = content["pixels"]
-        if pixels is None or sha256(pixels.numpy()).hexdigest() == content["checksum"]:
-            return content
-    except (UserError, KeyError, AttributeError, TypeError, ValueError, RuntimeError):
-        pass  # not what was saved
-    print(f"{kept} is damaged and will be made again")
-    return None
+def list_pictures(folder):
+    """Class names, sorted, and paths and labels of the pictures below folder/<class>/. Folders that
+    are links (they may lead in a circle), hidden ones and other files are passed over."""
+    found = sorted(entry for entry in folder.glob("[!.]*") if entry.is_dir())
+    files, labels, passed = [], [], 0
+    for label, class_folder in enumerate(found):
+        paths = [Path(place, name) for place, _, names in os.walk(class_folder) for name in names]
+        pictures = sorted(
+            path for path in paths if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
+            and path.is_file() and "/." not in path.relative_to(folder).as_posix())
+        if not pictures:
+            raise UserError(f"{class_folder} should be a class and has no picture")
+        files, labels = files + pictures, labels + [label] * len(pictures)
+        passed += len(paths) - len(pictures)
+    if len(found) < 2:
+        raise WrongUse(f"{folder} must have two or more folders with pictures, one for each class")
+    if passed:
+        say_once(f"{folder}: {passed} files are no pictures or hidden, and are passed over")
+    return [entry.name for entry in found], files, torch.tensor(labels)
 
 
 def decode(folder, files):
     """Pixels (N, 3, H, H) of small square pictures of one size, else None. Raises UserError."""
     def read(file):
         try:
-            image = read_image(file)
+            image = read_image(file, 2 * SMALL)
         except UserError as error:
             return error
         return np.asarray(image) if image.width == image.height <= SMALL else None
@@ -228,26 +247,26 @@ def decode(folder, files):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-def check_class_folders(folder, class_names):
-    """Hold the class folders of test/ and, where there is one, val/ against the training part's."""
-    for part in (folder / "val", folder / "test"):
-        odd = sorted({entry.name for entry in part.glob("*") if entry.is_dir()} ^ set(class_names))
-        if odd and (part.name == "test" or part.is_dir()):
-            more = ", …" if len(odd) > 10 else ""
-            raise UserError(f"{part} must have the same class folders as {folder / 'train'}; "
-                            f"{len(odd)} differ: {', '.join(odd[:10])}{more}")
-
-
-def read_image(file):
-    """A picture (path or open file) as an RGB PIL image; UserError where it cannot be read."""
+@contextlib.contextmanager
+def opened(file):
+    """A picture (path or open file) as Pillow opens it; UserError where it cannot be read."""
     try:
         with Image.open(file) as image:
-            return to_rgb(image)
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         name = file  # these are the errors that Pillow's decoders raise
         if not isinstance(file, (str, Path)):  # an upload's name is its `filename`
             name = getattr(file, "filename", None) or getattr(file, "name", "the file")
         raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
+
+
+def read_image(file, least=None):
+    """A picture (path or open file) as an RGB PIL image; UserError where it cannot be read. A JPEG
+    comes at a half, fourth or eighth of its size where both sides stay at `least` so many px."""
+    with opened(file) as image:
+        if least:  # skips most of the decoding: 28 ms instead of 212 for 12 megapixels
+            image.draft("RGB", (least, least))
+        return to_rgb(image)
 
 
 def to_rgb(image):
@@ -263,11 +282,19 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def picture(images, i):
-    """Image `i` of one part as a person sees it: an RGB PIL image."""
+def picture(images, i, least=None):
+    """Image `i` of one part as a person sees it: an RGB PIL image, perhaps reduced (read_image)."""
     if images.pixels is None:
-        return read_image(images.files[i])
+        return read_image(images.files[i], least)
     return transforms.functional.to_pil_image(images.pixels[i])
+
+
+def size_of(images, i):
+    """(width, height) of `picture(images, i)`, from the head of its file."""
+    if images.pixels is not None:
+        return images.pixels.shape[:1:-1]
+    with opened(images.files[i]) as image:
+        return image.size[::-1] if image.getexif().get(TURNED, 1) > 4 else image.size
 
 
 def crop_to_size(info):
@@ -285,125 +312,127 @@ def build_transform(info):
 
 # Batches ------------------------------------------------------------------------------------------
 
-def resize(images, rows, columns):
-    """Resize images (B, 3, H, W) by the matrices rows (B or 1, S, H) and columns (B or 1, S, W) to
-    (B, 3, S, S), channels_last. After each axis values are clipped to [0, 1], as PIL clips them."""
-    B, C, H, W = images.shape
-    S = rows.shape[1]
-    # The channels lie side by side, so that each image takes one product an axis and not three.
-    narrow = (images.reshape(B, C * H, W) @ columns.transpose(1, 2)).clamp_(0, 1)
-    side_by_side = narrow.view(B, C, H, S).transpose(1, 2).reshape(B, H, C * S)
-    resized = (rows @ side_by_side).clamp_(0, 1).view(B, S, C, S).transpose(1, 2)
-    return resized.contiguous(memory_format=torch.channels_last)
-
-
-def resize_matrices(start, length, side, size, interpolation):
-    """Matrices (*, size, side), one for each start and length (*): it resizes `length` of an axis'
-    `side` pixels, from `start` on, to `size`. The antialiased filter of PIL's Resample.c: bicubic
-    with a = -0.5, or a triangle, widened by the scale when shrinking, cut off at both ends."""
-    scale = (length / size)[..., None, None]
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    pixel = torch.arange(side, device=start.device) - start[..., None, None]
-    x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()
-    if interpolation == "bicubic":
-        far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-        weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, far) * (x < 2)
-    else:
-        weights = (1 - x).clamp(min=0)
-    weights = weights * ((pixel >= 0) & (pixel < length[..., None, None]))
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def shift_matrices(side, margin, size, interpolation, device):
-    """Matrices (2 * margin + 1, size, side), one for each place of a crop as large as the image in
-    the image with a black border of `margin` pixels; without one, that of the whole image."""
-    start, padded = torch.arange(2 * margin + 1.0, device=device), side + 2 * margin
-    matrices = resize_matrices(start, torch.full_like(start, side), padded, size, interpolation)
-    return matrices[..., margin:margin + side]  # black adds nothing
-
-
-def draw_crops(number, generator):
-    """What is random in `number` random resized crops: (number, 22), ten tries of log aspect ratio
-    and area, then a position. `resized_boxes` makes boxes of it once the pictures are known."""
-    low = torch.tensor([math.log(CROP_RATIO[0]), CROP_SCALE[0]])
-    high = torch.tensor([math.log(CROP_RATIO[1]), CROP_SCALE[1]])
-    tries = torch.rand(number, 10, 2, generator=generator) * (high - low) + low
-    return torch.cat([tries.flatten(1), torch.rand(number, 2, generator=generator)], 1)
-
-
-def resized_boxes(draws, aspect, side):
-    """Random resized crops (Szegedy et al. 2015) of pictures of width / height `aspect` (B,), which
-    were stretched onto canvases of `side` pixels: top and left (B, 2), height and width (B, 2).
-    As in torchvision the first try that fits, or else the largest central box of a legal ratio."""
-    log_ratio, area = draws[:, :20].view(-1, 10, 2).unbind(2)
-    ratio, aspect = log_ratio.exp(), aspect[:, None]
-    tries = torch.stack([area * aspect / ratio, area * ratio / aspect], 2).sqrt()  # (B, 10, 2)
-    largest = torch.stack([aspect / CROP_RATIO[0], CROP_RATIO[1] / aspect], 2).clamp(max=1)
-    shapes = torch.cat([tries, largest], 1)  # (B, 11, 2) shares of the canvas; the last fits
-    first = (shapes <= 1).all(2).float().argmax(1)[:, None]
-    extent = (shapes.take_along_dim(first[:, None], 1)[:, 0] * side).round().clamp(min=1)
-    position = torch.where(first < 10, draws[:, 20:], 0.5)
-    return (position * (side - extent + 1)).floor().clamp(min=0), extent
-
-
 class SmallImages:
-    """Small images of one size, on the device or, where they do not fit, in the host's memory."""
-    def __init__(self, images, device):
-        self.device = device
+    """Small images of one size, on the device or, where they do not fit, in the host's memory.
+    `sizes` are those to crop them to: the student's and, where it is another, its teacher's."""
+    def __init__(self, images, sizes, interpolation, augmentation, device):
+        self.sizes, self.interpolation, self.device = sizes, interpolation, device
         self.pixels = images.pixels.to(home_of(images.pixels, device))
-        self.labels = images.labels.to(device)
+        self.labels, side = images.labels.to(device), images.pixels.shape[-1]
+        self.margin = 0 if augmentation == "none" else max(1, round(side * CROP_PADDING))
+        self.flip_share = 0.5 if augmentation == "flip_crop" else 0
 
-    def batches(self, order, batch_size):
-        """Yield the images of the indices `order` (N,), `batch_size` at a time, all on the device:
-        uint8 pixels (B, 3, H, H), labels (B,) and width / height (B,)."""
-        for chosen in order.to(self.pixels.device).split(batch_size):
+    def batches(self, order, batch_size, generator):
+        """Yield (views, labels (B,)) of the images of the indices `order` (N,), all on the device:
+        for each of `sizes` the same crops (B, 3, S, S), floats in [0, 1], channels_last."""
+        corners = torch.randint(2 * self.margin + 1, (len(order), 2, 1), generator=generator)
+        flips = torch.rand(len(order), 1, generator=generator) < self.flip_share
+        corners, flips = corners.to(self.device), flips.to(self.device)
+        line = torch.arange(self.pixels.shape[-1], device=self.device)
+        channel = torch.arange(3, device=self.device)[:, None, None]
+        parts = (part.split(batch_size) for part in (order.to(self.pixels.device), corners, flips))
+        for chosen, corner, flip in zip(*parts, strict=True):
             pixels = self.pixels[chosen]
             if pixels.device.type != self.device.type:  # "cuda" is no "cuda:0", so compare types
                 # Nothing waits for a copy out of pinned memory.
                 pixels = pixels.pin_memory().to(self.device, non_blocking=True)
                 chosen = chosen.pin_memory().to(self.device, non_blocking=True)
-            yield pixels, self.labels[chosen], torch.ones(len(pixels), device=self.device)
+            rows, columns = (corner + line).unbind(1)  # each (B, H)
+            columns = torch.where(flip, columns.flip(1), columns)
+            image = torch.arange(len(pixels), device=self.device)[:, None, None, None]
+            padded = F.pad(pixels, [self.margin] * 4)  # with black
+            crops = padded[image, channel, rows[:, None, :, None], columns[:, None, None]] / 255
+            views = [resize(crops, size, self.interpolation) for size in self.sizes]
+            yield views, self.labels[chosen]
+
+
+def resize(images, size, mode):
+    """Images (B, 3, H, H) in [0, 1] to (B, 3, S, S), channels_last, as PIL does: antialiased, one
+    axis after the other, clipped after each."""
+    for shape in ((images.shape[2], size), (size, size)):
+        images = F.interpolate(images, shape, mode=mode, antialias=True).clamp(0, 1)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class Photographs:
-    """Photographs, decoded by worker processes and made square by `canvas`, a PIL transform."""
-    def __init__(self, images, canvas, device, num_workers):
-        self.device, self.labels = device, images.labels
-        self.batch_indices = []  # refilled for each epoch, so that the DataLoader keeps its workers
+    """Images of which workers make views: `view(images, i, seed)` is a list of PIL images."""
+    def __init__(self, images, view, device, num_workers, keep_workers=False):
+        self.device, self.labels = device, images.labels.tolist()
+        self.items = []  # refilled for each epoch, so that the DataLoader keeps its workers
         self.decoded = torch.utils.data.DataLoader(
-            list(zip(images.files, images.labels.tolist(), strict=True)),
-            batch_sampler=self.batch_indices, collate_fn=functools.partial(decode_batch, canvas),
-            num_workers=num_workers, persistent_workers=num_workers > 0,
+            Items(), batch_sampler=self.items, num_workers=num_workers,
+            collate_fn=functools.partial(decode_batch, functools.partial(view, images)),
+            persistent_workers=keep_workers and num_workers > 0,
             worker_init_fn=leave_signals_to_the_parent, pin_memory=device.type == "cuda",
             generator=torch.Generator())  # or it would draw from the global one, as dropout does
 
-    def batches(self, order, batch_size):
+    def batches(self, order, batch_size, generator):
         """As SmallImages.batches. Raises UserError where a picture cannot be read any more."""
-        self.batch_indices[:] = [indices.tolist() for indices in order.split(batch_size)]
+        seeds = torch.randint(2**31, (len(order),), generator=generator).tolist()
+        items = [(i, seed, self.labels[i]) for i, seed in zip(order.tolist(), seeds, strict=True)]
+        self.items[:] = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
         for batch in self.decoded:
             if isinstance(batch, UserError):
                 raise batch
-            yield [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            *views, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield [(view / 255).contiguous(memory_format=torch.channels_last)
+                   for view in views], labels
 
 
-def decode_batch(canvas, items):
-    """What SmallImages.batches yields, but on the host, of (file, label) pairs; or a UserError:
-    raised, it would come out of the worker with its traceback in its text."""
-    batch = []
+class Items:
+    """A dataset of whatever it is asked for: here the sampler says it all."""
+    def __getitem__(self, item):
+        return item
+
+
+def decode_batch(view, items):
+    """[views (B, 3, S, S) uint8 of each size, labels (B,)] of (i, seed, label) triples; or a
+    UserError: raised, it would come out of the worker with its traceback in its text."""
     try:
-        for file, label in items:
-            image = read_image(file)
-            aspect = np.float32(image.width / image.height)
-            batch.append((transforms.functional.pil_to_tensor(canvas(image)), label, aspect))
+        batch = [[*map(pil_to_tensor, view(i, seed)), label] for i, seed, label in items]
     except UserError as error:
         return error
     return torch.utils.data.default_collate(batch)
 
 
+def middle_view(info, images, i, seed):
+    """What evaluation sees of a photograph; nothing is random in it."""
+    return [crop_to_size(info)(picture(images, i))]
+
+
+def random_views(sizes, interpolation, augmentation, images, i, seed):
+    """A random resized crop (Szegedy et al. 2015) of image `i`, mirrored or not, at each of the
+    `sizes`. With augmentation "none" it is the whole image."""
+    width, height = size_of(images, i)
+    top, left, h, w, flip = 0, 0, height, width, False
+    if augmentation != "none":
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            top, left, h, w = transforms.RandomResizedCrop.get_params(
+                torch.empty(0, height, width), CROP_SCALE, CROP_RATIO)
+            flip = torch.rand(()).item() < 0.5
+    views, decoded = [], {}
+    for size in sizes:  # each from a decoding that follows from its own size alone
+        least = math.ceil(size * max(width / w, height / h))  # so that no crop is enlarged for it
+        shrink = next(s for s in (8, 4, 2, 1) if s == 1 or s * least <= min(width, height))
+        if shrink not in decoded:
+            decoded[shrink] = picture(images, i, least)
+        whole = decoded[shrink]
+        x, y = whole.width / width, whole.height / height
+        right, bottom = min((left + w) * x, whole.width), min((top + h) * y, whole.height)
+        view = whole.resize((size, size), Image.Resampling[interpolation.upper()],
+                            (left * x, top * y, right, bottom))
+        views.append(ImageOps.mirror(view) if flip else view)
+    return views
+
+
 def leave_signals_to_the_parent(_):
-    """Ctrl-C reaches workers too; one that died of it would end training before it is saved."""
+    """Ctrl-C reaches workers too; one that died of it would end training before it is saved. But no
+    worker may outlive the parent: under Linux it shares the lock on the run's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def home_of(pixels, device):
@@ -415,7 +444,6 @@ def home_of(pixels, device):
             say_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has "
                      f"{free / 2**30:.1f} GB free")
             return torch.device("cpu")
-        say_once(f"images: {len(pixels)} of them, {size / 2**20:.0f} MB, live on the GPU")
     return device
 
 
@@ -432,32 +460,24 @@ class TrainingLoader:
     (args.seed, epoch) alone. args.accumulate_steps batches make one update; what is left of an
     epoch after its last whole update is dropped."""
     def __init__(self, data, info, args, device):
-        self.seed, self.device = args.seed, device
+        self.seed, self.device, self.count = args.seed, device, len(data.train.labels)
         self.batch_size, self.accumulate_steps = args.batch_size, args.accumulate_steps
-        self.size, self.interpolation = info["image_size"], info["interpolation"]
-        self.teacher_size = getattr(args, "teacher_image_size", None) or self.size
-        if data.train.pixels is None:  # canvases on which no crop of the student's is enlarged; a
-            self.side = math.ceil(self.size / SMALLEST_CROP)  # teacher's size must not change them
-            canvas = transforms.Resize((self.side, self.side), transforms.InterpolationMode.BICUBIC)
-            self.source = Photographs(data.train, canvas, device, args.num_workers)
+        size = info["image_size"]
+        teacher_size = getattr(args, "teacher_image_size", None) or size
+        sizes = [size] if teacher_size == size else [size, teacher_size]
+        how = sizes, info["interpolation"], data.augmentation
+        if data.train.pixels is None or data.augmentation == "resized_crop":
+            view = functools.partial(random_views, *how)
+            self.source = Photographs(data.train, view, device, args.num_workers, True)
         else:
-            self.side = data.train.pixels.shape[-1]
-            self.source = SmallImages(data.train, device)
-        self.flip_share = 0.5 if data.augmentation in ("flip_crop", "resized_crop") else 0
-        self.shifts = {}  # matrices by size, made once: they are few, and slow to make
-        if data.augmentation != "resized_crop":
-            margin = 0 if data.augmentation == "none" else max(1, round(self.side * CROP_PADDING))
-            for size in (self.size, self.teacher_size):
-                self.shifts[size] = shift_matrices(
-                    self.side, margin, size, self.interpolation, device)
+            self.source = SmallImages(data.train, *how, device)
         self.mixup = None
         if args.mixup_alpha or args.cutmix_alpha:  # label smoothing is the loss's
             self.mixup = Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0,
                                num_classes=info["num_classes"])
 
     def __len__(self):
-        updates = len(self.source.labels) // (self.batch_size * self.accumulate_steps)
-        return updates * self.accumulate_steps
+        return self.count // (self.batch_size * self.accumulate_steps) * self.accumulate_steps
 
     def epoch(self, epoch):
         """Yield (images, labels) batch by batch; labels are (B,), or mixed (B, C) floats."""
@@ -468,53 +488,33 @@ class TrainingLoader:
         """Yield (images, teacher_images, labels): the same crops of the same pictures, each at its
         own size; where the sizes are equal, the same tensor."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        count = len(self.source.labels)
-        order = torch.randperm(count, generator=generator)[:len(self) * self.batch_size]
-        if self.shifts:  # which of them, down and across
-            draws = torch.randint(len(self.shifts[self.size]), (count, 2), generator=generator)
-        else:
-            draws = draw_crops(count, generator)
-        flips = torch.rand(count, generator=generator) < self.flip_share
-        draws, flips = draws.to(self.device), flips.to(self.device)
-        for number, batch in enumerate(self.source.batches(order, self.batch_size)):
-            pixels, labels, aspect = batch
-            images, views = pixels.float() / 255, {}
-            at = slice(number * self.batch_size, (number + 1) * self.batch_size)  # in the epoch
-            for size in {self.size, self.teacher_size}:
-                if self.shifts:
-                    matrices = self.shifts[size][draws[at]]
-                else:
-                    boxes = resized_boxes(draws[at], aspect, self.side)
-                    matrices = resize_matrices(*boxes, self.side, size, self.interpolation)
-                rows, columns = matrices.unbind(1)  # each (B, size, side)
-                columns = torch.where(flips[at, None, None], columns.flip(1), columns)
-                views[size] = resize(images, rows, columns)
-                if self.mixup:
-                    np.random.seed(seed_of(self.seed, epoch, number))  # for timm, both views alike
-                    views[size], mixed = self.mixup(views[size], labels)
-            yield views[self.size], views[self.teacher_size], mixed if self.mixup else labels
+        order = torch.randperm(self.count, generator=generator)[:len(self) * self.batch_size]
+        batches = self.source.batches(order, self.batch_size, generator)
+        for number, (views, labels) in enumerate(batches):
+            if self.mixup:
+                mixed = []
+                for view in views:
+                    np.random.seed(seed_of(self.seed, epoch, number))  # for timm, all views alike
+                    mixed.append(self.mixup(view, labels))
+                views, (labels, *_) = zip(*mixed, strict=True)
+            yield views[0], views[-1], labels
 
 
 class EvaluationLoader:
     """All `images` once, in order, as the model of `info` wants them: yields (images, labels)."""
     def __init__(self, images, info, args, device):
-        size = info["image_size"]
+        size, self.count = info["image_size"], len(images.labels)
         self.batch_size = min(512, max(16, EVAL_PIXELS // size**2))
-        self.matrix = None  # photographs have their size from the workers
         if images.pixels is None:
-            self.source = Photographs(images, crop_to_size(info), device, args.num_workers)
+            view = functools.partial(middle_view, info)
+            self.source = Photographs(images, view, device, args.num_workers)
         else:
-            self.source, side = SmallImages(images, device), images.pixels.shape[-1]
-            if side != size:
-                self.matrix = shift_matrices(side, 0, size, info["interpolation"], device)
+            self.source = SmallImages(images, [size], info["interpolation"], "none", device)
 
     def __len__(self):
-        return math.ceil(len(self.source.labels) / self.batch_size)
+        return math.ceil(self.count / self.batch_size)
 
     def __iter__(self):
-        order = torch.arange(len(self.source.labels))
-        for pixels, labels, _ in self.source.batches(order, self.batch_size):
-            images = pixels.float() / 255
-            if self.matrix is not None:
-                images = resize(images, self.matrix, self.matrix)
-            yield images.contiguous(memory_format=torch.channels_last), labels
+        order, nothing_random = torch.arange(self.count), torch.Generator()
+        for (images,), labels in self.source.batches(order, self.batch_size, nothing_random):
+            yield images, labels

@@ -118,7 +118,7 @@ def open_images(info, args):
     if info["dataset"] == "ImageFolder" and not Path(settings.dataset_dir).is_dir():
         raise UserError(f"the pictures are no longer in {settings.dataset_dir}; "
                         "say where with --dataset-dir DIR")
-    test, class_names = data_loader.open_test(info["dataset"], settings)
+    test, class_names = data_loader.read_part(info["dataset"], "test", settings)
     if class_names != info["class_names"]:
         raise UserError("the test images have other classes than the checkpoints: "
                         f"{len(class_names)} against {info['num_classes']}")

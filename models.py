@@ -16,19 +16,17 @@ from utils import UserError
 # Building -----------------------------------------------------------------------------------------
 
 def build_model(name, num_classes, pretrained=False, weights=None):
-    """A timm classifier with a new head, in channels_last, that knows its own normalisation.
+    """A timm classifier in channels_last with a new head, drawn from torch's global generator.
 
-    `weights` is a local file instead of timm's download. The head's weights come from torch's
-    global generator, so seed it just before. `model.pixel_mean` and `pixel_std` (1, 3, 1, 1) are
-    what `forward` normalises with; they are no part of the state_dict, which keeps timm's own
-    names. Raises UserError where weights cannot be had.
+    `weights` is a local file instead of timm's download. `pixel_mean` and `pixel_std` (1, 3, 1, 1)
+    are what `forward` normalises with, and no part of the state_dict, which keeps timm's own names.
+    Raises UserError where weights cannot be had.
     """
     if pretrained and not weights:
         check_download(name)
-    overlay = {"file": str(weights)} if weights else None
     try:
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes,
-                                  pretrained_cfg_overlay=overlay)
+                                  pretrained_cfg_overlay=weights and {"file": str(weights)})
     except Exception as error:
         if not pretrained:
             raise
@@ -37,6 +35,9 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     for key in ("mean", "std"):
         value = torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1)
         model.register_buffer(f"pixel_{key}", value, persistent=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.SiLU):
+            module.inplace = False  # in place autograd would clone its input first: a kernel more
     return model.to(memory_format=torch.channels_last)
 
 
@@ -71,8 +72,8 @@ def why_unfit(info, args, data):
 
 
 def least_accuracy(num_classes):
-    """Validation accuracy below which a teacher knows too little to teach: thrice chance, or, of
-    two or three classes, where nobody can reach that, half the way from chance to perfect."""
+    """Validation accuracy below which a teacher would teach noise: thrice chance, or half the way
+    from chance to perfect where that is 1 or more."""
     least = max(3 / num_classes, 2 / num_classes + 0.02)
     return least if least < 1 else (1 + 1 / num_classes) / 2
 
@@ -123,8 +124,8 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
 def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
     """T^2 * KL between the softened outputs (Hinton et al. 2015).
 
-    forward: KL(teacher || student); reverse: KL(student || teacher). Gradients fall off as 1 / T^2,
-    which the factor undoes, so that the weight against the cross-entropy means the same at every T.
+    forward: KL(teacher || student); reverse: KL(student || teacher). The factor undoes the 1 / T^2
+    by which gradients fall off, so that ALPHA means the same at every T.
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
@@ -134,11 +135,8 @@ def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
 
 
 def standardise(logits):
-    """Each image's logits with mean 0 and standard deviation 1 (Sun et al. 2024), for lskd.
-
-    The temperature divides them after that; the authors use 2 or 3, and weigh this 9 against a
-    cross-entropy of 0.1, which is ALPHA = 0.989. Of two classes they are the same for all images.
-    """
+    """Each image's logits with mean 0 and standard deviation 1, for lskd (Sun et al. 2024), who
+    use T = 2 or 3 and ALPHA = 0.989. Of two classes they are the same for all images."""
     logits = logits.float()
     return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
 
@@ -172,9 +170,8 @@ def dist_loss(student_logits, teacher_logits, temperature):
     """T^2 * (inter + intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
 
     1 - Pearson's correlation between the softened probabilities (B, C) of both: inter over the
-    classes of each image, intra over the images of each class, so it needs whole batches of more
-    than a few images. The T^2 is the authors' code's, not the paper's; they add 2 * dist to a
-    cross-entropy of weight 1, which is ALPHA = 0.67, with T = 4 on CIFAR and 1 on ImageNet.
+    classes of each image, intra over the images of each class. The T^2 is the authors' code's, not
+    the paper's; they use ALPHA = 0.67, with T = 4 on CIFAR and 1 on ImageNet.
     """
     student = F.softmax(student_logits.float() / temperature, 1)
     teacher = F.softmax(teacher_logits.detach().float() / temperature, 1)
@@ -209,8 +206,7 @@ def distillation_loss(student_logits, teacher_logits, labels, args):
 
 def diagnose_teacher(teacher_logits, labels, args):
     """How sure and how often right the teacher is, and how sure its targets are in the loss."""
-    lskd = args.distillation_loss == "lskd"
-    targets = standardise(teacher_logits) if lskd else teacher_logits
+    targets = standardise(teacher_logits) if args.distillation_loss == "lskd" else teacher_logits
     return {"teacher_entropy": entropy(teacher_logits),
             "target_entropy": entropy(targets / args.temperature),
             "teacher_accuracy": accuracy(teacher_logits, labels)}
@@ -218,15 +214,18 @@ def diagnose_teacher(teacher_logits, labels, args):
 
 # Checkpoints as models ----------------------------------------------------------------------------
 
+INFO = {"model_name": str, "class_names": list, "image_size": int, "config": dict,
+        "dataset": str, "split_fingerprint": str, "val_accuracy": float, "state_dict": dict}
+
+
 def describe(run, model, name, data, args, **more):
     """What a checkpoint of `run` says of itself besides weights, epoch, accuracy: plain values."""
     cfg, small = model.pretrained_cfg, data.train.pixels is not None
-    known = cfg["interpolation"] in ("bilinear", "bicubic")
     return {
         "run": run, "model_name": name, "num_classes": len(data.class_names),
         "class_names": list(data.class_names), "image_size": args.image_size,
         "crop_pct": 1.0 if small else float(cfg["crop_pct"]),  # 32 px have no edges to cut off
-        "interpolation": cfg["interpolation"] if known else "bicubic",
+        "interpolation": "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",
         **{key: [float(value) for value in cfg[key]] for key in ("mean", "std")},
         "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
         "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(),
@@ -258,19 +257,21 @@ def gradcam_layer(model, image_size):
 
 def load_model(path, device="cpu"):
     """The model of a best_model.pth in eval mode, and its info: (model, dict without the weights).
-
-    Raises UserError where the file is missing, damaged, or holds something else.
-    """
+    Raises UserError where the file is missing, damaged, or holds something else."""
     info = utils.load_file(path)
-    weights = info.pop("state_dict", None)
-    if weights is None:
-        raise UserError(f"{path} holds no model; best_model.pth beside it may")
+    wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
+    if wrong or not timm.is_model(info["model_name"]):  # timm would download what other names say
+        raise UserError(f"{path} holds no model of this project (see its "
+                        f"{', '.join(wrong) or 'model_name'})")
+    weights, name = info.pop("state_dict"), info["model_name"]
     try:
-        model = build_model(info["model_name"], info["num_classes"])
+        model = build_model(name, info["num_classes"])
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"the weights in {path} do not fit {info.get('model_name')}: "
-                        f"{utils.first_line(error)}") from None
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise RuntimeError("some are no finite numbers")
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = utils.first_line(error)
+        raise UserError(f"the weights in {path} do not fit {name}: {reason}") from None
     return model.to(device).eval(), info
 
 

@@ -14,10 +14,10 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import filelock
@@ -40,7 +40,7 @@ class WrongUse(UserError):
 
 
 class Stopped(BaseException):  # no Exception, which a library might swallow
-    """Ctrl-C or SIGTERM: (exit status, what was saved)."""
+    """Ctrl-C, SIGTERM or SIGHUP: (exit status, what was saved)."""
 
 
 def run_script(main, args):
@@ -63,17 +63,17 @@ def run_script(main, args):
 
 
 def answer_signals(sentence):
-    """From now on end the script at Ctrl-C and SIGTERM, with what `sentence()` says then."""
+    """From now on end the script at a signal to stop, with what `sentence()` says then."""
     def stop(number, frame):
         raise Stopped(128 + number, sentence())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+        signal.signal(getattr(signal, name), stop)
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory",
-             "unable to find an engine")  # the last is cuDNN's, left without a workspace
+             "unable to find an engine", "WinError 1455")  # cuDNN's; Windows' paging file
 BAD_FOLDER = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
-              getattr(errno, "EDQUOT", errno.ENOSPC)}
+              errno.EISDIR, errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def explanation(error, args):
@@ -82,11 +82,8 @@ def explanation(error, args):
     if isinstance(error, UserError):
         return error
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
-        peak = ""
-        if torch.cuda.is_initialized():
-            peak = f" ({torch.cuda.max_memory_allocated() / 2**30:.1f} GB in use at most)"
-        return (f"there is too little memory{peak}; close what else uses it, or halve --batch-size "
-                "and double --accumulate-steps, which makes the same updates but for BatchNorm, or "
+        return ("there is too little memory; close what else uses it, or halve --batch-size and "
+                "double --accumulate-steps, which makes the same updates but for BatchNorm, or "
                 "lower --image-size; where memory is not short, try another --amp-dtype")
     if "deterministic" in text:
         return f"--deterministic is not possible with this model: {first_line(error)}"
@@ -95,6 +92,9 @@ def explanation(error, args):
     if isinstance(error, BrokenPipeError):  # of `| head`, say; Python would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "what read this script's output has gone away; the same command goes on"
+    if isinstance(error, PermissionError) and error.filename2:  # of `replace`
+        return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
+                "say, or a virus scanner); close it there")
     if isinstance(error, OSError) and error.errno in BAD_FOLDER:
         return (f"{error.strerror}: {error.filename or 'while writing'}; make room or choose other "
                 "folders, and the same command goes on from what was saved last")
@@ -120,11 +120,12 @@ def setup(args):
 
     Raises WrongUse where this machine lacks the device asked for.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    name = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
-    if not there[name]:
-        raise WrongUse(f"argument --device: torch finds no {name} here; cuda needs an NVIDIA GPU "
+    there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    kind = next(kind for kind in there if there[kind])
+    device = torch.device(kind if args.device == "auto" else args.device)
+    name = device.type
+    if there[name] <= (device.index or 0):
+        raise WrongUse(f"argument --device: torch finds no {device} here; cuda needs an NVIDIA GPU "
                        "and a CUDA build of torch, mps an Apple GPU")
     if getattr(args, "amp_dtype", "auto") == "auto":
         # Emulated bf16 (GPUs before Ampere) is slower than fp16, and both than fp32 elsewhere.
@@ -137,13 +138,17 @@ def setup(args):
         torch.use_deterministic_algorithms(True)
     elif name == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change within a pass
-    slow = ""
+    if name == "cuda":
+        torch.cuda.set_device(device)
+        if os.name == "nt":  # its driver would spill into system memory, and training would crawl
+            free, total = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(free / total)
     if name == "cpu":
         keep_freed_memory()
-        windows = " (Windows: see README, Troubleshooting)" if os.name == "nt" else ""
-        slow = f"; without a GPU large images take long{windows}"
-    print(f"device: {device_name(torch.device(name))}, {args.amp_dtype}{slow}")
-    return torch.device(name)
+    windows = " (Windows: see README, Troubleshooting)" if os.name == "nt" else ""
+    slow = f"; without a GPU large images take long{windows}" if name == "cpu" else ""
+    print(f"device: {device_name(device)}, {args.amp_dtype}{slow}")
+    return device
 
 
 def autocast(device, args):
@@ -153,15 +158,10 @@ def autocast(device, args):
 
 
 def keep_freed_memory():
-    """Let this process keep the memory of large tensors it has freed, where its malloc is glibc's.
-
-    glibc gives blocks above 32 MB back to the system at once, and the next tensor of that size gets
-    them anew, page by page: a seventh of a training step at 224 px, half of an evaluation at 64 px,
-    for a fifth more memory. https://man7.org/linux/man-pages/man3/mallopt.3.html
-    """
+    """Tell glibc to keep freed blocks above 32 MB, which it would get anew from the system for each
+    tensor: a step at 224 px would take a seventh longer, evaluation half as long again."""
     if platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc = ctypes.CDLL(None)
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
@@ -174,13 +174,9 @@ def device_name(device):
 
 
 def versions(device):
-    """What a model was trained with: device, versions, git commit (None outside a repository)."""
-    command = ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
-    commit = None
-    with contextlib.suppress(OSError):  # no git
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    """What a model was trained with: the device, Python, torch and packages."""
     packages = {name: importlib.metadata.version(name) for name in ("timm", "torchvision", "numpy")}
-    return {"device": device_name(device), "commit": commit, "python": platform.python_version(),
+    return {"device": device_name(device), "python": platform.python_version(),
             "torch": str(torch.__version__), **packages}
 
 
@@ -191,18 +187,27 @@ def write_into_place(target, mode="w"):
     """Open a file beside `target` to write (text as UTF-8) and move it there when it is whole."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".tmp")
+    beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # another process has its own
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         with open(beside, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, target)
+        replace(beside, target)
     except BaseException:
         with contextlib.suppress(OSError):
             beside.unlink()
         raise
+
+
+def replace(source, target):
+    """Move a file over another, for some seconds again where Windows has that refused."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.2)
+    return os.replace(source, target)
 
 
 def save_file(checkpoint, target):
@@ -217,14 +222,20 @@ def load_file(target):
     """Load a checkpoint onto the CPU without running any code it may carry, or raise UserError."""
     target = Path(target)
     if not target.is_file():
-        wrong = "is a folder, not a checkpoint" if target.is_dir() else "does not exist"
-        raise UserError(f"{target} {wrong}")
+        raise UserError(f"{target} {'is a folder' if target.is_dir() else 'does not exist'}")
     content = io.BytesIO(target.read_bytes())  # what fails from here on is the content's fault
     try:
+        if zipfile.is_zipfile(content):
+            archive = zipfile.ZipFile(content)  # in which torch packs nothing
+            if any(part.file_size > part.compress_size for part in archive.infolist()):
+                raise UserError(f"{target} was refused: unpacked it would be larger than the file")
+            if archive.testzip():  # torch does not look at checksums
+                raise zipfile.BadZipFile
+        content.seek(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(content, map_location="cpu", weights_only=True)
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # damage takes any form
         # Operand 149 opens a pickle of protocol 4 and later, which torch does not write.
@@ -279,8 +290,8 @@ class Run:
             former = {}
         self.history, self.states = former.get("history", []), former.get("states", {})
         self.parts, self.estimated, self.since = {}, False, time.perf_counter()
-        for file in (self.best, self.last, self.history_file):  # a kill may have left half of one
-            file.with_name(f"{file.name}.tmp").unlink(missing_ok=True)
+        for half in (*self.folder.glob("*.tmp"), *results.glob(f"{self.name}_history.csv.*.tmp")):
+            half.unlink()  # a kill has left it
         if self.history:
             self.write_history()  # an epoch's last file, and a kill may have come before it
         if self.finished:
@@ -313,15 +324,14 @@ class Run:
         if former:
             before, now = former["identity"], self.identity
             other = [name for name in before | now if before.get(name) != now.get(name)]
-            return f"other {', '.join(other)}" if other else ""
+            gone = former["history"] and not self.best.exists()
+            return f"other {', '.join(other)}" if other else "best_model.pth gone" if gone else ""
         there = self.last.exists() or self.best.exists()
         return ("--fresh" if fresh else "of unknown settings") if there else ""
 
     def keep(self, **parts):
-        """Set these `parts`, each with a state_dict or None, to a former run's, and save them.
-
-        Raises UserError where the disk has too little room.
-        """
+        """Set these `parts` (each with a state_dict, or None) to a former run's, and save them from
+        now on. Raises UserError where the disk has too little room."""
         self.parts = {name: part for name, part in parts.items() if part is not None}
         weights = sum(value.nbytes for value in self.parts["model"].state_dict().values())
         # Weights, two moments, EMA in last.pth, weights in best_model.pth; twice while replaced.
@@ -337,9 +347,7 @@ class Run:
 
     def finish_epoch(self, row, model):
         """Save a whole epoch: best_model.pth of `model` if it is the best, last.pth, the history.
-
-        `row` has what was measured of HISTORY. Raises UserError where its loss is not finite.
-        """
+        `row` has what was measured of HISTORY. Raises UserError where its loss is not finite."""
         now, epoch = time.perf_counter(), len(self.history) + 1
         if not math.isfinite(row["val_loss"]):
             raise diverged(f"on the validation images after epoch {epoch}")
@@ -375,10 +383,13 @@ class Run:
         save_file({"identity": self.identity, "history": self.history, "states": states}, self.last)
 
     def write_history(self):
-        with write_into_place(self.history_file) as file:
-            writer = csv.DictWriter(file, HISTORY)
-            writer.writeheader()
-            writer.writerows(self.history)
+        try:
+            with write_into_place(self.history_file) as file:
+                writer = csv.DictWriter(file, HISTORY)
+                writer.writeheader()
+                writer.writerows(self.history)
+        except PermissionError as error:  # last.pth has it too
+            print(f"warning: {explanation(error, None)}; the next epoch or start writes it again")
 
     def say(self, row, best):
         """The epoch in one line, a star where it is the best so far, and the time left."""
@@ -411,11 +422,8 @@ class Meter:
         self.start = self.first = time.perf_counter()
 
     def watch(self, batches):
-        """Yield `batches` behind a progress bar, and look at the sums a few times a second.
-
-        A look waits for the device. Without a bar it comes every five seconds all the same, so that
-        a run that diverged does not go on for hours.
-        """
+        """Yield `batches` behind a progress bar, and look at the sums a few times a second, which
+        waits for the device, or every five seconds without a bar, so that divergence is seen."""
         looked, epoch = self.start, len(self.run.history) + 1
         with tqdm(total=len(self.loader), desc=f"epoch {epoch}", leave=False, disable=None) as bar:
             for batch in batches:
@@ -440,7 +448,7 @@ class Meter:
         self.sums[names] = total + stacked, count + 1
 
     def means(self):
-        """The mean of each column so far. Raises UserError where training diverged."""
+        """The mean of each column so far, and images a second. UserError where it diverged."""
         means, scaler = {}, self.run.parts["scaler"]
         for names, (total, count) in self.sums.items():
             means |= zip(names, (total / count).tolist(), strict=True)
@@ -448,27 +456,22 @@ class Meter:
         if overflows or not math.isfinite(means["train_loss"]):
             raise diverged(f"by step {self.steps} of epoch {len(self.run.history) + 1}, learning "
                            f"rate {self.learning_rate:.2e}{', fp16' if overflows else ''}")
-        return means
-
-    def speed(self):
-        """Images a second since the epoch's start."""
-        return self.steps * self.loader.batch_size / (time.perf_counter() - self.start)
+        elapsed = time.perf_counter() - self.start
+        return means | {"images_per_second": self.steps * self.loader.batch_size / elapsed}
 
     def look(self):
         """What the progress bar shows."""
-        means = self.means()
-        shown = [f"loss {means['train_loss']:.3f}", f"{self.speed():.0f} images/s"]
+        means, accuracy, memory = self.means(), "", ""
         if not math.isnan(means["train_accuracy"]):
-            shown.insert(1, f"acc {means['train_accuracy']:.1%}")
+            accuracy = f"acc {means['train_accuracy']:.1%}, "
         if self.on_gpu:
-            shown.append(f"{torch.cuda.memory_reserved() / 2**30:.1f} GB")
-        return ", ".join(shown)
+            memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB"
+        speed = f"{means['images_per_second']:.0f} images/s"
+        return f"loss {means['train_loss']:.3f}, {accuracy}{speed}{memory}"
 
     def estimate(self, now):
-        """Say once a run how long it will take, from batches as they came.
-
-        The first step does not count: a GPU tries its kernels in it, and workers start.
-        """
+        """Say how long the run will take, from batches as they came but for the first, in which a
+        GPU tries its kernels and workers start."""
         self.run.estimated = True
         epochs, batches = self.run.num_epochs - len(self.run.history), len(self.loader)
         seconds = (epochs * batches - self.steps) * (now - self.first) / (self.steps - 1)
@@ -483,10 +486,9 @@ class Meter:
 
     def row(self):
         """The epoch's row of the history but for validation. Raises UserError as `means` does."""
-        means, speed = self.means(), self.speed()
         wanted = self.steps // self.run.accumulate_steps
-        row = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
-        row |= {"learning_rate": self.learning_rate, "images_per_second": speed,
+        row = {name: None if math.isnan(mean) else mean for name, mean in self.means().items()}
+        row |= {"learning_rate": self.learning_rate,
                 "skipped_steps": wanted - (self.updates() - self.updates_before)}
         if self.on_gpu:
             row["peak_memory_mb"] = round(torch.cuda.max_memory_reserved() / 2**20)

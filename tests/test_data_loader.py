@@ -5,10 +5,10 @@
 import hashlib
 import io
 import itertools
-import math
 import os
 import pickle
 import random
+import shutil
 import socket
 import struct
 import tarfile
@@ -25,7 +25,6 @@ import scipy.io
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torchvision.transforms import v2
 
 import data_loader
 import utils
@@ -63,115 +62,20 @@ def assert_equal_batches(ours, theirs):
 
 # Resizing -----------------------------------------------------------------------------------------
 
-def resample(images, boxes, flips, size, interpolation, margin=0):
-    """Cut a box out of each image, resize and mirror it, with the loaders' own matrices.
-
-    images (B, 3, H, H); boxes (B, 4): top, left, height, width, which may reach `margin` pixels
-    beyond the image, where it is black; flips (B,) bool. Returns (B, 3, size, size).
-    """
-    padded = v2.functional.pad(images, [margin])
-    matrices = data_loader.resize_matrices(
-        boxes[:, :2] + margin, boxes[:, 2:], padded.shape[-1], size, interpolation)
-    rows, columns = matrices.unbind(1)
-    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
-    return data_loader.resize(padded, rows, columns)
-
-
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("box, size", [
-    ((0, 0, 32, 32), 224), ((0, 0, 32, 32), 48), ((0, 0, 32, 32), 32), ((0, 0, 32, 32), 20),
-    ((3, 5, 20, 17), 64), ((-4, 2, 32, 32), 32), ((-4, 2, 32, 32), 64), ((4, -3, 32, 32), 48)])
-@pytest.mark.parametrize("flip", [False, True])
-def test_resize_agrees_with_torchvision(box, size, flip, interpolation):
-    """Crop (from a black border too), antialiased resize, flip: within 1e-5 of v2 on floats.
-
-    v2 does not clip floats between its passes as PIL does on bytes, so the pixels stay off black
-    and white here.
-    """
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.4
-    top, left, height, width = box
-    padded = min(top, left) < 0 or max(top + height, left + width) > 32
-    wanted = v2.functional.resized_crop(
-        v2.functional.pad(images, [4]), top + 4, left + 4, height, width, [size, size],
-        torchvision.transforms.InterpolationMode(interpolation), antialias=True)
-    wanted = v2.functional.horizontal_flip(wanted) if flip else wanted
-    got = resample(images, torch.tensor([box, box]).float(), torch.tensor([flip, flip]), size,
-                   interpolation, margin=4)
-    if padded and size > 32:
-        wanted = wanted.clamp(0, 1)  # next to the black border both overshoot below black
-        assert (got - wanted).abs().mean() < 2e-3
-    else:
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
-
-
-def test_every_image_has_parameters_of_its_own():
-    images = torch.rand(3, 3, 32, 32)
-    boxes = torch.tensor([[0, 0, 32, 32], [2, 3, 10, 20], [-4, 4, 32, 32]]).float()
-    flips = torch.tensor([True, False, True])
-    together = resample(images, boxes, flips, 40, "bicubic", 4)
-    for i in range(3):
-        one = slice(i, i + 1)
-        alone = resample(images[one], boxes[one], flips[one], 40, "bicubic", 4)
-        torch.testing.assert_close(together[one], alone, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [64, 224])
-def test_upscaling_agrees_with_pil(size):
+@pytest.mark.parametrize("size", [224, 64, 48, 32, 20])
+def test_resizing_agrees_with_pil(size, interpolation):
     """Real edges and noise: PIL rounds to bytes twice, so within 1.5/255, 0.4/255 in the mean."""
     generator = np.random.default_rng(0)
     pixels = np.kron(generator.integers(0, 256, (8, 8, 3)), np.ones((4, 4, 1))).astype(np.uint8)
     pixels[::2] = generator.integers(0, 256, (16, 32, 3))
-    wanted = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
-    got = resample(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255,
-                   torch.tensor([[0.0, 0, 32, 32]]), torch.tensor([False]), size, "bicubic")
+    mode = Image.Resampling[interpolation.upper()]
+    wanted = np.asarray(Image.fromarray(pixels).resize((size, size), mode))
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    got = data_loader.resize(images, size, interpolation)
+    assert got.is_contiguous(memory_format=torch.channels_last)
     difference = np.abs(got[0].permute(1, 2, 0).numpy() - wanted / 255)
-    assert difference.max() < 1.5 / 255
-    assert difference.mean() < 0.4 / 255
-
-
-@pytest.mark.parametrize("size", [32, 48, 64])
-def test_shifts_are_crops_out_of_a_black_border(size):
-    images = torch.rand(81, 3, 32, 32)
-    numbers = torch.cartesian_prod(torch.arange(9), torch.arange(9))  # every shift there is
-    table = data_loader.shift_matrices(32, 4, size, "bilinear", CPU)
-    rows, columns = table[numbers].unbind(1)
-    boxes = torch.cat([numbers - 4, torch.full_like(numbers, 32)], 1).float()
-    wanted = resample(images, boxes, torch.zeros(81, dtype=torch.bool), size, "bilinear", 4)
-    torch.testing.assert_close(data_loader.resize(images, rows, columns), wanted, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("aspect", [0.3, 0.8, 1.0, 1.5, 4.0])
-def test_resized_boxes_are_legal_crops_of_the_picture(aspect):
-    draws = data_loader.draw_crops(500, torch.Generator().manual_seed(0))
-    boxes = data_loader.resized_boxes(draws, torch.full((500,), aspect), 100)
-    (top, left), (height, width) = (part.unbind(1) for part in boxes)
-    assert (top >= 0).all() and (left >= 0).all()
-    assert (top + height <= 100).all() and (left + width <= 100).all()
-    assert all(torch.equal(part, part.round()) for part in boxes)
-    ratio, area = width / height * aspect, width * height / 100**2
-    assert ((ratio > 0.7) & (ratio < 1.4)).all()  # 3/4 to 4/3 but for whole pixels
-    if aspect in (0.8, 1.0):
-        assert area.min() > 0.33 and area.max() > 0.9 and 0.55 < area.mean() < 0.75
-        assert top.max() > 20 and len(top.unique()) > 15
-
-
-@pytest.mark.parametrize("aspect", [0.3, 0.6, 1.0, 1.5, 4.0])
-def test_resized_boxes_follow_torchvisions_rule(aspect):
-    """Of ten tries the first that fits, else the largest in the middle, but for rounding."""
-    draws = data_loader.draw_crops(300, torch.Generator().manual_seed(0))
-    starts, lengths = data_loader.resized_boxes(draws, torch.full((300,), aspect), 1000)
-    for drawn, start, length in zip(draws.double(), starts, lengths, strict=True):
-        position, height, width = drawn[20:], 0, 0
-        for log_ratio, area in drawn[:20].view(10, 2).tolist():
-            ratio = math.exp(log_ratio)
-            height, width = math.sqrt(area * aspect / ratio), math.sqrt(area * ratio / aspect)
-            if max(height, width) <= 1:
-                break
-        else:
-            height, width, position = min(1, aspect / (3 / 4)), min(1, 4 / 3 / aspect), 0.5
-        wanted = torch.tensor([height, width]) * 1000
-        assert (length - wanted).abs().max() <= 1
-        assert (start - position * (1000 - wanted)).abs().max() <= 2
+    assert difference.max() < 1.5 / 255 and difference.mean() < 0.4 / 255
 
 
 # Split --------------------------------------------------------------------------------------------
@@ -191,7 +95,7 @@ def test_split_is_stratified_and_follows_split_seed_alone(arguments):
 
 def test_digits_test_part_is_a_fixed_fifth_that_training_does_not_hold(arguments):
     args = arguments("baseline")
-    test, names = data_loader.open_test("Digits", args)
+    test, names = data_loader.read_part("Digits", "test", args)
     data = data_loader.open_dataset(args)
     assert len(test.labels) == 360 and names == [str(i) for i in range(10)]
     seen = {image.numpy().tobytes() for image in torch.cat([data.train.pixels, data.val.pixels])}
@@ -381,8 +285,7 @@ def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch, capsys, free, h
     data_loader.say_once.cache_clear()
     for _ in range(2):
         assert data_loader.home_of(pixels, torch.device("cuda")).type == home
-    words = "stay in host memory" if home == "cpu" else "live on the GPU"
-    assert capsys.readouterr().out.count(words) == 1
+    assert capsys.readouterr().out.count("stay in host memory") == (home == "cpu")
     assert data_loader.home_of(pixels, CPU) == CPU
 
 
@@ -408,17 +311,69 @@ def test_images_in_host_memory_make_the_same_batches(arguments, monkeypatch):
 
 # Photographs --------------------------------------------------------------------------------------
 
-def test_crops_of_photographs_are_never_enlarged(arguments, tmp_path):
-    """Even the shorter side of the smallest crop fills the output, up to photographs of 3:2."""
-    args = folder_args(arguments, write_pictures(tmp_path / "pictures"))
-    loader = loader_of(data_loader.open_dataset(args), args)
-    draws = data_loader.draw_crops(20_000, torch.Generator().manual_seed(0))
-    smallest = [
-        data_loader.resized_boxes(draws, torch.full((20_000,), aspect), loader.side)[1].min()
-        for aspect in (2 / 3, 1, 3 / 2)]
-    assert 32 <= min(smallest) < 34
-    pixels, _, _ = next(loader.source.batches(torch.arange(4), 4))
-    assert pixels.shape == (4, 3, loader.side, loader.side)
+def smooth_photograph(file, width, height, **options):
+    """A photograph without fine detail or sharp edges, saved as `file` and returned."""
+    small = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    image.save(file, **options)
+    return image
+
+
+def views_of(file, *sizes, seed=0, augmentation="resized_crop"):
+    images = data_loader.Images(None, [file], torch.zeros(1), [])
+    return data_loader.random_views(sizes, "bicubic", augmentation, images, 0, seed)
+
+
+def test_photographs_are_cropped_by_torchvisions_rule(tmp_path):
+    """A PNG is decoded whole, so the crop is PIL's to the bit; half of them are mirrored."""
+    image, mirrored = smooth_photograph(tmp_path / "a.png", 300, 200), 0
+    areas = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        top, left, height, width = torchvision.transforms.RandomResizedCrop.get_params(
+            image, data_loader.CROP_SCALE, data_loader.CROP_RATIO)
+        wanted = image.resize((64, 64), Image.Resampling.BICUBIC,
+                              (left, top, left + width, top + height))
+        view, = views_of(tmp_path / "a.png", 64, seed=seed)
+        is_mirrored = view.tobytes() == ImageOps.mirror(wanted).tobytes()
+        assert is_mirrored or view.tobytes() == wanted.tobytes()
+        mirrored += is_mirrored
+        areas.append(width * height / (300 * 200))
+    assert 15 < mirrored < 45 and min(areas) < 0.45 and max(areas) > 0.7
+    whole, = views_of(tmp_path / "a.png", 64, augmentation="none")
+    assert whole.tobytes() == image.resize((64, 64), Image.Resampling.BICUBIC).tobytes()
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+def test_large_jpegs_are_decoded_in_part_and_look_the_same(tmp_path, monkeypatch, turned):
+    """Turned by EXIF or not; never below the size that the crop needs, whatever the teacher's."""
+    exif = Image.Exif()
+    exif[data_loader.TURNED] = turned
+    smooth_photograph(tmp_path / "a.jpg", 2400, 1600, quality=95, exif=exif)
+    ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")).save(tmp_path / "a.png")
+    read, decoded = data_loader.read_image, []
+
+    def watched(file, least=None):
+        decoded.append(read(file, least))
+        return decoded[-1]
+    monkeypatch.setattr(data_loader, "read_image", watched)
+    for seed in range(8):
+        small, large = views_of(tmp_path / "a.jpg", 64, 224, seed=seed)
+        assert max(image.width for image in decoded[:1]) <= 1200
+        assert small.tobytes() == views_of(tmp_path / "a.jpg", 64, seed=seed)[0].tobytes()
+        assert large.tobytes() == views_of(tmp_path / "a.jpg", 224, seed=seed)[0].tobytes()
+        for view, whole in zip((small, large), views_of(tmp_path / "a.png", 64, 224, seed=seed),
+                               strict=True):
+            difference = np.abs(np.asarray(view, float) - np.asarray(whole, float))
+            assert difference.mean() < 1 and difference.max() < 12
+
+
+def test_a_crop_is_never_enlarged_where_the_picture_has_the_pixels(tmp_path):
+    smooth_photograph(tmp_path / "a.jpg", 1600, 1200)
+    sizes = {least: data_loader.read_image(tmp_path / "a.jpg", least).size
+             for least in (None, 601, 600, 301, 300, 150, 10)}
+    assert sizes == {None: (1600, 1200), 601: (1600, 1200), 600: (800, 600), 301: (800, 600),
+                     300: (400, 300), 150: (200, 150), 10: (200, 150)}
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -503,7 +458,7 @@ def test_evaluation_loader_agrees_with_build_transform(
     """Photographs to the bit; small images within 1.5/255 of PIL's bytes before normalising."""
     folder = write_pictures(tmp_path / "pictures", sizes=sizes)
     args = folder_args(arguments, folder)
-    test, _ = data_loader.open_test("ImageFolder", args)
+    test, _ = data_loader.read_part("ImageFolder", "test", args)
     info = {"image_size": size, "crop_pct": 1.0 if tolerance else 0.875,
             "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     loader = data_loader.EvaluationLoader(test, info, args, CPU)
@@ -599,7 +554,7 @@ def test_cifar100_is_downloaded_checked_and_opened(arguments, tmp_path, monkeypa
                      for part in ("train", "test"))
     seen = {image.numpy().tobytes() for image in torch.cat([data.train.pixels, data.val.pixels])}
     assert seen == {image.tobytes() for image in whole}
-    test, _ = data_loader.open_test("CIFAR100", args)
+    test, _ = data_loader.read_part("CIFAR100", "test", args)
     assert np.array_equal(test.pixels.numpy(), wanted)
 
 
@@ -685,7 +640,7 @@ def test_flowers102_keeps_its_own_split(arguments, tmp_path, monkeypatch, serve)
     assert data.class_names[0] == "pink primrose" and data.augmentation == "resized_crop"
     images, labels = next(loader_of(data, args).epoch(0))
     assert images.shape == (8, 3, 32, 32) and labels.max() < 102
-    test, _ = data_loader.open_test("Flowers102", args)
+    test, _ = data_loader.read_part("Flowers102", "test", args)
     assert test.labels.tolist() == list(range(102))
     wanted = Image.open(tmp_path / "data" / "flowers-102" / "jpg" / "image_00208.jpg")
     assert np.array_equal(np.asarray(data_loader.picture(test, 3)), np.asarray(wanted))
@@ -693,20 +648,38 @@ def test_flowers102_keeps_its_own_split(arguments, tmp_path, monkeypatch, serve)
 
 # Folders of pictures ------------------------------------------------------------------------------
 
-def test_training_never_opens_the_test_pictures(arguments, tmp_path):
-    """Neither images nor labels: with broken files there, or none, it learns the same."""
+def test_training_knows_of_test_pictures_only_whether_they_can_be_decoded(arguments, tmp_path):
     folder = write_pictures(tmp_path / "pictures")
-    whole = data_loader.open_dataset(folder_args(arguments, folder))
-    for file in (folder / "test").glob("*/*.png"):
-        file.write_bytes(b"not a picture")
-    broken = data_loader.open_dataset(folder_args(arguments, folder))
-    for file in (folder / "test").glob("*/*.png"):
-        file.unlink()
     args = folder_args(arguments, folder)
-    empty = data_loader.open_dataset(args)
-    fingerprints = {data.split_fingerprint for data in (whole, broken, empty)}
-    assert len(fingerprints) == 1 and not (folder / "test" / "cat" / "000.png").exists()
-    list(loader_of(empty, args).epoch(0))
+    before = data_loader.open_dataset(args)
+    for file in (folder / "test").glob("*/*.png"):
+        Image.new("RGB", (20, 30)).save(file)
+    after = data_loader.open_dataset(args)
+    assert before.split_fingerprint == after.split_fingerprint
+    assert_equal_batches(loader_of(before, args).epoch(0), loader_of(after, args).epoch(0))
+    file.write_bytes(b"not a picture")
+    with pytest.raises(utils.UserError, match="1 of 9 files .* at fault: .*cannot be read"):
+        data_loader.open_dataset(args)
+
+
+def test_what_is_no_picture_is_passed_over_and_counted(arguments, tmp_path, capsys):
+    """Hidden files and folders, texts, a pipe, a dangling link, a link that leads in a circle."""
+    folder = write_pictures(tmp_path / "pictures")
+    before, cat = data_loader.open_dataset(folder_args(arguments, folder)), folder / "train" / "cat"
+    for name in (".ipynb_checkpoints/a.png", "cat/.ipynb_checkpoints/a.png", "cat/._000.png",
+                 "cat/notes.txt"):
+        (folder / "train" / name).parent.mkdir(exist_ok=True)
+        (folder / "train" / name).write_bytes(b"no picture")
+    os.mkfifo(cat / "pipe.png")
+    (cat / "dangling.png").symlink_to(tmp_path / "nowhere.png")
+    (cat / "circle").symlink_to(folder / "train")
+    capsys.readouterr()
+    data_loader.say_once.cache_clear()
+    after = data_loader.open_dataset(folder_args(arguments, folder))
+    assert after.split_fingerprint == before.split_fingerprint
+    out = capsys.readouterr().out
+    assert out.count("5 files are no pictures or hidden, and are passed over") == 1
+    assert "ImageFolder: 3 classes, 18 training images, 6 validation images" in out
 
 
 def test_image_folder_takes_its_own_validation_part(arguments, tmp_path):
@@ -741,8 +714,13 @@ def spoil(folder, fault):
         for file in sorted((folder / "test").rglob("*"), reverse=True):
             file.unlink() if file.is_file() else file.rmdir()
         (folder / "test").rmdir()
-    elif fault == "other class":
+    elif fault == "one class":
+        shutil.rmtree(folder / "train" / "eel")
+        shutil.rmtree(folder / "train" / "dog")
+    elif fault == "empty test class":
         (folder / "test" / "fox").mkdir()
+    elif fault == "other class":
+        shutil.copytree(folder / "test" / "cat", folder / "test" / "fox")
     elif fault == "broken":
         for name in ("cat/001.png", "dog/002.png"):
             (folder / "train" / name).write_bytes(b"no picture")
@@ -769,13 +747,15 @@ def spoil(folder, fault):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ("no test", "must have the same class folders .* 3 differ: cat, dog, eel$"),
-    ("other class", "1 differ: fox"),
+    ("no test", "pictures/test must have two or more folders with pictures"),
+    ("one class", "pictures/train must have two or more folders with pictures"),
+    ("empty test class", "test/fox should be a class and has no picture"),
+    ("other class", "test/ and train/ .* the same class folders; 1 differ: fox"),
     ("broken", "2 of 24 files .* at fault: .*cat/001.png cannot be read"),
     ("truncated", "1 of 24 files .* at fault: .*dog/002.jpg cannot be read"),
     ("huge", "1 of 24 files .* at fault: .*dog/002.png cannot be read"),
     ("many", "12 of 24 files .*; …$"), ("empty class", "eel"),
-    ("no train", "train is no folder of pictures"), ("one picture", "--val-fraction")])
+    ("no train", "pictures/train must have two or more"), ("one picture", "--val-fraction")])
 def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, message):
     folder = write_pictures(tmp_path / "pictures")
     spoil(folder, fault)
@@ -874,7 +854,7 @@ def test_odd_pictures_become_upright_rgb(tmp_path):
 def test_a_person_sees_the_images_of_a_part(arguments, tmp_path):
     for name, sizes in (("small", ((32, 32),)), ("photographs", ((40, 60), (70, 50)))):
         folder = write_pictures(tmp_path / name, sizes=sizes)
-        test, _ = data_loader.open_test("ImageFolder", folder_args(arguments, folder))
+        test, _ = data_loader.read_part("ImageFolder", "test", folder_args(arguments, folder))
         for i, file in enumerate(sorted((folder / "test").glob("*/*.png"))):
             seen = np.asarray(data_loader.picture(test, i))
             assert np.array_equal(seen, np.asarray(Image.open(file)))

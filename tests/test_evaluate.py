@@ -82,7 +82,7 @@ def test_numbers_agree_with_an_independent_reading_of_the_checkpoints(trained):
     results = trained / "r" / "quick"
     numbers, saved = numbers_in(results), np.load(results / "predictions.npz")
     assert set(saved) == {"labels", "class_names", *RUNS}
-    test, names = data_loader.open_test("Digits", None)
+    test, names = data_loader.read_part("Digits", "test", None)
     labels = test.labels.numpy()
     assert np.array_equal(saved["labels"], labels) and saved["class_names"].tolist() == names
     for run in RUNS:
