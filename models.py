@@ -262,7 +262,7 @@ def load_model(path, device="cpu"):
     wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
     if wrong or not timm.is_model(info["model_name"]):  # timm would download what other names say
         raise UserError(f"{path} holds no model of this project (see its "
-                        f"{', '.join(wrong) or 'model_name'})")
+                        f"{', '.join(wrong) or info['model_name']})")
     weights, name = info.pop("state_dict"), info["model_name"]
     try:
         model = build_model(name, info["num_classes"])

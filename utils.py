@@ -242,8 +242,7 @@ def load_file(target):
         if any(f"Unsupported {sign}" in str(error) for sign in ("global", "operand 149")):
             raise UserError(f"{target} carries code and was refused; none of it was run") from None
         raise UserError(f"{target} is damaged, or no checkpoint at all") from None
-    version = checkpoint.get("format_version") if isinstance(checkpoint, dict) else None
-    if version != FORMAT_VERSION:
+    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{target} is no checkpoint of this project, format {FORMAT_VERSION}")
     return checkpoint
 
@@ -286,9 +285,8 @@ class Run:
         self.lock_folder()
         former = load_file(self.last) if self.last.exists() and not args.fresh else {}
         self.in_the_way = self.what_is_in_the_way(former, args.fresh)
-        if self.in_the_way:
-            former = {}
-        self.history, self.states = former.get("history", []), former.get("states", {})
+        kept = {} if self.in_the_way else former
+        self.history, self.states = kept.get("history", []), kept.get("states", {})
         self.parts, self.estimated, self.since = {}, False, time.perf_counter()
         for half in (*self.folder.glob("*.tmp"), *results.glob(f"{self.name}_history.csv.*.tmp")):
             half.unlink()  # a kill has left it

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -320,7 +321,10 @@ def spoil(kind, good, folder):
                "other model": {"model_name": "test_resnet"},
                "other class count": {"num_classes": 7},
                "older format": {"format_version": 0},
-               "unknown model": {"model_name": "resnet_99"}}
+               "unknown model": {"model_name": "resnet_99"}, "number": {"model_name": 5},
+               "from a hub": {"model_name": "hf-hub:someone/something"},
+               "from a folder": {"model_name": "local-dir:/somewhere"},
+               "size in words": {"image_size": "big"}}
     if kind == "folder":
         file.mkdir()
     elif kind == "picture":
@@ -329,6 +333,20 @@ def spoil(kind, good, folder):
         torch.save(checkpoint["state_dict"], file)
     elif kind == "last.pth":
         file.write_bytes(good.with_name("last.pth").read_bytes())
+    elif kind == "flipped bit":
+        content = bytearray(good.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif kind == "packed":  # 100 MB of zeros in 100 kB
+        checkpoint["state_dict"]["zeros"] = torch.zeros(25_000_000)
+        utils.save_file(checkpoint, folder / "large.pth")
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed, \
+                zipfile.ZipFile(folder / "large.pth") as large:
+            for name in large.namelist():
+                packed.writestr(name, large.read(name))
+    elif kind == "not finite":
+        checkpoint["state_dict"]["classifier.bias"][0] = float("nan")
+        utils.save_file(checkpoint, file)
     elif kind == "keys missing":
         utils.save_file({"state_dict": checkpoint["state_dict"]}, file)
     else:
@@ -340,10 +358,14 @@ def spoil(kind, good, folder):
     ("folder", "is a folder"), ("picture", "is damaged"), ("whole model", "carries code"),
     ("other model", "do not fit test_resnet"), ("other class count", "do not fit"),
     ("older format", "format 2"), ("bare weights", "no checkpoint of this project"),
-    ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "do not fit")])
+    ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),
+    ("number", "model_name"), ("from a hub", "hf-hub:someone"), ("from a folder", "local-dir:"),
+    ("size in words", "image_size"), ("flipped bit", "is damaged"),
+    ("packed", "was refused: unpacked"), ("not finite", "no finite numbers")])
 def test_hostile_and_damaged_models_are_one_sentence(tmp_path, kind, words):
     good = tmp_path / "good" / "best_model.pth"
-    info = {"model_name": "test_efficientnet", "num_classes": 5}
+    info = {"model_name": "test_efficientnet", "num_classes": 5, "class_names": list("abcde"),
+            "image_size": 32, "config": {}, "dataset": "Digits", "split_fingerprint": "f"}
     model = models.build_model("test_efficientnet", 5)
     save_best(good, model, info)
     utils.save_file({"history": [], "states": {}}, good.with_name("last.pth"))

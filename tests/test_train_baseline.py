@@ -6,6 +6,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 import weakref
 
@@ -21,9 +23,11 @@ import train_baseline
 import train_distillation
 import utils
 from conftest import (
+    ROOT,
     assert_equal_weights,
     assert_same_result,
     ended,
+    flags_of,
     result,
     start,
     wait_for,
@@ -215,13 +219,27 @@ def test_diverging_run_keeps_what_was_saved(tmp_path):
 
 # Going on -----------------------------------------------------------------------------------------
 
+# A process that forks one that trains for every line it reads, and prints its number and its exit
+# status: the imports, most of a start, are made once.
+FORKS = """
+import os, sys
+import config, train_baseline, utils
+for _ in sys.stdin:
+    number = os.fork()
+    if not number:
+        os._exit(utils.run_script(train_baseline.main, config.parse_args("baseline", "")))
+    print(number, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]), flush=True)
+"""
+
+
 @pytest.mark.slow
 def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path):
     """SIGKILL at random moments, every other time while files are written; resumed each time."""
     flags = ["--num-epochs", "60", "--batch-size", "128", "--ema-decay", "0.9"]
     folders = [tmp_path / name / "checkpoints" / "quick" / "baseline"
                for name in ("whole", "killed")]
-    last, moments, kills, in_save = folders[1] / "last.pth", random.Random(0), 0, 0
+    last, moments, in_save = folders[1] / "last.pth", random.Random(0), 0
 
     def writing():
         return [*folders[1].glob("*.tmp"), *(tmp_path / "killed" / "results").rglob("*.tmp")]
@@ -229,19 +247,22 @@ def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path):
     def saved():
         return last.stat().st_mtime_ns if last.exists() else 0
     undisturbed = start("baseline", tmp_path / "whole", *flags)
-    while kills < 20:
-        process, before = start("baseline", tmp_path / "killed", *flags), saved()
-        wait_for(lambda: process.poll() is not None or saved() != before)  # noqa: B023
-        assert process.poll() is None, f"done after {kills} kills: {process.communicate()}"
-        time.sleep(moments.random() * 0.3)
-        if kills % 2:
-            end = time.time() + 20
-            while process.poll() is None and not writing() and time.time() < end:
-                pass
-        process.kill()
-        process.communicate()
-        kills += 1
-        in_save += bool(writing())
+    command = [sys.executable, "-c", FORKS, *flags_of("baseline", tmp_path / "killed"), *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True, bufsize=1) as forks:
+        for kill in range(20):
+            before = saved()
+            forks.stdin.write("\n")
+            number = next(int(line) for line in forks.stdout if line.strip().isdigit())
+            wait_for(lambda: saved() != before)  # noqa: B023
+            time.sleep(moments.random() * 0.3)
+            if kill % 2:
+                end = time.time() + 20
+                while not writing() and time.time() < end:
+                    pass
+            os.kill(number, signal.SIGKILL)
+            assert next(line for line in forks.stdout if line.strip() in ("0", "-9")) == "-9\n"
+            in_save += bool(writing())
     code, _, err = ended(start("baseline", tmp_path / "killed", *flags))
     assert code == 0, err
     assert ended(undisturbed)[0] == 0

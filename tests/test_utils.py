@@ -56,13 +56,6 @@ def test_bug_keeps_its_traceback(arguments, error):
         utils.run_script(main, arguments("baseline"))
 
 
-def test_lack_of_memory_gives_the_peak(arguments, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**30)
-    message = utils.explanation(MemoryError(), arguments("evaluate"))
-    assert "too little memory (5.0 GB in use at most)" in message
-
-
 def test_signal_ends_the_script_with_its_code(arguments, capsys):
     def main(args):
         signal.raise_signal(signal.SIGINT)
