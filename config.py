@@ -57,7 +57,7 @@ EMA_DECAY = 0.0               # 0: off; 0.999, say: average of the weights, vali
 
 # Run
 SEED = 42                     # weights of the new head, order of images, augmentation, dropout
-DEVICE = "auto"               # auto, cuda, mps, cpu; auto takes the first there is
+DEVICE = "auto"               # auto, cuda, cuda:1, mps, cpu; auto takes the first there is
 DETERMINISTIC = False         # bit-identical runs on CUDA too, slower; on CPUs they are anyway
 AMP_DTYPE = "auto"            # auto, bf16, fp16, fp32; auto: on CUDA bf16 or else fp16; else fp32
 CHECKPOINT_DIR = "checkpoints"   # folder of the checkpoints
@@ -145,7 +145,8 @@ TEACHER = {  # train_distillation.py; they matter to the student through its tea
 }
 EVERYWHERE = {  # all three; a run goes on when they change, for they change nothing it computes
     "DATASET_DIR": or_none(FOLDER), "DATA_DIR": PATH, "CHECKPOINT_DIR": PATH, "RESULTS_DIR": PATH,
-    "NUM_WORKERS": whole(0), "DEVICE": choice("auto", "cuda", "mps", "cpu"),
+    "NUM_WORKERS": whole(0), "DEVICE": value(str, "auto, cuda, cuda:<number>, mps or cpu",
+                                             re.compile(r"auto|cuda(:\d+)?|mps|cpu").fullmatch),
 }
 SETTINGS = TRAINING | DISTILLATION | TEACHER | EVERYWHERE
 FLAGS = {"baseline": TRAINING | EVERYWHERE, "distillation": SETTINGS, "evaluate": EVERYWHERE}
@@ -158,9 +159,8 @@ NEUTRAL = {name.lower() for name in EVERYWHERE} | {"quick", "fresh", "fresh_teac
 def parse_args(script, description, argv=None):
     """Parse the command line of `script`, "baseline", "distillation" or "evaluate".
 
-    Returns a namespace with one attribute per setting in lower case, and quick, fresh, seeds,
-    fresh_teacher, baseline_checkpoint, distilled_checkpoint where the script has them. Exits with
-    status 2 and one sentence on what cannot work and can be seen before the work.
+    Returns a namespace with one attribute per setting in lower case, and per flag that is none.
+    Exits with status 2 and one sentence on what cannot work and can be seen before the work.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,

@@ -25,7 +25,7 @@ def main(args):
     data = data_loader.open_dataset(args)
     if args.distillation_loss == "lskd" and len(data.class_names) == 2:
         raise utils.WrongUse("with two classes --distillation-loss lskd has nothing to say")
-    path = args.teacher_checkpoint or find_teacher(args, data) or train_teacher(args, data, device)
+    path = args.teacher_checkpoint or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(path, args, data, device)
     for run_args in train_baseline.each_seed(args):
         torch.manual_seed(run_args.seed)  # as in train_baseline.main: the same initial weights
@@ -110,25 +110,22 @@ def teacher_args(args):
     return argparse.Namespace(**own)
 
 
-def find_teacher(args, data):
-    """Path of the teacher of a former run where it is finished and fits, else None."""
-    folder = utils.run_folder("teacher", teacher_args(args))
-    if args.fresh_teacher or not train_baseline.is_finished(folder):
-        return None
-    unfit = models.why_unfit(utils.load_file(folder / "best_model.pth"), args, data)
-    if unfit:
-        print(f"the teacher in {folder} does not fit and will be moved aside: {unfit}")
-    return None if unfit else folder / "best_model.pth"
-
-
 def train_teacher(args, data, device):
-    """Fine-tune the teacher on the labels; return the path of its best weights."""
+    """Path of the best weights of a former teacher that fits, or of one fine-tuned now."""
     own = teacher_args(args)
-    torch.manual_seed(own.seed)
-    teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
-                                 args.teacher_weights).to(device)
-    info = models.describe("teacher", teacher, args.teacher_model, data, own)
-    return train_baseline.train(teacher, info, data, own)
+    folder = utils.run_folder("teacher", own)
+    best = folder / "best_model.pth"
+    with utils.lock_folder(folder):  # of several processes one trains it for all
+        if train_baseline.is_finished(folder) and not args.fresh_teacher:
+            unfit = models.why_unfit(utils.load_file(best), args, data)
+            if not unfit:
+                return best
+            print(f"the teacher in {folder} does not fit and will be moved aside: {unfit}")
+        torch.manual_seed(own.seed)
+        teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
+                                     args.teacher_weights).to(device)
+        info = models.describe("teacher", teacher, args.teacher_model, data, own)
+        return train_baseline.train(teacher, info, data, own)
 
 
 def load_teacher(path, args, data, device):

@@ -268,12 +268,10 @@ HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_l
 
 
 class Run:
-    """One training: its folder with best_model.pth and last.pth, and its <name>_history.csv.
-
-    `history` has a row (a dict) for each whole epoch. A former run with the same `identity` is gone
-    on with; another one is moved aside, but not before this one has an epoch to save. As long as a
-    Run lives no other process can train in its folder.
-    """
+    """One training: its folder with best_model.pth and last.pth, and `history`, a dict for each
+    whole epoch. A former run with the same `identity` is gone on with; another one is moved aside,
+    but not before this one has an epoch to save. As long as a Run lives no other process can train
+    in its folder."""
 
     def __init__(self, info, identity, args):
         self.info, self.identity, self.name = info, identity, info["run"]
@@ -282,7 +280,7 @@ class Run:
         self.best, self.last = self.folder / "best_model.pth", self.folder / "last.pth"
         results = Path(args.results_dir, self.folder.name if args.seeds else "")
         self.history_file = results / f"{self.name}_history.csv"
-        self.lock_folder()
+        self.lock = lock_folder(self.folder)
         former = load_file(self.last) if self.last.exists() and not args.fresh else {}
         self.in_the_way = self.what_is_in_the_way(former, args.fresh)
         kept = {} if self.in_the_way else former
@@ -295,17 +293,6 @@ class Run:
         if self.finished:
             print(f"{self.name}: already trained with these settings; --fresh trains it anew")
         answer_signals(self.what_is_saved)
-
-    def lock_folder(self):
-        """Keep other processes out till this run or process is gone; UserError if one is in."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.folder.with_name(f".{self.folder.name}.lock")  # the folder may be moved aside
-        self.lock = filelock.FileLock(beside, is_singleton=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"another process is training in {self.folder}; wait for it, stop it, "
-                            "or choose another --checkpoint-dir") from None
 
     @property
     def finished(self):
@@ -398,6 +385,19 @@ class Run:
               f"  {train}val {row['val_accuracy']:6.2%}{' *' if best else '  '}"
               f"  lr {row['learning_rate']:.1e}  {row['images_per_second']:.0f} images/s"
               f"  {row['seconds']:.0f} s{to_go}", flush=True)
+
+
+def lock_folder(folder):
+    """Keep other processes out of a run's folder while what is returned lives; wait for one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.lock")  # the folder itself may be moved aside
+    lock = filelock.FileLock(beside, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for another process, which is training in {folder}", flush=True)
+        lock.acquire()
+    return lock
 
 
 def run_folder(name, args):

@@ -21,7 +21,15 @@ import torch
 import models
 import train_baseline
 import utils
-from conftest import ROOT, assert_same_result, ended, result, start, wait_for
+from conftest import (
+    ROOT,
+    assert_same_result,
+    ended,
+    result,
+    start,
+    wait_for,
+    write_pictures,
+)
 
 # Exit ---------------------------------------------------------------------------------------------
 
@@ -259,17 +267,75 @@ def test_history_of_another_checkpoint_folder_is_kept(arguments, tmp_path):
     assert "0.4" in run.history_file.read_text(encoding="utf-8")
 
 
-def test_second_process_is_refused_while_the_first_lives_and_a_kill_leaves_no_lock(tmp_path):
+def test_second_process_waits_while_the_first_lives_and_a_kill_leaves_no_lock(tmp_path):
+    """Nor does a worker process keep it that the kill has left behind."""
+    pictures = write_pictures(tmp_path / "pictures")
+    flags = ["--dataset-name", "ImageFolder", "--dataset-dir", pictures, "--batch-size", "4",
+             "--val-fraction", "0.25", "--num-workers", "2", "--num-epochs", "2000"]
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
-    first = start("baseline", tmp_path, "--num-epochs", "200")
+    first = start("baseline", tmp_path, *flags)
     wait_for(last.exists)
-    code, _, err = ended(start("baseline", tmp_path, "--num-epochs", "200"), 180)
-    assert code == 1 and "another process is training in" in err and err.count("\n") == 1
+    second = start("baseline", tmp_path, *flags[:-1], "1")
+    line = next(line for line in second.stdout if "waiting for another process" in line)
+    assert "checkpoints/quick/baseline" in line and first.poll() is second.poll() is None
     first.kill()
+    killed = time.time()
+    code, out, _ = ended(second)
+    assert code == 0 and "other num_epochs" in out and time.time() - killed < 60
     first.communicate()
-    code, out, err = ended(start("baseline", tmp_path, "--num-epochs", "1"), 180)
-    assert code == 0, err
-    assert "other num_epochs" in out
+
+
+def test_seeds_of_two_processes_share_folders_and_teacher(tmp_path):
+    """As on two GPUs: both started at once, one trains the teacher, the other waits for it."""
+    few = ["--num-epochs", "1", "--batch-size", "64", "--teacher-epochs", "8"]
+    processes = [start("distillation", tmp_path, "--seeds", seed, *few) for seed in (0, 1)]
+    results = [ended(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert sum("teacher epoch" in out for _, out, _ in results) == 1
+    checkpoints = tmp_path / "checkpoints" / "quick"
+    taught = [utils.load_file(checkpoints / "distilled" / f"seed_{seed}" / "best_model.pth")
+              for seed in (0, 1)]
+    assert taught[0]["teacher"] == taught[1]["teacher"]
+    assert not list(checkpoints.glob("teacher.*")) and not list(tmp_path.rglob("*.tmp"))
+    utils.load_file(checkpoints / "best_model.pth")
+
+
+def held(file, seconds=0.0):
+    """os.replace as Windows has it while another program keeps `file` open, so many seconds."""
+    real, end = os.replace, time.time() + seconds
+
+    def replace(source, target):
+        if Path(target) == Path(file) and time.time() < end:
+            raise PermissionError(13, "Permission denied", str(source), None, str(target))
+        return real(source, target)
+    return replace
+
+
+def test_history_that_is_open_elsewhere_costs_no_epoch(train, tmp_path, monkeypatch, capsys):
+    """Excel has it open all the while: the run goes on, and the next start writes it."""
+    table = tmp_path / "results" / "quick" / "baseline_history.csv"
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", held(table, 1e9))
+        folder = train("baseline") / "baseline"
+    out = capsys.readouterr().out
+    assert out.count("baseline_history.csv cannot be replaced, since another program") == 2
+    assert len(utils.load_file(folder / "last.pth")["history"]) == 2 and not table.exists()
+    train("baseline")
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 3
+
+
+@pytest.mark.parametrize("seconds, code", [(1, 0), (1e9, 1)])
+def test_checkpoint_that_is_open_elsewhere_is_tried_again(
+        arguments, train, monkeypatch, capsys, seconds, code):
+    """A virus scanner lets go after a second; another program does not, and is named."""
+    args = arguments("baseline", "--num-epochs", "1")
+    file = utils.run_folder("baseline", args) / "best_model.pth"
+    monkeypatch.setattr(os, "replace", held(file, seconds))
+    assert utils.run_script(train_baseline.main, args) == code
+    err = capsys.readouterr().err
+    assert ("best_model.pth cannot be replaced, since another program" in err) == (code == 1)
+    assert err.count("\n") == code
 
 
 @pytest.fixture
