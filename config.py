@@ -145,22 +145,22 @@ TEACHER = {  # train_distillation.py; they matter to the student through its tea
 }
 EVERYWHERE = {  # all three; a run goes on when they change, for they change nothing it computes
     "DATASET_DIR": or_none(FOLDER), "DATA_DIR": PATH, "CHECKPOINT_DIR": PATH, "RESULTS_DIR": PATH,
-    "NUM_WORKERS": whole(0), "DEVICE": value(str, "auto, cuda, cuda:<number>, mps or cpu",
+    "NUM_WORKERS": whole(0), "DEVICE": value(str, "one of auto, cuda, cuda:1, mps, cpu",
                                              re.compile(r"auto|cuda(:\d+)?|mps|cpu").fullmatch),
 }
 SETTINGS = TRAINING | DISTILLATION | TEACHER | EVERYWHERE
 FLAGS = {"baseline": TRAINING | EVERYWHERE, "distillation": SETTINGS, "evaluate": EVERYWHERE}
 TEACHER_ONLY = {name.lower() for name in TEACHER}
-NEUTRAL = {name.lower() for name in EVERYWHERE} | {"quick", "fresh", "fresh_teacher", "seeds"}
+NEUTRAL = {*map(str.lower, EVERYWHERE), "quick", "fresh", "fresh_teacher", "seeds", "argv"}
 
 
 # Command line -------------------------------------------------------------------------------------
 
 def parse_args(script, description, argv=None):
-    """Parse the command line of `script`, "baseline", "distillation" or "evaluate".
+    """Parse the command line of `script`: "baseline", "distillation" or "evaluate".
 
-    Returns a namespace with one attribute per setting in lower case, and per flag that is none.
-    Exits with status 2 and one sentence on what cannot work and can be seen before the work.
+    Returns a namespace of all settings in lower case, all other flags, and argv. Exits with status
+    2 and one sentence on what cannot work and can be seen before the work.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -173,6 +173,7 @@ def parse_args(script, description, argv=None):
     add_settings(parser, script, defaults)
     add_other_flags(parser, script)
     args, unknown = parser.parse_known_args(argv)
+    args.argv = list(argv)
     if unknown:
         parser.error(unknown_argument(unknown[0], script, args))
     if script != "evaluate":
@@ -186,16 +187,15 @@ def parse_args(script, description, argv=None):
     return args
 
 
-def comments():
-    """{constant: its comment}, read from this file in its order, for --help."""
-    text = Path(__file__).read_text(encoding="utf-8")
-    joined = re.sub(r"\n +# ", " ", text)  # comments of several lines
-    return dict(re.findall(r"^([A-Z_]+) *=.*?# *(.*)$", joined, re.MULTILINE))
-
-
 def add_settings(parser, script, defaults):
     """Make flags of the constants that concern `script`; all are held to the rules of flags."""
-    texts = comments()
+    text = Path(__file__).read_text(encoding="utf-8").split("# What a value may be")[0]
+    names = {*re.findall(r"^([A-Z_]+) *=", text, re.MULTILINE), *QUICK}
+    for name in sorted(names ^ {*SETTINGS, "QUICK"}):
+        wrong = "is missing" if name in SETTINGS else f"is no setting{closest(name, SETTINGS)}"
+        parser.error(f"{name} in config.py {wrong}")
+    joined = re.sub(r"\n +# ", " ", text)  # comments of several lines
+    texts = dict(re.findall(r"^([A-Z_]+) *=.*?# *(.*)$", joined, re.MULTILINE))
     for name, default in defaults.items():
         parse = SETTINGS[name]
         try:

@@ -7,7 +7,10 @@ Writes checkpoints/baseline/ and results/baseline_history.csv. After an interrup
 command goes on from the last whole epoch.
 """
 import argparse
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -32,8 +35,7 @@ def main(args):
         info = models.describe("baseline", student, args.student_model, data, run_args)
         path = train(student, info, data, run_args)
     models.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
-    quick = " --quick" if args.quick else ""
-    print(f"the baseline is in {path}; next: python train_distillation.py{quick}")
+    print(f"the baseline is in {path}; next: {next_command(args, 'distillation', 'distilled')}")
 
 
 def train(model, info, data, args):
@@ -106,6 +108,20 @@ def each_seed(args):
     """The settings of each student to train: one of --seeds after the other, or --seed alone."""
     for seed in args.seeds or [args.seed]:
         yield argparse.Namespace(**{**vars(args), "seed": seed})
+
+
+def next_command(args, script, run):
+    """The command to type next, with those of this one's flags that it knows, but --fresh: that of
+    `script`, which trains the other student, `run`, if there is none, else of evaluate.py."""
+    there = models.student_checkpoints(Path(args.checkpoint_dir, run))
+    script, file = ("evaluate", "evaluate.py") if there else (script, f"train_{script}.py")
+    flags, keep = [], False
+    for word in args.argv:
+        if word.startswith("--"):
+            name = re.sub("--(no-)?", "", word.split("=")[0]).replace("-", "_").upper()
+            keep = name in {*config.FLAGS[script], "QUICK", *([] if there else ["SEEDS"])}
+        flags += [word] if keep else []
+    return shlex.join(["python", file, *flags])
 
 
 def must_match(info):

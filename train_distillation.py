@@ -35,8 +35,8 @@ def main(args):
                                teacher=about_teacher)
         path = train(student, teacher, info, data, run_args)
     models.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
-    quick = " --quick" if args.quick else ""
-    print(f"the distilled student is in {path}; next: python evaluate.py{quick}")
+    then = train_baseline.next_command(args, "baseline", "baseline")
+    print(f"the distilled student is in {path}; next: {then}")
 
 
 def train(student, teacher, info, data, args):

@@ -155,7 +155,7 @@ def test_every_legal_name_stands_in_the_comment():
             choices[name] = kind.removeprefix("one of ").split(", ")
     counts = {name: len(names) for name, names in choices.items()}
     assert counts == {"DATASET_NAME": 5, "AUGMENTATION": 5, "DISTILLATION_LOSS": 4,
-                      "KL_DIRECTION": 2, "DEVICE": 4, "AMP_DTYPE": 4}
+                      "KL_DIRECTION": 2, "DEVICE": 5, "AMP_DTYPE": 4}
     for name, names in choices.items():
         for legal in names:
             assert re.search(rf"\b{legal}\b", CONSTANTS[name]), f"{legal} of {name}"
@@ -195,7 +195,7 @@ def test_a_run_goes_on_when_these_change():
     """And a student whose teacher's file is the same, when settings of that teacher change."""
     neutral = {name.lower() for name in EVERYWHERE}
     about_teacher = {name.lower() for name in ABOUT_TEACHER}
-    assert neutral | {"quick", "fresh", "seeds", "fresh_teacher"} == config.NEUTRAL
+    assert neutral | {"quick", "fresh", "seeds", "fresh_teacher", "argv"} == config.NEUTRAL
     assert about_teacher == config.TEACHER_ONLY
 
 
@@ -520,6 +520,20 @@ def test_deterministic_runs_on_apple_gpus_are_wrong_use(monkeypatch):
     args = config.parse_args("baseline", "", ["--deterministic", "--device", "mps"])
     with pytest.raises(utils.WrongUse, match="--deterministic"):  # exit status 2
         utils.setup(args)
+
+
+@pytest.mark.parametrize("old, new, sentence", [
+    ("NUM_EPOCHS = 50", "NUM_EPOCH = 50", "NUM_EPOCH in config.py is no setting (closest: NUM_EPO"),
+    ("SEED = 42", "", "SEED in config.py is missing"),
+    ("SEED = 42", "SEED = 42\nTEMPERATUR = 2", "TEMPERATUR in config.py is no setting (closest: T"),
+    ('"BATCH_SIZE": 64', '"BATCHSIZE": 64', "BATCHSIZE in config.py is no setting (closest: "),
+])
+def test_misspelt_or_missing_constant_is_named(tmp_path, old, new, sentence):
+    (tmp_path / "config.py").write_bytes((ROOT / "config.py").read_bytes())
+    edited(tmp_path, old, new)
+    process = ended(tmp_path, "-c", "import config; config.parse_args('baseline', '', [])")
+    assert process.returncode == 2 and f"error: {sentence}" in process.stderr
+    assert process.stderr.count("\n") == 1
 
 
 def test_wrong_edit_of_config_is_one_sentence_before_any_work(tmp_path):

@@ -455,6 +455,23 @@ def test_from_three_seeds_on_the_verdict_rests_on_seeds_and_images():
     assert baseline["sd"]["top1"] == pytest.approx(0.001) and three["seeds"] == [0, 1, 2]
 
 
+def test_share_of_the_teachers_lead_and_what_it_cost():
+    labels = np.arange(1000) % 10
+    entries = pair_of(labels, 100, 70) | {"teacher": pair_of(labels, 50, 0)["baseline"]}
+    for run, minutes in (("baseline", 90), ("distilled", 120), ("teacher", 300)):
+        entries[run][0].history.append({"seconds": 60.0 * minutes})
+    numbers = evaluate.compare(entries, labels, None)
+    assert numbers["comparison"]["teacher_beats_baseline"]
+    assert numbers["comparison"]["advantage_recovered"] == pytest.approx(0.03 / 0.05)
+    numbers["timings"] = {"training_hours": evaluate.training_hours(entries)}
+    assert evaluate.cost_lines(numbers)[1] == (
+        "Training took 1.5 h for the baseline and 7.0 h for the distilled student, its teacher's "
+        "5.0 h included.")
+    weak = entries | {"teacher": entries["baseline"]}
+    comparison = evaluate.compare(weak, labels, None)["comparison"]
+    assert not comparison["teacher_beats_baseline"] and comparison["advantage_recovered"] is None
+
+
 def test_seeds_with_equal_gains_do_not_prove_it():
     """One image of 360 more with each of three seeds, and seeds that all gain much."""
     labels = np.arange(360) % 10

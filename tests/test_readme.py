@@ -352,13 +352,16 @@ def test_structure_is_that_of_the_folder():
     assert {"config.py", "requirements.txt", *SCRIPTS, *folders} - {"search.py"} <= set(told)
 
 
-def test_settings_are_those_of_config():
+def test_settings_are_those_of_config(capsys):
     """The main ones first; what is said of each is config.py's own comment, or how it begins."""
     table = rows(README, "Configuration")
+    with pytest.raises(SystemExit):
+        config.parse_args("distillation", "", ["--help"])
+    told = "".join(capsys.readouterr().out.split())  # lines are broken at hyphens too
     assert names(table)[:len(MAIN_SETTINGS)] == MAIN_SETTINGS
     for (name,), value, text in ((names([row]), *row[1:]) for row in table):
         assert value == f"`{getattr(config, name)}`"
-        assert config.comments()[name].startswith(text), name
+        assert f"--{name.lower().replace('_', '-')}{name}{''.join(text.split())}" in told
 
 
 def test_parameter_counts():

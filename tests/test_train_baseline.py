@@ -188,6 +188,61 @@ def test_mixed_labels_have_no_training_accuracy(train):
     assert row["train_accuracy"] is None and row["train_loss"] > 0 and row["entropy"] > 0
 
 
+def test_gradients_are_clipped_at_their_own_scale(arguments, monkeypatch):
+    """Not at that of the fp16 scaler, which is 65,536 at first."""
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: norms.append(
+        clip(parameters, most).item()))
+    for precision in ("fp32", "fp16"):
+        args = arguments("baseline", "--amp-dtype", precision, "--num-epochs", "1", "--fresh",
+                         "--batch-size", "128", "--warmup-epochs", "0")
+        model, info, data = whole_run(args)
+        train_baseline.train(model, info, data, args)
+    in_fp16 = [norm for norm in norms[len(norms) // 2:] if math.isfinite(norm)]  # not skipped
+    assert len(in_fp16) > 4 and 0.1 < min(in_fp16) < max(in_fp16) < 10 * max(norms[:10])
+
+
+def test_best_epoch_is_not_forgotten_when_a_run_goes_on(arguments, monkeypatch):
+    """The first of three is the best, and the run stops after it."""
+    args = arguments("baseline", "--num-epochs", "3", "--batch-size", "128")
+    measured = iter([0.9, utils.Stopped(130, ""), 0.5, 0.6])
+
+    def validate(model, loader):
+        accuracy = next(measured)
+        if isinstance(accuracy, utils.Stopped):
+            raise accuracy
+        return {"val_loss": 1.0, "val_accuracy": accuracy}
+    monkeypatch.setattr(train_baseline, "validate", validate)
+    model, info, data = whole_run(args)
+    with pytest.raises(utils.Stopped):
+        train_baseline.train(model, info, data, args)
+    best = train_baseline.train(*whole_run(args), args)
+    assert len(last_of(args)["history"]) == 3 and utils.load_file(best)["epoch"] == 1
+
+
+def test_run_of_other_images_is_not_gone_on_with(train, tmp_path, capsys):
+    """A picture is renamed, everything else is the same."""
+    folder = write_pictures(tmp_path / "pictures")
+    flags = ["--dataset-name", "ImageFolder", "--dataset-dir", folder, "--batch-size", "4",
+             "--val-fraction", "0.25", "--num-workers", "0", "--num-epochs", "1"]
+    train("baseline", *flags)
+    (folder / "train" / "cat" / "000.png").rename(folder / "train" / "cat" / "a.png")
+    checkpoints = train("baseline", *flags)
+    assert "the former baseline run (other images or split) is now in" in capsys.readouterr().out
+    assert (checkpoints / "baseline.1" / "best_model.pth").is_file()
+
+
+def test_run_that_lost_its_best_model_is_trained_again(train, capsys):
+    """What it says first, that it is trained, and evaluate.py, that it is not, would go in circles.
+    """
+    checkpoints = train("baseline")
+    (checkpoints / "baseline" / "best_model.pth").unlink()
+    train("baseline")
+    out = capsys.readouterr().out
+    assert "the former baseline run (best_model.pth gone) is now in" in out
+    assert "already trained" not in out and (checkpoints / "baseline" / "best_model.pth").is_file()
+
+
 def test_best_model_is_the_one_validated(arguments):
     """Under EMA too: its accuracy on the validation images is the one it is chosen by."""
     args = arguments("baseline", "--ema-decay", "0.8", "--num-epochs", "3")
@@ -395,6 +450,21 @@ def test_finished_run_says_so_and_is_left_alone(train, capsys):
     assert "already trained" in out and "baseline epoch" not in out
     assert (folder / "baseline" / "last.pth").stat().st_mtime_ns == before
     assert not (folder / "baseline.1").exists()
+
+
+def test_next_command_has_the_flags_it_needs(arguments, tmp_path):
+    flags = ["--num-epochs", "3", "--no-pretrained", "--fresh", "--seeds", "0", "1"]
+    args = arguments("baseline", *flags)
+    own = f"--quick --checkpoint-dir {tmp_path}/checkpoints --results-dir {tmp_path}/results "
+    own += f"--data-dir {tmp_path}/data --device cpu"
+    assert train_baseline.next_command(args, "distillation", "distilled") == (
+        f"python train_distillation.py {own} --student-model test_efficientnet --num-epochs 3 "
+        "--no-pretrained --seeds 0 1")
+    other = tmp_path / "checkpoints" / "quick" / "distilled" / "seed_0" / "best_model.pth"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    then = train_baseline.next_command(args, "distillation", "distilled")
+    assert then == f"python evaluate.py {own}"
 
 
 def test_several_seeds(train, tmp_path, capsys):
