@@ -151,7 +151,7 @@ EVERYWHERE = {  # all three; a run goes on when they change, for they change not
 SETTINGS = TRAINING | DISTILLATION | TEACHER | EVERYWHERE
 FLAGS = {"baseline": TRAINING | EVERYWHERE, "distillation": SETTINGS, "evaluate": EVERYWHERE}
 TEACHER_ONLY = {name.lower() for name in TEACHER}
-NEUTRAL = {*map(str.lower, EVERYWHERE), "quick", "fresh", "fresh_teacher", "seeds", "argv"}
+NEUTRAL = {*map(str.lower, EVERYWHERE), "quick", "fresh", "fresh_teacher", "seeds"}
 
 
 # Command line -------------------------------------------------------------------------------------

@@ -228,7 +228,8 @@ def describe(run, model, name, data, args, **more):
         "interpolation": "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",
         **{key: [float(value) for value in cfg[key]] for key in ("mean", "std")},
         "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
-        "split_fingerprint": data.split_fingerprint, "config": vars(args).copy(),
+        "split_fingerprint": data.split_fingerprint,
+        "config": {name: value for name, value in vars(args).items() if name != "argv"},
         "versions": utils.versions(model.pixel_mean.device), **more,
     }
 
@@ -283,9 +284,7 @@ def student_checkpoints(folder):
 
 def choose_best(checkpoint_dir, like):
     """Copy the best student by validation accuracy to best_model.pth; a tie goes to the baseline.
-
-    Only students on the same dataset, classes and split as `like` (a checkpoint's dict) compete.
-    """
+    Only students on the same dataset, classes and split as `like` (a checkpoint's dict) compete."""
     folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
     infos = {path: utils.load_file(path) for run in ("baseline", "distilled")
              for path in student_checkpoints(folder / run)}

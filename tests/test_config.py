@@ -195,7 +195,7 @@ def test_a_run_goes_on_when_these_change():
     """And a student whose teacher's file is the same, when settings of that teacher change."""
     neutral = {name.lower() for name in EVERYWHERE}
     about_teacher = {name.lower() for name in ABOUT_TEACHER}
-    assert neutral | {"quick", "fresh", "seeds", "fresh_teacher", "argv"} == config.NEUTRAL
+    assert neutral | {"quick", "fresh", "seeds", "fresh_teacher"} == config.NEUTRAL
     assert about_teacher == config.TEACHER_ONLY
 
 
