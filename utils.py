@@ -44,7 +44,7 @@ class Stopped(BaseException):  # no Exception, which a library might swallow
 
 
 def run_script(main, args):
-    """Call `main(args)`; return the exit status: 0, 1 or 2 with one message, 130, 143."""
+    """Call `main(args)`; return the exit status: 0, 1 or 2 with one message, 129, 130, 143."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a class name the terminal cannot show stops nothing
     answer_signals(lambda: "stopped")
@@ -66,8 +66,10 @@ def answer_signals(sentence):
     """From now on end the script at a signal to stop, with what `sentence()` says then."""
     def stop(number, frame):
         raise Stopped(128 + number, sentence())
-    for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-        signal.signal(getattr(signal, name), stop)
+    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    for number in (signal.SIGINT, signal.SIGTERM, hangup):
+        if number != hangup or signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop)
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory",
@@ -102,7 +104,6 @@ def explanation(error, args):
 
 
 def first_line(error):
-    """What an exception says, in at most one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -138,11 +139,11 @@ def setup(args):
         torch.use_deterministic_algorithms(True)
     elif name == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change within a pass
-    if name == "cuda":
+    if device.index:
         torch.cuda.set_device(device)
-        if os.name == "nt":  # its driver would spill into system memory, and training would crawl
-            free, total = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(free / total)
+    if name == "cuda" and os.name == "nt":  # its driver would spill into system memory, and crawl
+        free, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(free / total)
     if name == "cpu":
         keep_freed_memory()
     windows = " (Windows: see README, Troubleshooting)" if os.name == "nt" else ""
@@ -458,7 +459,6 @@ class Meter:
         return means | {"images_per_second": self.steps * self.loader.batch_size / elapsed}
 
     def look(self):
-        """What the progress bar shows."""
         means, accuracy, memory = self.means(), "", ""
         if not math.isnan(means["train_accuracy"]):
             accuracy = f"acc {means['train_accuracy']:.1%}, "

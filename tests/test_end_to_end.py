@@ -72,7 +72,8 @@ def test_three_commands(tmp_path):
 
 
 def test_wrong_use_writes_nothing(tmp_path):
-    message = run("train_distillation.py", "--checkpoint-dir", tmp_path / "c", "--results-dir",
-                  tmp_path / "r", "--data-dir", tmp_path / "d", "--no-such-flag", code=2)
-    assert message.count("\n") == 1 and "--no-such-flag" in message
-    assert "Traceback" not in message and not list(tmp_path.iterdir())
+    for script in ("train_baseline.py", "train_distillation.py", "evaluate.py"):
+        message = run(script, "--checkpoint-dir", tmp_path / "c", "--results-dir", tmp_path / "r",
+                      "--data-dir", tmp_path / "d", "--no-such-flag", code=2)
+        assert message.count("\n") == 1 and "--no-such-flag" in message
+        assert "Traceback" not in message and not list(tmp_path.iterdir())

@@ -403,7 +403,8 @@ def stop_after(calls, function):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM to catch")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_say_which_epoch_is_saved_and_how_to_go_on(tmp_path, number, code):
     process = start("baseline", tmp_path, "--num-epochs", "200")
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
@@ -414,6 +415,14 @@ def test_signals_say_which_epoch_is_saved_and_how_to_go_on(tmp_path, number, cod
     assert status == code and epochs > 0
     assert f"stopped after epoch {epochs} of 200 of the baseline run, which is saved" in err
     assert "the same command (without --fresh) goes on from there" in err
+
+
+def test_a_run_under_nohup_outlives_the_terminal(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    answered = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: answered.append(number))
+    utils.answer_signals(lambda: "")
+    assert answered == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
