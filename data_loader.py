@@ -9,7 +9,6 @@ cropped, mirrored and resized there, a whole batch at a time. Photographs are de
 mirrored and resized by worker processes.
 """
 import contextlib
-import ctypes
 import functools
 import json
 import math
@@ -17,7 +16,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -423,12 +421,9 @@ def random_views(sizes, interpolation, augmentation, images, i, seed):
 
 
 def leave_signals_to_the_parent(_):
-    """Ctrl-C reaches workers too; one that died of it would end training before it is saved. But no
-    worker may outlive the parent: under Linux it shares the lock on the run's folder."""
+    """Ctrl-C reaches workers too; one that died of it would end training before it is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def home_of(pixels, device):

@@ -428,6 +428,21 @@ def test_verdict_follows_the_interval(wrong, verdict, words):
     assert ("better" in sentence) == (verdict == "better")
 
 
+def test_images_are_compared_in_pairs():
+    """Both err on the same 200 images, one on 20 more: sure in pairs, and only in pairs."""
+    labels = np.arange(1000) % 10
+    wrong = np.where(np.arange(1000)[:, None] < [220, 200], (labels + 1)[:, None] % 10,
+                     labels[:, None]).T
+    entries = {run: [entry_of(answers(predicted, 10))]
+               for run, predicted in zip(("baseline", "distilled"), wrong, strict=True)}
+    comparison = evaluate.compare(entries, labels, None)["comparison"]
+    right = (wrong == labels).astype(float)
+    pairs = scipy.stats.ttest_rel(right[1], right[0]).confidence_interval()
+    assert comparison["interval_over_images"] == pytest.approx(list(pairs))
+    assert comparison["verdict"] == "better"
+    assert scipy.stats.ttest_ind(right[1], right[0]).pvalue > 0.2
+
+
 def test_mcnemar_on_a_published_table():
     """Fagerland, Lydersen and Laake (BMC Medical Research Methodology 2013, 13:91): p = 0.0525."""
     labels = np.arange(161) % 10

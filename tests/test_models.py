@@ -16,6 +16,7 @@ import scipy.stats
 import sklearn.metrics
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_loader
 import models
@@ -216,6 +217,31 @@ def test_gradcam_layer_is_the_last_feature_map(name, layer):
     model = models.build_model(name, 10)
     assert models.gradcam_layer(model, size) == layer
     assert model.training
+
+
+def test_no_activation_clones_its_input():
+    """timm's SiLU in place makes autograd do that; the gradients are the same to the bit."""
+    class Clones(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.found += function is torch.ops.aten.clone.default
+            return function(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    ours = models.build_model("test_efficientnet", 5)
+    theirs = timm.create_model("test_efficientnet", num_classes=5)
+    theirs.load_state_dict(ours.state_dict())
+    theirs = theirs.to(memory_format=torch.channels_last)
+    images, counts, gradients = torch.rand(4, 3, 32, 32), [], []
+    for model in (ours, theirs):
+        with Clones() as clones:
+            loss = model(images).square().sum()
+        loss.backward()
+        counts.append(clones.found)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert counts[0] == 0 < counts[1]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def test_same_seed_same_weights_new_head_included():

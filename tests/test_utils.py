@@ -283,7 +283,7 @@ def test_second_process_waits_while_the_first_lives_and_a_kill_leaves_no_lock(tm
     assert ended(second)[0] == 143
     first.kill()
     first.wait()
-    with filelock.FileLock(folder / ".baseline.lock", timeout=1):  # torch's workers look after 5 s
+    with filelock.FileLock(folder / ".baseline.lock", timeout=1):  # its workers live some 5 s on
         pass
     first.communicate()
 
@@ -303,6 +303,19 @@ def test_any_gpu_can_be_asked_for(arguments, monkeypatch, capsys, asked, chosen)
     assert "device: a GPU, bf16" in capsys.readouterr().out
     with pytest.raises(utils.WrongUse, match="finds no cuda:2"):
         utils.setup(arguments("baseline", "--device", "cuda:2"))
+
+
+def test_two_processes_can_write_the_same_file_at_once(tmp_path):
+    """checkpoints/best_model.pth, say: each has a temporary file of its own; the last one stays."""
+    with utils.write_into_place(tmp_path / "file") as ours:
+        ours.write("ours")
+        child = os.fork()
+        if not child:
+            with utils.write_into_place(tmp_path / "file") as theirs:
+                theirs.write("theirs")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0 and (tmp_path / "file").read_text() == "theirs"
+    assert (tmp_path / "file").read_text() == "ours" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_seeds_of_two_processes_share_folders_and_teacher(tmp_path):
