@@ -363,7 +363,8 @@ def test_killed_within_the_first_epoch_is_not_finished(train, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9", "--mixup-alpha", "0.4",
-                                        "--cutmix-alpha", "1"], ["--amp-dtype", "fp16"]])
+                                        "--cutmix-alpha", "1"],
+                                   ["--amp-dtype", "fp16", "--val-fraction", "0.8"]])
 def test_run_that_goes_on_ends_with_the_same_weights(arguments, flags):
     """With dropout and drop-path too, whatever was drawn before, and after each epoch."""
     args = arguments("baseline", "--num-epochs", "3", "--batch-size", "128", *flags)
