@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,8 +21,7 @@ DATASET_DIR = None            # folder of ImageFolder: train/<class>/*, test/<cl
 DATA_DIR = "data"             # folder of downloads and, in decoded/, of decoded pictures
 IMAGE_SIZE = 224              # px, side of the square the student sees, at least 32
 TEACHER_IMAGE_SIZE = None     # px, None: the student's; larger: the same crop in more detail
-AUGMENTATION = "auto"         # none, crop, flip_crop, resized_crop, or auto: crop for digits,
-                              # flip_crop for other small images, resized_crop for photographs
+AUGMENTATION = "auto"         # none, crop, flip_crop, resized_crop; auto: as suits the images
 VAL_FRACTION = 0.1            # share of the training images held out to choose the epoch, in (0, 1)
 SPLIT_SEED = 0                # chooses the held-out images; one teacher serves every SEED
 NUM_WORKERS = 2               # processes that decode photographs, 0 or more; small images need none
@@ -58,7 +58,7 @@ EMA_DECAY = 0.0               # 0: off; 0.999, say: average of the weights, vali
 # Run
 SEED = 42                     # weights of the new head, order of images, augmentation, dropout
 DEVICE = "auto"               # auto, cuda, cuda:1, mps, cpu; auto takes the first there is
-DETERMINISTIC = False         # bit-identical runs on CUDA too, slower; on CPUs they are anyway
+DETERMINISTIC = False         # bit-identical runs on CUDA, slower; on CPUs equal threads suffice
 AMP_DTYPE = "auto"            # auto, bf16, fp16, fp32; auto: on CUDA bf16 or else fp16; else fp32
 CHECKPOINT_DIR = "checkpoints"   # folder of the checkpoints
 RESULTS_DIR = "results"       # folder of histories, report and figures
@@ -74,20 +74,17 @@ QUICK = {
 
 # What a value may be ------------------------------------------------------------------------------
 
-def value(convert, allowed, legal, names=()):
+def value(convert, allowed, legal, names=(), none=False):
     """A `type` for argparse: converts a text, or says what is `allowed` and the closest `names`."""
     def parse(text):
-        with contextlib.suppress(ValueError, TypeError):  # text is None where a constant is
+        if text is None and none:  # as only a constant can be
+            return None
+        with contextlib.suppress(ValueError, TypeError):
             converted = convert(text)
             if text is not None and legal(converted):
                 return converted
         raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}{closest(text, names)}")
     return parse
-
-
-def or_none(parse):
-    """`parse` for a constant that may be None."""
-    return lambda text: None if text is None else parse(text)
 
 
 def closest(text, names):
@@ -96,8 +93,8 @@ def closest(text, names):
     return f" (closest: {', '.join(lowered[name] for name in close)})" if close else ""
 
 
-def whole(low):
-    return value(int, f"a whole number of at least {low}", lambda x: x >= low)
+def whole(low, none=False):
+    return value(int, f"a whole number of at least {low}", lambda x: x >= low, none=none)
 
 
 def real(bounds, legal):
@@ -115,8 +112,8 @@ NOT_NEGATIVE = real("of at least 0", lambda x: x >= 0)
 BELOW_ONE = real("of at least 0 and below 1", lambda x: 0 <= x < 1)
 BOOL = value({"True": True, "False": False}.get, "True or False", lambda x: x is not None)
 PATH = value(str, "a path", bool)
-FILE = value(str, "an existing file", os.path.isfile)
-FOLDER = value(str, "an existing folder", os.path.isdir)
+FILE = value(str, "an existing file", os.path.isfile, none=True)
+FOLDER = value(str, "an existing folder", os.path.isdir, none=True)
 MODELS = timm.list_models() + timm.list_pretrained()  # without and with a tag of weights
 MODEL = value(str, "a classifier from timm.list_models()",
               lambda x: x in MODELS or (timm.is_model(x) and "." not in x), MODELS)
@@ -126,87 +123,78 @@ TRAINING = {  # both training scripts
     "DATASET_NAME": choice("CIFAR100", "CIFAR10", "Flowers102", "Digits", "ImageFolder"),
     "IMAGE_SIZE": whole(32), "VAL_FRACTION": real("above 0 and below 1", lambda x: 0 < x < 1),
     "AUGMENTATION": choice("auto", "none", "crop", "flip_crop", "resized_crop"),
-    "STUDENT_MODEL": MODEL, "STUDENT_WEIGHTS": or_none(FILE), "PRETRAINED": BOOL,
+    "STUDENT_MODEL": MODEL, "STUDENT_WEIGHTS": FILE, "PRETRAINED": BOOL,
     "BATCH_SIZE": whole(1), "ACCUMULATE_STEPS": whole(1), "NUM_EPOCHS": whole(1),
     "LEARNING_RATE": POSITIVE, "WEIGHT_DECAY": NOT_NEGATIVE, "WARMUP_EPOCHS": NOT_NEGATIVE,
     "CLIP_GRAD": NOT_NEGATIVE, "LABEL_SMOOTHING": BELOW_ONE, "EMA_DECAY": BELOW_ONE,
-    "MIXUP_ALPHA": NOT_NEGATIVE, "CUTMIX_ALPHA": NOT_NEGATIVE,
-    "SEED": SEEDS, "SPLIT_SEED": SEEDS, "DETERMINISTIC": BOOL,
-    "AMP_DTYPE": choice("auto", "bf16", "fp16", "fp32"),
+    "MIXUP_ALPHA": NOT_NEGATIVE, "CUTMIX_ALPHA": NOT_NEGATIVE, "SEED": SEEDS, "SPLIT_SEED": SEEDS,
+    "DETERMINISTIC": BOOL, "AMP_DTYPE": choice("auto", "bf16", "fp16", "fp32"),
 }
 DISTILLATION = {  # train_distillation.py
-    "TEACHER_IMAGE_SIZE": or_none(whole(32)), "KL_DIRECTION": choice("forward", "reverse"),
+    "TEACHER_IMAGE_SIZE": whole(32, none=True), "KL_DIRECTION": choice("forward", "reverse"),
     "DISTILLATION_LOSS": choice("kd", "dkd", "dist", "lskd"),
     "TEMPERATURE": POSITIVE, "ALPHA": real("from 0 to 1", lambda x: 0 <= x <= 1),
 }
 TEACHER = {  # train_distillation.py; they matter to the student through its teacher alone
-    "TEACHER_MODEL": MODEL, "TEACHER_WEIGHTS": or_none(FILE), "TEACHER_CHECKPOINT": or_none(FILE),
+    "TEACHER_MODEL": MODEL, "TEACHER_WEIGHTS": FILE, "TEACHER_CHECKPOINT": FILE,
     "TEACHER_EPOCHS": whole(1), "TEACHER_LEARNING_RATE": POSITIVE,
 }
 EVERYWHERE = {  # all three; a run goes on when they change, for they change nothing it computes
-    "DATASET_DIR": or_none(FOLDER), "DATA_DIR": PATH, "CHECKPOINT_DIR": PATH, "RESULTS_DIR": PATH,
+    "DATASET_DIR": FOLDER, "DATA_DIR": PATH, "CHECKPOINT_DIR": PATH, "RESULTS_DIR": PATH,
     "NUM_WORKERS": whole(0), "DEVICE": value(str, "one of auto, cuda, cuda:1, mps, cpu",
                                              re.compile(r"auto|cuda(:\d+)?|mps|cpu").fullmatch),
 }
 SETTINGS = TRAINING | DISTILLATION | TEACHER | EVERYWHERE
 FLAGS = {"baseline": TRAINING | EVERYWHERE, "distillation": SETTINGS, "evaluate": EVERYWHERE}
 TEACHER_ONLY = {name.lower() for name in TEACHER}
-NEUTRAL = {*map(str.lower, EVERYWHERE), "quick", "fresh", "fresh_teacher", "seeds"}
+NEUTRAL = {*map(str.lower, EVERYWHERE), "argv", "quick", "fresh", "fresh_teacher", "seeds"}
 
 
 # Command line -------------------------------------------------------------------------------------
 
 def parse_args(script, description, argv=None):
-    """Parse the command line of `script`: "baseline", "distillation" or "evaluate".
-
-    Returns a namespace of all settings in lower case, all other flags, and argv. Exits with status
-    2 and one sentence on what cannot work and can be seen before the work.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     description=description,
+    """All settings of `script` ("baseline", "distillation", "evaluate") in lower case, its other
+    flags and argv. Exits with status 2 and one sentence on what cannot work."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(None, argparse.SUPPRESS, description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {name: content for name, content in globals().items() if name in SETTINGS}
-    defaults |= QUICK if "--quick" in argv else {}
-    if script == "evaluate":
-        defaults["DATASET_DIR"] = None  # the checkpoint knows its own
-    add_settings(parser, script, defaults)
+    add_settings(parser, script, argv)
     add_other_flags(parser, script)
-    args, unknown = parser.parse_known_args(argv)
-    args.argv = list(argv)
-    if unknown:
-        parser.error(unknown_argument(unknown[0], script, args))
+    args, unknown = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
+    for word in (*unknown, *(word for word in argv if word.split("=")[-1] == "--")):
+        parser.error(unknown_argument(word, script, args))
     if script != "evaluate":
         for conflict in conflicts(script, args, argv):
             parser.error(f"argument {conflict}")  # ends the script
-        if args.seeds:
-            args.seed = args.seeds[0]  # the teacher's, which is trained once
-    if args.quick:
-        args.checkpoint_dir = str(Path(args.checkpoint_dir, "quick"))
-        args.results_dir = str(Path(args.results_dir, "quick"))
+        args.seed = (args.seeds or [args.seed])[0]  # the teacher's, which is trained once
+    args.checkpoint_dir = str(Path(args.checkpoint_dir, "quick" if args.quick else ""))
+    args.results_dir = str(Path(args.results_dir, "quick" if args.quick else ""))
     return args
 
 
-def add_settings(parser, script, defaults):
+def add_settings(parser, script, argv):
     """Make flags of the constants that concern `script`; all are held to the rules of flags."""
     text = Path(__file__).read_text(encoding="utf-8").split("# What a value may be")[0]
-    names = {*re.findall(r"^([A-Z_]+) *=", text, re.MULTILINE), *QUICK}
-    for name in sorted(names ^ {*SETTINGS, "QUICK"}):
+    quick = globals().get("QUICK")
+    if not isinstance(quick, dict):
+        parser.error(f"QUICK in config.py must be a dict of settings, not {quick!r}")
+    for name in sorted({*re.findall("^([A-Z_]+) *=", text, re.M), *quick} ^ {*SETTINGS, "QUICK"}):
         wrong = "is missing" if name in SETTINGS else f"is no setting{closest(name, SETTINGS)}"
         parser.error(f"{name} in config.py {wrong}")
-    joined = re.sub(r"\n +# ", " ", text)  # comments of several lines
-    texts = dict(re.findall(r"^([A-Z_]+) *=.*?# *(.*)$", joined, re.MULTILINE))
-    for name, default in defaults.items():
-        parse = SETTINGS[name]
+    texts = dict(re.findall(r"^([A-Z_]+) *=.*?# *(.*)$", text, re.M))
+    changed = quick if "--quick" in argv else {}
+    if script == "evaluate":
+        changed = {**changed, "DATASET_DIR": None}  # the checkpoint knows its own
+    for name in [name for name in globals() if name in SETTINGS]:
+        parse, default = SETTINGS[name], changed.get(name, globals()[name])
         try:
             default = parse(None if default is None else str(default))
         except argparse.ArgumentTypeError as error:
             parser.error(f"{name} in config.py {error}")
         if name in FLAGS[script]:
-            flag = "--" + name.lower().replace("_", "-")
             how = {"action": argparse.BooleanOptionalAction} if parse is BOOL else {"type": parse}
-            text = f"{texts.get(name, '')} (default: {default})".replace("%", "%%")
-            parser.add_argument(flag, default=default, help=text, **how)
+            how["help"] = f"{texts.get(name, '')} (default: {default})".replace("%", "%%")
+            parser.add_argument("--" + name.lower().replace("_", "-"), default=default, **how)
 
 
 def add_other_flags(parser, script):
@@ -218,18 +206,33 @@ def add_other_flags(parser, script):
     parser.add_argument("--fresh", action="store_true", help="move a former run aside, start anew")
     if script == "distillation":
         parser.add_argument("--fresh-teacher", action="store_true", help="the same for the teacher")
-    parser.add_argument("--seeds", type=SEEDS, nargs="+",
-                        help="one student for each of these seeds, finished ones are skipped")
+    parser.add_argument("--seeds", type=SEEDS, nargs="+", help="a student for each of these seeds")
+
+
+def constant_of(flag):
+    """BATCH_SIZE of --batch-size=16, PRETRAINED of --no-pretrained."""
+    return re.sub("^--(no-)?", "", flag.split("=")[0]).replace("-", "_").upper()
 
 
 def unknown_argument(argument, script, args):
-    flag = argument.split("=")[0]
-    constant = flag.removeprefix("--").removeprefix("no-").replace("-", "_").upper()
+    flag, constant = argument.split("=")[0], constant_of(argument)
     homes = [f"train_{home}.py" for home, flags in FLAGS.items() if constant in flags]
     if flag.startswith("--") and homes and constant not in FLAGS[script]:
         return f"{flag} is no flag of this script but of {' and '.join(homes)}"
     known = ["--" + name.replace("_", "-") for name in vars(args)]
     return f"unknown argument {argument!r}{closest(flag, known)}; --help lists every flag"
+
+
+def command(script, argv):
+    """What to type for `script` with those flags of `argv` that it has, each once, but --fresh."""
+    training, flags = script != "evaluate", {}
+    for word in argv:
+        if word.startswith("--"):
+            words = flags[constant_of(word)] = []
+        words.append(word)
+    known = {*FLAGS[script], "QUICK", "SEEDS" if training else ""}
+    kept = [word for name, words in flags.items() if name in known for word in words]
+    return shlex.join(["python", f"train_{script}.py" if training else "evaluate.py", *kept])
 
 
 def conflicts(script, args, argv):
@@ -255,10 +258,8 @@ def conflicts(script, args, argv):
         yield f"--teacher-epochs: less than --warmup-epochs {args.warmup_epochs:g}"
     if loss == "dkd" and (args.mixup_alpha or args.cutmix_alpha):
         yield "--distillation-loss: dkd knows no labels mixed by mixup or cutmix"
-    if loss == "dist" and args.batch_size < 3:
-        yield "--batch-size: dist correlates the images of a batch and needs at least 3 of them"
-    if loss == "dist" and args.accumulate_steps > 1:
-        yield "--accumulate-steps: dist compares the images of a whole batch, not of parts of it"
+    if loss == "dist" and (args.batch_size < 3 or args.accumulate_steps > 1):
+        yield "--distillation-loss: dist compares a whole batch's images, at least 3, not its parts"
     if loss in ("dkd", "dist") and args.kl_direction == "reverse":
         yield f"--kl-direction: {loss} has no direction to reverse, kd and lskd have"
     if args.fresh_teacher and args.teacher_checkpoint:
@@ -273,8 +274,7 @@ def model_conflicts(role, size, args):
     if weights and not args.pretrained:
         yield f"--{role}-weights: has no effect with --no-pretrained"
     if args.pretrained and not given and not timm.models.is_model_pretrained(name):
-        ways = f"--no-pretrained or --{role}-weights FILE"
-        yield f"--{role}-model: timm has no pretrained weights for {name}; {ways}"
+        yield f"--{role}-model: timm has no weights of {name}; --no-pretrained or --{role}-weights"
     cfg = timm.get_pretrained_cfg(name)
     if cfg and cfg.fixed_input_size and cfg.input_size[-1] != size:
         yield f"--{role}-model: {name} takes images of {cfg.input_size[-1]} px alone, not {size}"

@@ -4,16 +4,14 @@
 can be decoded. A loader yields images (B, 3, S, S) on the device, floats in [0, 1]; each model
 normalises them itself.
 
-Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor, and are
-cropped, mirrored and resized there, a whole batch at a time. Photographs are decoded, cropped,
-mirrored and resized by worker processes.
+Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor, and whole
+batches are augmented there. Photographs are decoded and augmented by worker processes.
 """
 import contextlib
 import functools
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 from hashlib import sha256
@@ -28,6 +26,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup
 from torchvision import datasets, transforms
+from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.contrib.concurrent import thread_map
 
@@ -38,9 +37,8 @@ CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in 
 CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)  # its width / height
 TURNED = 0x0112              # EXIF's tag of how a camera was held; from 5 on, width is height
-EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
 DOWNLOAD_TIMEOUT = 20        # s without an answer
-DOWNLOAD_MB = {"CIFAR100": 340, "CIFAR10": 340, "Flowers102": 700}  # archive and what is in it
+EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
 
 
 class Images(NamedTuple):
@@ -77,9 +75,8 @@ def open_dataset(args):
         others = ["test", "val"] if Path(args.dataset_dir, "val").is_dir() else ["test"]
     found = {part: read_part(name, part, args) for part in others}
     for part, (_, names) in found.items():
-        if odd := sorted(set(names) ^ set(class_names)):
-            raise UserError(f"{part}/ and train/ in {args.dataset_dir} must have the same class "
-                            f"folders; {len(odd)} differ: {', '.join(odd[:10])}")
+        if odd := odd_classes(names, class_names):
+            raise UserError(f"{part}/ and train/ must have the same class folders; {odd}")
     if "val" in found:
         train, (val, _) = whole, found["val"]
         chosen = {"val": val.labels.tolist(), "val_names": val.names}
@@ -91,9 +88,8 @@ def open_dataset(args):
     fingerprint = sha256(json.dumps(content | chosen).encode()).hexdigest()
 
     if len(train.labels) < args.batch_size * args.accumulate_steps:
-        steps = f" --accumulate-steps {args.accumulate_steps}" if args.accumulate_steps > 1 else ""
-        raise WrongUse(f"--batch-size {args.batch_size}{steps} is more than the "
-                       f"{len(train.labels)} training images")
+        raise WrongUse(f"--batch-size {args.batch_size} --accumulate-steps {args.accumulate_steps} "
+                       f"is more than the {len(train.labels)} training images")
     if augmentation in ("crop", "flip_crop") and train.pixels is None:
         raise WrongUse(f"--augmentation {augmentation} pads and crops small images; "
                        "photographs take resized_crop or none")
@@ -103,6 +99,24 @@ def open_dataset(args):
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
           f"{len(val.labels)} validation images")
     return Dataset(name, class_names, train, val, fingerprint, augmentation)
+
+
+def odd_classes(one, other):
+    """A phrase on the class names that are in one of two lists alone; "" where they are alike."""
+    odd = sorted(set(one) ^ set(other))
+    return f"{len(odd)} differ: {', '.join(odd[:10])}" if odd else ""
+
+
+def repeated(test, data):
+    """Names of the `test` images that training or validation images repeat to the bit."""
+    def digests(images):
+        if images.pixels is not None:
+            return [sha256(pixels.numpy()).digest() for pixels in images.pixels]
+        return [sha256(Path(file).read_bytes()).digest() for file in images.files]
+
+    known = {*digests(data.train), *digests(data.val)}
+    return [test.names[i] if test.names else f"number {i}"
+            for i, digest in enumerate(digests(test)) if digest in known]
 
 
 def split(labels, fraction, seed):
@@ -141,31 +155,26 @@ def read_part(name, part, args):
 def download(cls, data_dir, **part):
     """A torchvision dataset, downloaded on first use. Raises UserError with what to do by hand."""
     Path(data_dir).mkdir(parents=True, exist_ok=True)
-    flowers, needed = cls is datasets.Flowers102, DOWNLOAD_MB[cls.__name__]
-    folder = Path(data_dir, "flowers-102" if flowers else cls.base_folder)
-    free = shutil.disk_usage(data_dir).free / 2**20
-    if not folder.exists() and free < needed:
-        raise UserError(f"{cls.__name__} needs {needed} MB in {data_dir} while it is unpacked, and "
-                        f"the disk has {free:.0f} MB left; make room or choose another --data-dir")
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # urllib would wait for ever for a silent server
     try:
         return cls(root=data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
-        of_network = isinstance(error, (ConnectionError, TimeoutError))
-        if getattr(error, "errno", None) and not of_network:
+        if not isinstance(error, (ConnectionError, TimeoutError)) and getattr(error, "errno", None):
             raise  # it is the disk
-        if flowers:
-            urls = [cls._download_url_prefix + file for file, _ in cls._file_dict.values()]
-            by_hand = f"{', '.join(urls)} into {folder}"
+        if cls is datasets.Flowers102:
+            files = {Path(data_dir, "flowers-102", file): (cls._download_url_prefix + file, md5)
+                     for file, md5 in cls._file_dict.values()}
         else:
-            by_hand = f"{cls.url} into {data_dir}"
+            files = {Path(data_dir, cls.filename): (cls.url, cls.tgz_md5)}
         reason = getattr(error, "reason", None) or error
-        raise UserError(
-            f"downloading {cls.__name__} failed ({reason}); download {by_hand} by hand and run the "
-            "same command again, or try the project without any download with --quick") from None
+        by_hand = ", ".join(f"{url} to {path}" for path, (url, _) in files.items())
+        damaged = [f"; {path} is damaged, its MD5 should be {md5}" for path, (_, md5) in
+                   files.items() if path.is_file() and not check_integrity(path, md5)]
+        raise UserError(f"downloading {cls.__name__} failed ({reason}); download {by_hand} by hand "
+                        "and run the same command again, or try the project without any download "
+                        "with --quick" + "".join(damaged)) from None
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(None)
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -234,8 +243,8 @@ def decode(folder, files):
     images = thread_map(read, files, desc=f"reading {folder}", leave=False, disable=None)
     faults = [str(image) for image in images if isinstance(image, UserError)]
     if faults:
-        shown = "; ".join([*faults[:10], "…"] if len(faults) > 10 else faults)
-        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: {shown}")
+        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: "
+                        + "; ".join(faults[:10]))
     if any(image is None or image.shape != images[0].shape for image in images):
         return None
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

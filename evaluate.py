@@ -9,11 +9,15 @@ people, comparison.json and predictions.npz for programs, and every figure as PN
 import argparse
 import json
 import math
+import signal
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback; later run_script answers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -25,7 +29,11 @@ from scipy.cluster import hierarchy
 from scipy.special import log_softmax
 from sklearn import metrics
 
-import config
+try:
+    import config
+except (SyntaxError, NameError, TypeError) as error:  # people edit it
+    print(f"error: config.py cannot be read: {error}", file=sys.stderr)
+    sys.exit(2)
 import data_loader
 import models
 import utils
@@ -42,7 +50,8 @@ def main(args):
     device = utils.setup(args)
     paths, left_out = find_students(args)
     _, first = models.load_model(paths["distilled"][0])
-    test, val, no_validation = open_images(first, args)
+    test, data, no_validation = open_images(first, args)
+    val = data and data.val
     entries = {run: [load_entry(path, first, test, val, args, device) for path in paths[run]]
                for run in STUDENTS}
     teacher, no_teacher = find_teacher(entries["distilled"], args)
@@ -53,7 +62,8 @@ def main(args):
     numbers = compare(entries, labels, len(val.labels) if val else None)
     numbers["timings"] = {"training_hours": training_hours(entries)}
     numbers["notes"] = {"unfair": differences(entries), "no_teacher": no_teacher,
-                        "no_validation": no_validation, "left_out": left_out}
+                        "no_validation": no_validation, "left_out": left_out,
+                        "trained_on": data_loader.repeated(test, data) if data else []}
     write_figures(entries, labels, test, numbers, results)
     report = write_report(numbers)
     write_files(entries, labels, numbers, report, results)
@@ -82,36 +92,37 @@ def find_students(args):
     """Paths of the students to compare, {run: [one per seed]}: of the seeds that both runs have, if
     there are any, else the plain pair; and a phrase for each that is left out."""
     given = {"baseline": args.baseline_checkpoint, "distilled": args.distilled_checkpoint}
-    plain, seeds = {}, {}
-    for run in STUDENTS:
-        folder = Path(args.checkpoint_dir, run)
-        plain[run] = Path(given[run] or folder / "best_model.pth")
-        seeded = [path for path in models.student_checkpoints(folder) if path.parent != folder]
-        seeds[run] = {int(path.parent.name.removeprefix("seed_")): path for path in seeded}
+    folders = {run: Path(args.checkpoint_dir, run) for run in STUDENTS}
+    plain = {run: Path(given[run] or folders[run] / "best_model.pth") for run in STUDENTS}
+    seeds = {run: {int(path.parent.name.removeprefix("seed_")): path
+                   for path in models.student_checkpoints(folders[run])
+                   if path.parent != folders[run]} for run in STUDENTS}
     common = sorted(seeds["baseline"].keys() & seeds["distilled"].keys())
-    if common and not any(given.values()):
-        left_out = [f"{run} seed {seed} (the other run lacks it)"
-                    for run in STUDENTS for seed in sorted(seeds[run]) if seed not in common]
-        left_out += [f"the plain {run} run" for run in STUDENTS if plain[run].is_file()]
-        return {run: [seeds[run][seed] for seed in common] for run in STUDENTS}, left_out
+    paths = {run: [seeds[run][seed] for seed in common] for run in STUDENTS}
+    left_out = [f"the plain {run} run" for run in STUDENTS if plain[run].is_file()]
+    if not common or any(given.values()):
+        for run, other in sorted((STUDENTS, STUDENTS[::-1]), key=lambda pair: len(seeds[pair[0]])):
+            if not plain[run].is_file():
+                how = how_to_make(run, folders[other], args)
+                raise UserError(f"there is no {plain[run]}; make it with: {how}")
+        paths, left_out, common = {run: [plain[run]] for run in STUDENTS}, [], []
+    left_out += [f"{run} seed {seed}" for run in STUDENTS for seed in sorted(seeds[run])
+                 if seed not in common]
+    if {*map(utils.sha256, paths["baseline"])} & {*map(utils.sha256, paths["distilled"])}:
+        raise UserError("baseline and distilled student are one and the same checkpoint")
+    return paths, left_out
 
-    missing = [run for run in STUDENTS if not plain[run].is_file()]
-    scripts = {"baseline": "train_baseline.py", "distilled": "train_distillation.py"}
-    quick = " --quick" if args.quick else ""
-    for run, other in (STUDENTS, STUDENTS[::-1]):
-        if missing and seeds[run] and not seeds[other] and not any(given.values()):
-            numbers = " ".join(map(str, sorted(seeds[run])))
-            raise UserError(f"the {run} run has several seeds, the {other} run none; make them "
-                            f"with: python {scripts[other]} --seeds {numbers}{quick}")
-    for run in missing:
-        raise UserError(f"there is no {plain[run]}; make it with: python {scripts[run]}{quick}")
-    left_out = [f"{run} seed {seed}" for run in STUDENTS for seed in sorted(seeds[run])]
-    return {run: [plain[run]] for run in STUDENTS}, left_out
+
+def how_to_make(run, other, args):
+    """The command that trains the student `run` as a fair pair to those in the folder `other`."""
+    argv = [word for path in models.student_checkpoints(other)
+            for word in utils.load_file(path)["config"].get("argv", [])]
+    return config.command("baseline" if run == "baseline" else "distillation", [*argv, *args.argv])
 
 
 def open_images(info, args):
-    """(test images, validation images, None) of the dataset and the split of `info`, a checkpoint's
-    dict, or (test images, None, why the others cannot be had)."""
+    """(test images, data to train and validate, None) of the dataset and the split of `info`, a
+    checkpoint's dict, or (test images, None, why the others cannot be had)."""
     settings = argparse.Namespace(**info["config"])
     settings.data_dir = args.data_dir
     settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may lie elsewhere now
@@ -119,26 +130,25 @@ def open_images(info, args):
         raise UserError(f"the pictures are no longer in {settings.dataset_dir}; "
                         "say where with --dataset-dir DIR")
     test, class_names = data_loader.read_part(info["dataset"], "test", settings)
-    if class_names != info["class_names"]:
-        raise UserError("the test images have other classes than the checkpoints: "
-                        f"{len(class_names)} against {info['num_classes']}")
+    if odd := data_loader.odd_classes(class_names, info["class_names"]):
+        raise UserError(f"the test images have other classes than the checkpoints; {odd}")
     try:
         data = data_loader.open_dataset(settings)
     except UserError as error:
         return test, None, str(error)
     if data.split_fingerprint != info["split_fingerprint"]:
         return test, None, "the training images are no longer those of the checkpoints"
-    return test, data.val, None
+    return test, data, None
 
 
 def load_entry(path, first, test, val, args, device):
     """The Entry of a checkpoint. `first` is another's dict: the classes that this one must know,
     else UserError, and the split that `val` (or None) belongs to."""
     model, info = models.load_model(path, device)
-    if any(info[key] != first[key] for key in ("dataset", "class_names")):
-        raise UserError(f"{path} cannot be compared with the distilled student: they tell apart "
-                        f"other classes ({info['dataset']}, {info['num_classes']}; "
-                        f"{first['dataset']}, {first['num_classes']})")
+    odd = data_loader.odd_classes(info["class_names"], first["class_names"])
+    if odd or info["dataset"] != first["dataset"]:
+        raise UserError(f"{path} cannot be compared with the distilled student: one is of "
+                        f"{info['dataset']}, the other of {first['dataset']}{odd and '; ' + odd}")
 
     def answer(images):
         logits, _ = models.infer(model, data_loader.EvaluationLoader(images, info, args, device))
@@ -163,9 +173,7 @@ def find_teacher(students, args):
     for path in (recorded, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
         if path.is_file() and utils.sha256(path) == teachers[0]["sha256"]:
             return path, None
-    if recorded.is_file():
-        return None, f"{recorded} is no longer the teacher that taught (its SHA-256 differs)"
-    return None, f"the teacher {recorded} is gone"
+    return None, f"the teacher {recorded} is gone, or has changed (its SHA-256 differs)"
 
 
 def differences(entries):
@@ -266,7 +274,6 @@ def verdict(entries, labels):
     over = {"images": interval(gains.mean(0, keepdims=True)), "both": interval(gains)}
     rests_on = "both" if len(by_seed) >= T_SEEDS else "images"
     low, high = over[rests_on]
-    direction = "better" if low > 0 else "worse"
     return {
         "difference": statistics.fmean(by_seed), "difference_by_seed": by_seed,
         "interval_over_images": over["images"], "interval_over_seeds": over_seeds,
@@ -276,17 +283,14 @@ def verdict(entries, labels):
         "mcnemar_p_by_seed": [float(stats.binomtest(one, one + other).pvalue)
                               if one + other else 1.0 for one, other in alone],
         "t_test_p": t_test_p, "rests_on": rests_on,
-        "verdict": "undecided" if low <= 0 <= high else direction}
+        "verdict": "undecided" if low <= 0 <= high else "better" if low > 0 else "worse"}
 
 
 def interval(gains):
-    """95 % interval of the mean of `gains` (seeds, N), where seeds and images both are samples.
-
-    The variance of the mean in a two-way layout with random effects (Searle et al. 1992), with the
-    degrees of freedom of the seeds, so never narrower than that over the images, which it is where
-    the seeds differ no more than chance in the images makes them. By calculation the truth lies
-    within in 94 to 97.4 of 100 comparisons, with three seeds in 92.5 at worst.
-    """
+    """95 % interval of the mean of `gains` (seeds, N), where seeds and images both are samples: of
+    a two-way layout with random effects (Searle et al. 1992), with the seeds' degrees of freedom
+    where they differ more than chance in the images makes them. By calculation the truth lies
+    within in 94 to 97.4 of 100 comparisons, with three seeds in 92.5 at worst."""
     S, N = gains.shape
     over_images, over_seeds = gains.mean(0, keepdims=True), gains.mean(1, keepdims=True)
     mean, variance, freedom = gains.mean(), S * over_images.var(ddof=1), N - 1
@@ -379,9 +383,8 @@ def write_report(numbers):
         cost_lines(numbers),
         score_lines(numbers),
         ["Trained with " + ", ".join(versions)]]
-    wrapped = ["\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
-               for lines in sections if lines]
-    return "\n\n".join(wrapped) + "\n"
+    return "\n\n".join("\n".join(textwrap.fill(line, 100, break_on_hyphens=False)
+                                 for line in lines) for lines in sections if lines) + "\n"
 
 
 def table(title, heads, rows):
@@ -404,12 +407,15 @@ def cells(items, key, spec):
 def warning_texts(numbers):
     notes = numbers["notes"]
     unfair, left_out = "; ".join(notes["unfair"]), ", ".join(notes["left_out"])
+    count, known = len(notes["trained_on"]), ", ".join(notes["trained_on"][:5])
     weak = not numbers["comparison"].get("teacher_beats_baseline", True)
     texts = [
         (unfair, f"This is no fair pair, these differ between the two runs: {unfair}"),
         (weak, "The teacher does not beat the baseline on these images; "
                "little can be learned from it"),
         (notes["no_teacher"], f"No teacher in this report: {notes['no_teacher']}"),
+        (known, f"{count} test images are, to the bit, among the training or validation images "
+                f"too: {known}{', …' if count > 5 else ''}"),
         (notes["no_validation"], f"No temperature scaling: {notes['no_validation']}"),
         (left_out, f"Left out: {left_out}")]
     return [text for applies, text in texts if applies]
@@ -429,8 +435,7 @@ def verdict_lines(numbers):
             f"{span(comparison['rests_on'])} over {basis[comparison['rests_on']]})")
     first = f"The distilled student is {comparison['verdict']} than the baseline: {gain}."
     if comparison["verdict"] == "undecided":
-        first = (f"The data cannot tell whether distillation helped: {gain}; "
-                 "the interval includes zero.")
+        first = f"The data cannot tell whether distillation helped: {gain}, which includes zero."
     if len(numbers["seeds"]) == 1:
         return [first]
     p = comparison["t_test_p"]
@@ -465,13 +470,11 @@ def score_lines(numbers):
          [f"{one['epoch']:.3g}, {one['image_size']}" for one in scores]),
         ("parameters (million), file (MB)",
          [f"{one['parameters'] / 1e6:.2f}, {one['file_size_mb']:.1f}" for one in scores])])
+    kinds = (("nll", "cross-entropy (NLL)"), ("brier", "Brier score"),
+             ("ece", "expected calibration error"))
     lines += table("Calibration (nats; sum over classes; 15 equal-width bins)", [], [
-        ("cross-entropy (NLL)", cells(plain, "nll", ".4f")),
-        ("Brier score", cells(plain, "brier", ".4f")),
-        ("expected calibration error", cells(plain, "ece", ".4f")),
-        ("cross-entropy (NLL), scaled", cells(scaled, "nll", ".4f")),
-        ("Brier score, scaled", cells(scaled, "brier", ".4f")),
-        ("expected calibration error, scaled", cells(scaled, "ece", ".4f")),
+        *[(label, cells(plain, key, ".4f")) for key, label in kinds],
+        *[(f"{label}, scaled", cells(scaled, key, ".4f")) for key, label in kinds],
         ("temperature, fitted on validation", cells(scaled, "temperature", ".4f"))])
     if "fidelity" in numbers:
         alike = [numbers["fidelity"].get(run, {}) for run in runs]
@@ -564,10 +567,8 @@ def curves_figure(entries):
 
 def diagnostics_figure(entries):
     """Why the teacher helped or not, on the training images as augmented, a line a seed."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.6))
-    (losses, parts), (entropy, accuracy) = axes
+    figure, (parts, entropy, accuracy) = plt.subplots(1, 3, figsize=(12, 3.8))
     for run in STUDENTS:
-        draw(losses, entries[run], "ce_loss", **STYLES[run])
         draw(entropy, entries[run], "entropy", **STYLES[run])
         draw(accuracy, entries[run], "train_accuracy", 100, **STYLES[run])
     distilled, info = entries["distilled"], entries["distilled"][0].info
@@ -587,7 +588,6 @@ def diagnostics_figure(entries):
                          label="Teacher on validation images")
     entropy.axhline(np.log(info["num_classes"]), **thin, label=f"uniform, ln {info['num_classes']}")
     for axis, title, unit in (
-            (losses, "Cross-entropy with the labels", "nats"),
             (parts, "Parts of the distilled student's loss", "as weighted in the loss"),
             (entropy, "Entropy of the predictions", "nats"), (accuracy, "Accuracy", "%")):
         axis.set_ylim(bottom=0)

@@ -216,6 +216,8 @@ def diagnose_teacher(teacher_logits, labels, args):
 
 INFO = {"model_name": str, "class_names": list, "image_size": int, "config": dict,
         "dataset": str, "split_fingerprint": str, "val_accuracy": float, "state_dict": dict}
+CONFIG = {"dataset_name", "dataset_dir", "augmentation", "val_fraction", "split_seed", "batch_size",
+          "accumulate_steps", "num_epochs", "seed"}  # all that evaluate.py reads of it
 
 
 def describe(run, model, name, data, args, **more):
@@ -229,8 +231,7 @@ def describe(run, model, name, data, args, **more):
         **{key: [float(value) for value in cfg[key]] for key in ("mean", "std")},
         "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
         "split_fingerprint": data.split_fingerprint,
-        "config": {name: value for name, value in vars(args).items() if name != "argv"},
-        "versions": utils.versions(model.pixel_mean.device), **more,
+        "config": dict(vars(args)), "versions": utils.versions(model.pixel_mean.device), **more,
     }
 
 
@@ -261,6 +262,7 @@ def load_model(path, device="cpu"):
     Raises UserError where the file is missing, damaged, or holds something else."""
     info = utils.load_file(path)
     wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
+    wrong = wrong or sorted(CONFIG - info["config"].keys())
     if wrong or not timm.is_model(info["model_name"]):  # timm would download what other names say
         raise UserError(f"{path} holds no model of this project (see its "
                         f"{', '.join(wrong) or info['model_name']})")
@@ -271,8 +273,7 @@ def load_model(path, device="cpu"):
         if not all(value.isfinite().all() for value in weights.values()):
             raise RuntimeError("some are no finite numbers")
     except (RuntimeError, TypeError, AttributeError) as error:
-        reason = utils.first_line(error)
-        raise UserError(f"the weights in {path} do not fit {name}: {reason}") from None
+        raise UserError(f"weights in {path} do not fit {name}: {utils.first_line(error)}") from None
     return model.to(device).eval(), info
 
 

@@ -7,17 +7,23 @@ Writes checkpoints/baseline/ and results/baseline_history.csv. After an interrup
 command goes on from the last whole epoch.
 """
 import argparse
-import re
-import shlex
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback; later run_script answers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-import config
+try:
+    import config
+except (SyntaxError, NameError, TypeError) as error:  # people edit it
+    print(f"error: config.py cannot be read: {error}", file=sys.stderr)
+    sys.exit(2)
 import data_loader
 import models
 import utils
@@ -111,17 +117,10 @@ def each_seed(args):
 
 
 def next_command(args, script, run):
-    """The command to type next, with those of this one's flags that it knows, but --fresh: that of
-    `script`, which trains the other student, `run`, if there is none, else of evaluate.py."""
+    """The command to type next, with this one's flags: `script`'s, which trains the other student,
+    `run`, if there is none, else evaluate.py's."""
     there = models.student_checkpoints(Path(args.checkpoint_dir, run))
-    script, file = ("evaluate", "evaluate.py") if there else (script, f"train_{script}.py")
-    flags, keep = [], False
-    for word in args.argv:
-        if word.startswith("--"):
-            name = re.sub("--(no-)?", "", word.split("=")[0]).replace("-", "_").upper()
-            keep = name in {*config.FLAGS[script], "QUICK", *([] if there else ["SEEDS"])}
-        flags += [word] if keep else []
-    return shlex.join(["python", file, *flags])
+    return config.command("evaluate" if there else script, args.argv)
 
 
 def must_match(info):
@@ -148,6 +147,9 @@ def optimization(model, batches, args):
     if warmup:
         rising = LinearLR(optimizer, 1 / warmup, total_iters=warmup)
         scheduler = SequentialLR(optimizer, [rising, scheduler], [warmup])
+    for module in model.modules():
+        if hasattr(module, "num_batches_tracked"):
+            module.num_batches_tracked = None  # counted in each layer and step, read by nobody
     device = next(model.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None

@@ -8,12 +8,20 @@ checkpoints/distilled/ and results/distilled_history.csv. After an interruption 
 goes on from the last whole epoch.
 """
 import argparse
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback; later run_script answers
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 
-import config
+try:
+    import config
+except (SyntaxError, NameError, TypeError) as error:  # people edit it
+    print(f"error: config.py cannot be read: {error}", file=sys.stderr)
+    sys.exit(2)
 import data_loader
 import models
 import train_baseline
@@ -40,10 +48,8 @@ def main(args):
 
 
 def train(student, teacher, info, data, args):
-    """As train_baseline.train, but by `teacher`, which is frozen (models.freeze), and the labels.
-
-    It sees the student's pictures, crops and mixtures, at an image size of its own.
-    """
+    """As train_baseline.train, but by the labels and `teacher`, frozen (models.freeze), which sees
+    the student's pictures, crops and mixtures, at an image size of its own."""
     run = utils.Run(info, train_baseline.must_match(info), args)
     if run.finished:
         return run.best
@@ -95,11 +101,9 @@ def train(student, teacher, info, data, args):
 
 def teacher_args(args):
     """The settings of the teacher's own fine-tuning, under the names train_baseline.train reads.
-
     Its seed is another than the student's, so that it does not teach on the very crops it learned,
     of which it is too sure. No label smoothing, which erases what the other classes have to say
-    (Müller et al. 2019).
-    """
+    (Müller et al. 2019)."""
     unread = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
               "kl_direction", *config.TEACHER_ONLY}
     own = {name: value for name, value in vars(args).items() if name not in unread}
@@ -145,10 +149,9 @@ def load_teacher(path, args, data, device):
                               "--teacher-learning-rate, --fresh-teacher)")
     for baseline in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         rival = utils.load_file(baseline)
-        same_split = rival["split_fingerprint"] == info["split_fingerprint"]
-        if same_split and rival["val_accuracy"] >= accuracy:
-            print(f"warning: {baseline} reaches {rival['val_accuracy']:.2%} without a teacher; "
-                  "this one may not help")
+        score, split = rival["val_accuracy"], "split_fingerprint"
+        if score >= accuracy and rival[split] == info[split]:
+            print(f"warning: {baseline} reaches {score:.2%} without a teacher; this may not help")
     about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
     return models.freeze(teacher), about
 

@@ -147,13 +147,50 @@ def test_rerun_gives_the_same_files(trained, tmp_path):
         assert (again / name).read_bytes() == (first / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("run, command", [("baseline", "python train_baseline.py --quick"),
-                                          ("distilled", "python train_distillation.py --quick")])
-def test_missing_checkpoint_names_the_command(copied, run, command):
+@pytest.mark.parametrize("run, script", [("baseline", "train_baseline.py"),
+                                         ("distilled", "train_distillation.py")])
+def test_missing_checkpoint_names_the_command(copied, run, script):
+    """With the settings of the other run, so that it makes a fair pair, and this call's folders."""
     shutil.rmtree(copied / "c" / "quick" / run)
-    with pytest.raises(utils.UserError, match=command):
+    with pytest.raises(utils.UserError) as error:
         run_again(copied, copied / "r")
+    command = str(error.value).partition("; make it with: ")[2]
+    settings = f"--student-model {STUDENT[1]} --num-epochs 4"
+    if run == "baseline":
+        assert "--teacher" not in command
+    assert command == (f"python {script} --quick --device cpu --checkpoint-dir {copied / 'c'} "
+                       f"--results-dir {copied / 'r'} {settings}")
     assert not (copied / "r").exists()
+
+
+def test_missing_checkpoints_of_a_new_project_name_the_first_command(tmp_path):
+    with pytest.raises(utils.UserError, match="make it with: python train_baseline.py --quick"):
+        run_again(tmp_path, tmp_path / "r")
+
+
+def test_the_same_checkpoint_twice_is_no_comparison(copied):
+    for run in ("baseline", "distilled"):
+        path = copied / "c" / "quick" / run / "best_model.pth"
+        flags = [f"--{other}-checkpoint" for other in ("baseline", "distilled") if other != run]
+        with pytest.raises(utils.UserError, match="one and the same checkpoint"):
+            run_again(copied, copied / "r", *flags, path)
+
+
+def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
+    read_part = data_loader.read_part
+
+    def leaky(name, part, args):
+        images, names = read_part(name, part, args)
+        if part == "test":
+            pixels = torch.cat([read_part(name, "train", args)[0].pixels[:6], images.pixels[6:]])
+            images = images._replace(pixels=pixels)
+        return images, names
+    monkeypatch.setattr(data_loader, "read_part", leaky)
+    results = run_again(copied, copied / "r")
+    report = report_in(results).replace("\n", " ")
+    assert numbers_in(results)["notes"]["trained_on"] == [f"number {i}" for i in range(6)]
+    assert ("WARNING: 6 test images are, to the bit, among the training or validation images too: "
+            "number 0, number 1, number 2, number 3, number 4, ….") in report
 
 
 @pytest.mark.parametrize("fault, words", [("gone", "is gone"), ("other", "SHA-256"),
@@ -184,6 +221,7 @@ def test_unfair_pair_is_named(copied):
 
 def test_fair_pair_is_not_blamed(trained):
     assert "no fair pair" not in report_in(trained / "r" / "quick")
+    assert "to the bit" not in report_in(trained / "r" / "quick")
 
 
 def test_unfinished_run_is_named(copied):
@@ -199,7 +237,8 @@ def test_seeds_of_one_run_alone_name_the_command_for_the_other(trained, tmp_path
     for seed in (0, 4):
         shutil.copytree(trained / "c" / "quick" / "baseline",
                         tmp_path / "c" / "quick" / "baseline" / f"seed_{seed}")
-    with pytest.raises(utils.UserError, match="python train_distillation.py --seeds 0 4"):
+        change(tmp_path, f"baseline/seed_{seed}", config={"argv": ["--seeds", "0", "4"]})
+    with pytest.raises(utils.UserError, match="python train_distillation.py --seeds 0 4 --quick"):
         run_again(tmp_path, tmp_path / "r")
 
 
@@ -210,8 +249,11 @@ def test_last_pth_is_no_model(trained, tmp_path):
 
 
 def test_other_classes_cannot_be_compared(copied):
+    change(copied, "baseline", class_names=[*"01234567", "eight", "nine"])
+    with pytest.raises(utils.UserError, match="cannot be compared .*; 4 differ: 8, 9, eight, nine"):
+        run_again(copied, copied / "r")
     change(copied, "distilled", class_names=list("abcdefghij"))
-    with pytest.raises(utils.UserError, match="other classes"):
+    with pytest.raises(utils.UserError, match="other classes .*; 20 differ: 0, 1, "):
         run_again(copied, copied / "r")
 
 
@@ -233,8 +275,7 @@ def test_seeds_of_both_runs_are_used_and_the_rest_is_named(trained, tmp_path):
     report = report_in(run_again(tmp_path, tmp_path / "r")).replace("\n", " ")
     assert "seeds 0, 1, 2" in report and "±" in report
     assert "over 3 seeds and the test images" in report
-    assert ("Left out: baseline seed 5 (the other run lacks it), distilled seed 7 (the other run "
-            "lacks it), the plain baseline run.") in report
+    assert "Left out: the plain baseline run, baseline seed 5, distilled seed 7." in report
 
 
 def test_similar_classes_stand_together():
@@ -533,8 +574,6 @@ def test_diagnostics_figure_shows_the_histories():
         for got, (x, y) in zip(drawn[title], lines, strict=True):
             assert got[0] == x and got[1] == pytest.approx(y)
     three, four, later, across = [1, 2, 3], [1, 2, 3, 4], [4], [0, 1]
-    is_drawn("Cross-entropy with the labels", (three, [31, 32, 33]), (three, [11, 12, 13]),
-             (four, [21, 22, 23, 13]))
     is_drawn("Parts of the distilled student's loss",
              (three, [.11 * .75, .12 * .75, .13 * .75]),
              (four, [.21 * .75, .22 * .75, .23 * .75, .13 * .75]),
@@ -577,6 +616,7 @@ def test_statistics_and_figures_are_quick_and_small(tmp_path):
     assert tracemalloc.get_traced_memory()[1] < 200 * 2**20  # images x images would be 800 MB
     tracemalloc.stop()
     ones = dict.fromkeys(entries, 1.0)
-    numbers |= {"notes": {"unfair": [], "no_teacher": None, "no_validation": None, "left_out": []},
+    numbers |= {"notes": {"unfair": [], "no_teacher": None, "no_validation": None, "left_out": [],
+                          "trained_on": []},
                 "timings": {"training_hours": ones}}
     assert max(map(len, evaluate.write_report(numbers).splitlines())) <= 100

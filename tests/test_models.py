@@ -321,14 +321,16 @@ def test_checkpoint_is_plain_safe_and_usable_without_the_project(arguments):
         "val_accuracy", "dataset", "split_fingerprint", "config", "versions"}
     plain = (str, int, float, bool, list, dict, type(None))
     assert all(type(value) in plain for name, value in checkpoint.items() if name != "state_dict")
+    words = checkpoint["config"].pop("argv")
+    assert words[-4:] == ["--num-epochs", "1", "--seed", "3"] and type(words) is list
     assert all(type(value) in plain[:4] + plain[-1:] for value in
-               [*checkpoint["config"].values(), *checkpoint["versions"].values()])
+               [*words, *checkpoint["config"].values(), *checkpoint["versions"].values()])
     for tensor in checkpoint["state_dict"].values():
         assert tensor.device.type == "cpu" and tensor.is_contiguous()
         assert tensor.dtype in (torch.float32, torch.int64)
     name, classes = checkpoint["model_name"], checkpoint["num_classes"]
     other = timm.create_model(name, num_classes=classes)
-    other.load_state_dict(checkpoint["state_dict"])
+    other.load_state_dict(checkpoint["state_dict"])  # torch fills in BatchNorm's counts by itself
     other.eval()
 
     loaded, info = models.load_model(path)
@@ -350,7 +352,7 @@ def spoil(kind, good, folder):
                "unknown model": {"model_name": "resnet_99"}, "number": {"model_name": 5},
                "from a hub": {"model_name": "hf-hub:someone/something"},
                "from a folder": {"model_name": "local-dir:/somewhere"},
-               "size in words": {"image_size": "big"}}
+               "size in words": {"image_size": "big"}, "no settings": {"config": {}}}
     if kind == "folder":
         file.mkdir()
     elif kind == "picture":
@@ -387,11 +389,13 @@ def spoil(kind, good, folder):
     ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),
     ("number", "model_name"), ("from a hub", "hf-hub:someone"), ("from a folder", "local-dir:"),
     ("size in words", "image_size"), ("flipped bit", "is damaged"),
-    ("packed", "was refused: unpacked"), ("not finite", "no finite numbers")])
+    ("packed", "was refused: unpacked"), ("not finite", "no finite numbers"),
+    ("no settings", "see its accumulate_steps, augmentation")])
 def test_hostile_and_damaged_models_are_one_sentence(tmp_path, kind, words):
     good = tmp_path / "good" / "best_model.pth"
     info = {"model_name": "test_efficientnet", "num_classes": 5, "class_names": list("abcde"),
-            "image_size": 32, "config": {}, "dataset": "Digits", "split_fingerprint": "f"}
+            "image_size": 32, "config": dict.fromkeys(models.CONFIG), "dataset": "Digits",
+            "split_fingerprint": "f"}
     model = models.build_model("test_efficientnet", 5)
     save_best(good, model, info)
     utils.save_file({"history": [], "states": {}}, good.with_name("last.pth"))

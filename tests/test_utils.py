@@ -72,6 +72,20 @@ def test_signal_ends_the_script_with_its_code(arguments, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a whole console")
+@pytest.mark.parametrize("script", ["train_baseline.py", "train_distillation.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(script):
+    process = subprocess.Popen([sys.executable, "-X", "importtime", ROOT / script],
+                               stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "numpy" not in seen:  # torch is on its way
+        seen = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert "Traceback" not in err and "KeyboardInterrupt" not in err
+
+
 def test_reader_of_the_output_that_goes_away_meets_no_traceback(tmp_path):
     """As with `| head -1`: one sentence, and the same command goes on."""
     process = start("baseline", tmp_path, "--num-epochs", "2")
@@ -87,7 +101,7 @@ def test_reader_of_the_output_that_goes_away_meets_no_traceback(tmp_path):
 
 @pytest.mark.parametrize("flags, code, words", [
     (["--batch-size", "1"], 2, "--batch-size 1 cannot be trained with"),
-    (["--batch-size", "5000"], 2, "--batch-size 5000 is more than the 1293 training images"),
+    (["--batch-size", "5000"], 2, "is more than the 1293 training images"),
     (["--student-model", "inception_v3"], 1, "inception_v3 cannot take images of 32 px")])
 def test_what_only_the_work_can_tell_is_one_sentence(tmp_path, flags, code, words):
     status, _, err = ended(start("baseline", tmp_path, *flags))
