@@ -60,6 +60,7 @@ SEED = 42                     # weights of the new head, order of images, augmen
 DEVICE = "auto"               # auto, cuda, cuda:1, mps, cpu; auto takes the first there is
 DETERMINISTIC = False         # bit-identical runs on CUDA, slower; on CPUs equal threads suffice
 AMP_DTYPE = "auto"            # auto, bf16, fp16, fp32; auto: on CUDA bf16 or else fp16; else fp32
+CUDA_GRAPH = False            # on CUDA start a step's kernels as one graph; not tried on a GPU yet
 CHECKPOINT_DIR = "checkpoints"   # folder of the checkpoints
 RESULTS_DIR = "results"       # folder of histories, report and figures
 
@@ -128,7 +129,7 @@ TRAINING = {  # both training scripts
     "LEARNING_RATE": POSITIVE, "WEIGHT_DECAY": NOT_NEGATIVE, "WARMUP_EPOCHS": NOT_NEGATIVE,
     "CLIP_GRAD": NOT_NEGATIVE, "LABEL_SMOOTHING": BELOW_ONE, "EMA_DECAY": BELOW_ONE,
     "MIXUP_ALPHA": NOT_NEGATIVE, "CUTMIX_ALPHA": NOT_NEGATIVE, "SEED": SEEDS, "SPLIT_SEED": SEEDS,
-    "DETERMINISTIC": BOOL, "AMP_DTYPE": choice("auto", "bf16", "fp16", "fp32"),
+    "DETERMINISTIC": BOOL, "CUDA_GRAPH": BOOL, "AMP_DTYPE": choice("auto", "bf16", "fp16", "fp32"),
 }
 DISTILLATION = {  # train_distillation.py
     "TEACHER_IMAGE_SIZE": whole(32, none=True), "KL_DIRECTION": choice("forward", "reverse"),
@@ -237,16 +238,15 @@ def command(script, argv):
 
 def conflicts(script, args, argv):
     """Yield a sentence for each of the settings that are legal alone but cannot work together."""
-    if args.seeds and any(argument.split("=")[0] == "--seed" for argument in argv):
-        yield "--seed: give --seed or --seeds, not both"
-    if args.seeds and len(set(args.seeds)) < len(args.seeds):
-        yield "--seeds: each seed once"
-    if args.dataset_name == "ImageFolder" and not args.dataset_dir:
-        yield "--dataset-name: ImageFolder needs --dataset-dir DIR with train/ and test/<class>/*"
-    if args.dataset_dir and args.dataset_name != "ImageFolder":
-        yield f"--dataset-dir: only for --dataset-name ImageFolder, not for {args.dataset_name}"
+    seeds = args.seeds or []
+    if len({*seeds}) < len(seeds) or seeds and "SEED" in map(constant_of, argv):
+        yield "--seeds: each seed once, and no --seed beside them"
+    if (args.dataset_name == "ImageFolder") != bool(args.dataset_dir):
+        yield "--dataset-dir: DIR with train/ and test/<class>/*, only for and with ImageFolder"
     if args.num_epochs < args.warmup_epochs:
         yield f"--num-epochs: {args.num_epochs} is less than --warmup-epochs {args.warmup_epochs:g}"
+    if args.cuda_graph and args.accumulate_steps > 1:
+        yield "--cuda-graph: a replay writes over the gradients that --accumulate-steps adds up"
     if (args.mixup_alpha or args.cutmix_alpha) and args.batch_size % 2:
         yield f"--batch-size: mixup and cutmix need an even number, not {args.batch_size}"
     yield from model_conflicts("student", args.image_size, args)

@@ -3,35 +3,40 @@
 Shapes: images (B, 3, H, W) floats in [0, 1], labels (B,) int64 or, mixed, (B, C) probabilities,
 logits (B, C). Losses are means over the batch, in float32 also under autocast.
 """
+import copy
+import itertools
+from contextlib import nullcontext
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub as hf
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 
 import utils
-from utils import UserError
 
 # Building -----------------------------------------------------------------------------------------
 
 def build_model(name, num_classes, pretrained=False, weights=None):
     """A timm classifier in channels_last with a new head, drawn from torch's global generator.
-
-    `weights` is a local file instead of timm's download. `pixel_mean` and `pixel_std` (1, 3, 1, 1)
-    are what `forward` normalises with, and no part of the state_dict, which keeps timm's own names.
-    Raises UserError where weights cannot be had.
-    """
-    if pretrained and not weights:
-        check_download(name)
+    `weights` is a local file instead of timm's download; UserError where they cannot be had. With
+    `pixel_mean` and `pixel_std` (1, 3, 1, 1), no part of the state_dict, `forward` normalises."""
+    cfg, hub = timm.get_pretrained_cfg(name), None
     try:
+        if pretrained and not weights and (hub := cfg.hf_hub_id) and not isinstance(
+                hf.try_to_load_from_cache(hub, cfg.hf_hub_filename or "model.safetensors"), str):
+            hf.model_info(hub, timeout=10)  # asks once, where timm's download would for a minute
         model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes,
                                   pretrained_cfg_overlay=weights and {"file": str(weights)})
     except Exception as error:
         if not pretrained:
             raise
-        source, reason = weights or f"the weights of {name}", utils.first_line(error)
-        raise UserError(f"{source} cannot be loaded into {name}: {reason}") from error
+        by_hand = (f"; fetch model.safetensors from https://huggingface.co/{hub} by hand for "
+                   "--student-weights or --teacher-weights, start with --no-pretrained, or try all "
+                   "without a download by --quick" if hub else "")
+        raise utils.UserError(f"{weights or 'the weights of timm'} cannot be loaded into {name}: "
+                              f"{utils.first_line(error)}{by_hand}") from None
     for key in ("mean", "std"):
         value = torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1)
         model.register_buffer(f"pixel_{key}", value, persistent=False)
@@ -41,48 +46,63 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     return model.to(memory_format=torch.channels_last)
 
 
-def check_download(name):
-    """Ask the hub once for a weight file that is not cached: its client retries for a minute."""
-    cfg = timm.get_pretrained_cfg(name)
-    repo, file = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
-    if not repo or isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
-        return
-    try:
-        huggingface_hub.model_info(repo, timeout=10)
-    except Exception as error:
-        raise UserError(
-            f"downloading the ImageNet weights of {name} failed ({utils.first_line(error)}); fetch "
-            f"{file} from https://huggingface.co/{repo} by hand and give it as --student-weights "
-            "or --teacher-weights FILE, or start without them with --no-pretrained, or try the "
-            "project without any download with --quick") from None
-
-
 def why_unfit(info, args, data):
-    """Why the teacher of `info` (a checkpoint's dict) cannot teach on `data`; None where it can."""
-    size = args.teacher_image_size or args.image_size
-    if info["model_name"] != args.teacher_model and not args.teacher_checkpoint:
-        return f"it is {info['model_name']}, not {args.teacher_model}"
-    if info["dataset"] != data.name or info["class_names"] != list(data.class_names):
-        return f"it was trained on other classes ({info['dataset']}, {info['num_classes']} of them)"
-    if info["split_fingerprint"] != data.split_fingerprint:
-        return "it was trained on another split, and may have seen the validation images"
-    if info["image_size"] != size:
-        return f"it was trained at {info['image_size']} px, and --teacher-image-size is {size}"
-    return None
+    """How the teacher of `info` (a checkpoint's dict) is unfit to teach on `data`; "" if not."""
+    wanted = {"dataset": data.name, "class_names": list(data.class_names),
+              "split_fingerprint": data.split_fingerprint,
+              "image_size": args.teacher_image_size or args.image_size,
+              "model_name": info["model_name"] if args.teacher_checkpoint else args.teacher_model}
+    return ", ".join(f"its {key} is {str(info[key]):.30}, not {str(value):.30}"
+                     + ", so it may have seen the validation images" * (key == "split_fingerprint")
+                     for key, value in wanted.items() if info[key] != value)
 
 
 def least_accuracy(num_classes):
-    """Validation accuracy below which a teacher would teach noise: thrice chance, or half the way
-    from chance to perfect where that is 1 or more."""
+    """Of a teacher, or it teaches noise: thrice chance, or half way to perfect where that is 1."""
     least = max(3 / num_classes, 2 / num_classes + 0.02)
     return least if least < 1 else (1 + 1 / num_classes) / 2
 
 
-def freeze(teacher):
-    """Put `teacher` in eval mode for good, whatever calls train(), and out of every gradient."""
-    teacher.requires_grad_(False).eval()
+def freeze(teacher, image_size, dtype=torch.float32):
+    """`teacher` as it teaches: in eval mode whatever calls train(), out of every gradient, its
+    BatchNorms folded into convolutions, weights cast to `dtype` as autocast would in each step."""
+    plain = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # others do more with their weights
+    folded = copy.deepcopy(teacher.requires_grad_(False).eval())
+    for parent in list(folded.modules()):
+        for (name, conv), (after, norm) in itertools.pairwise(list(parent.named_children())):
+            if (type(conv) in plain and isinstance(norm, torch.nn.BatchNorm2d)
+                    and len(conv.weight) == norm.num_features):
+                setattr(parent, name, torch.nn.utils.fuse_conv_bn_eval(conv, norm))
+                setattr(parent, after, getattr(norm, "act", torch.nn.Identity()))  # timm's has one
+    images = torch.rand(2, 3, image_size, image_size, device=teacher.pixel_mean.device)
+    with torch.no_grad():
+        right, ours = forward(teacher, images), forward(folded, images)
+    if (ours - right).abs().max() < 0.01 * right.abs().max():  # or they are no pairs, as in RepViT
+        teacher = folded.eval()
+    for module in filter(lambda module: type(module) in plain, teacher.modules()):
+        module.to(dtype)
     teacher.train = lambda mode=True: teacher
     return teacher
+
+
+def capture(model, image_size, args):
+    """With --cuda-graph let `model` replay CUDA graphs of forward and backward, in its present mode
+    on whole batches: at batch 16 a GPU waits for Python. Elsewhere it runs as before."""
+    if not args.cuda_graph:
+        return
+    plain, mode, kept = model.forward, model.training, copy.deepcopy(model.state_dict())
+    images = torch.zeros(args.batch_size, 3, image_size, image_size, device=model.pixel_mean.device)
+
+    def forward(images):  # autocast belongs inside (pytorch #71631, #120930); evaluation has none
+        with utils.autocast(images.device, args) if model.training == mode else nullcontext():
+            return plain(images)
+    model.forward = forward
+    try:
+        torch.cuda.make_graphed_callables(model, (images.to(memory_format=torch.channels_last),))
+    except (RuntimeError, AssertionError) as error:
+        model.forward = plain
+        print(f"--cuda-graph: capturing failed, kernels start singly: {utils.first_line(error)}")
+    model.load_state_dict(kept)  # warming up has moved BatchNorm's statistics
 
 
 # Forward and inference ----------------------------------------------------------------------------
@@ -103,9 +123,8 @@ def infer(model, loader):
 
 def accuracy(logits, labels):
     """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C)."""
-    if labels.ndim == 2:
-        return torch.full((), torch.nan, device=logits.device)
-    return (logits.detach().argmax(1) == labels).float().mean()
+    return (torch.full((), torch.nan, device=logits.device) if labels.ndim == 2
+            else (logits.detach().argmax(1) == labels).float().mean())
 
 
 def entropy(logits):
@@ -122,11 +141,9 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
 
 
 def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """T^2 * KL between the softened outputs (Hinton et al. 2015).
-
-    forward: KL(teacher || student); reverse: KL(student || teacher). The factor undoes the 1 / T^2
-    by which gradients fall off, so that ALPHA means the same at every T.
-    """
+    """T^2 * KL between the softened outputs (Hinton et al. 2015), forward: KL(teacher || student),
+    reverse: KL(student || teacher). The factor undoes the 1 / T^2 by which gradients fall off, so
+    that ALPHA means the same at every T."""
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
     first, second = (student, teacher) if direction == "forward" else (teacher, student)
@@ -137,17 +154,15 @@ def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
 def standardise(logits):
     """Each image's logits with mean 0 and standard deviation 1, for lskd (Sun et al. 2024), who
     use T = 2 or 3 and ALPHA = 0.989. Of two classes they are the same for all images."""
-    logits = logits.float()
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    std, mean = torch.std_mean(logits.float(), 1, keepdim=True)
+    return (logits.float() - mean) / (std + 1e-7)
 
 
 def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
     """T^2 * (TCKD + beta * NCKD) (Zhao et al. 2022, Decoupled Knowledge Distillation).
 
-    TCKD is the KL between the shares of the true class and of all others, NCKD the KL among the
-    others alone, both KL(teacher || student); labels (B,) int64. The authors use T = 4, beta 8, 6
-    or 2, by the models, and ALPHA = 0.5, raised over 20 epochs, which is not done here.
-    """
+    TCKD: the KL between the shares of the true class and of all others, NCKD: that among the others
+    alone; labels (B,) int64. The authors use T = 4, beta 8, 6 or 2, by the models, ALPHA = 0.5."""
     true = labels[:, None]
     others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
     others = others + (others >= true)  # (B, C - 1); a boolean mask would wait for the device
@@ -159,39 +174,28 @@ def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
         binary = torch.cat([log_p.gather(1, true), rest], 1)
         return binary, F.log_softmax(logits.gather(1, others), 1)
 
-    student_binary, student_others = shares(student_logits)
-    teacher_binary, teacher_others = shares(teacher_logits.detach())
-    tckd = F.kl_div(student_binary, teacher_binary, reduction="batchmean", log_target=True)
-    nckd = F.kl_div(student_others, teacher_others, reduction="batchmean", log_target=True)
+    pairs = zip(shares(student_logits), shares(teacher_logits.detach()), strict=True)
+    tckd, nckd = (F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+                  for student, teacher in pairs)
     return temperature**2 * (tckd + beta * nckd)
 
 
 def dist_loss(student_logits, teacher_logits, temperature):
     """T^2 * (inter + intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
 
-    1 - Pearson's correlation between the softened probabilities (B, C) of both: inter over the
-    classes of each image, intra over the images of each class. The T^2 is the authors' code's, not
-    the paper's; they use ALPHA = 0.67, with T = 4 on CIFAR and 1 on ImageNet.
-    """
+    1 - Pearson's correlation of the softened probabilities (B, C), over the classes of each image
+    and over the images of each class. T^2 is their code's; ALPHA = 0.67, T = 4 on CIFAR."""
+    def distance(a, b):
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        return 1 - F.cosine_similarity(a, b, dim=1).mean()
     student = F.softmax(student_logits.float() / temperature, 1)
     teacher = F.softmax(teacher_logits.detach().float() / temperature, 1)
-    inter = one_minus_correlation(student, teacher)
-    intra = one_minus_correlation(student.T, teacher.T)
-    return temperature**2 * (inter + intra)
-
-
-def one_minus_correlation(a, b):
-    """1 - Pearson's correlation between the rows of `a` and of `b`, a mean over them."""
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return 1 - F.cosine_similarity(a, b, dim=1).mean()
+    return temperature**2 * (distance(student, teacher) + distance(student.T, teacher.T))
 
 
 def distillation_loss(student_logits, teacher_logits, labels, args):
     """ALPHA * soft + (1 - ALPHA) * cross-entropy, and its two parts unweighted: three 0-d tensors.
-
-    args.distillation_loss names the soft part: kd, dkd, dist or lskd. ALPHA weighs and TEMPERATURE
-    softens each of them, but on a scale of its own, so that what suits one suits no other.
-    """
+    The soft part, kd, dkd, dist or lskd, has a scale of its own: what suits one suits no other."""
     ce = cross_entropy(student_logits, labels, args.label_smoothing)
     if args.distillation_loss == "lskd":
         student_logits, teacher_logits = standardise(student_logits), standardise(teacher_logits)
@@ -237,35 +241,31 @@ def describe(run, model, name, data, args, **more):
 
 def gradcam_layer(model, image_size):
     """Name of the last convolution with the final feature map's size; None without one."""
-    shapes, training = {}, model.training
-    convolutions = {module: name for name, module in model.named_modules()
-                    if isinstance(module, torch.nn.Conv2d)}
-    hooks = [conv.register_forward_hook(
-        lambda conv, _, output: shapes.update({conv: output.shape[-2:]})) for conv in convolutions]
+    shapes = {}
+    names = {module: name for name, module in model.named_modules()}
+    image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device)
+
+    def note(module, _, output):
+        if isinstance(module, torch.nn.Conv2d):
+            shapes[module] = output.shape[-2:]
     try:
-        with torch.inference_mode():
-            image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device)
+        with torch.inference_mode(), torch.nn.modules.module.register_module_forward_hook(note):
             features = model.eval().forward_features(image)
     except (RuntimeError, ValueError, AssertionError) as error:  # what convolutions and timm raise
-        name, reason = model.pretrained_cfg["architecture"], utils.first_line(error)
-        raise UserError(f"{name} cannot take images of {image_size} px: {reason}") from None
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+        raise utils.UserError(f"{model.pretrained_cfg['architecture']} cannot take images of "
+                              f"{image_size} px: {utils.first_line(error)}") from None
     final = features.shape[-2:] if features.ndim == 4 else None
-    return next((convolutions[conv] for conv in reversed(shapes) if shapes[conv] == final), None)
+    return next((names[conv] for conv in reversed(shapes) if shapes[conv] == final), None)
 
 
 def load_model(path, device="cpu"):
-    """The model of a best_model.pth in eval mode, and its info: (model, dict without the weights).
-    Raises UserError where the file is missing, damaged, or holds something else."""
+    """(model in eval mode, info without weights) of a best_model.pth; UserError if it is none."""
     info = utils.load_file(path)
     wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
     wrong = wrong or sorted(CONFIG - info["config"].keys())
     if wrong or not timm.is_model(info["model_name"]):  # timm would download what other names say
-        raise UserError(f"{path} holds no model of this project (see its "
-                        f"{', '.join(wrong) or info['model_name']})")
+        raise utils.UserError(f"{path} holds no model of this project (see its "
+                              f"{', '.join(wrong) or info['model_name']})")
     weights, name = info.pop("state_dict"), info["model_name"]
     try:
         model = build_model(name, info["num_classes"])
@@ -273,7 +273,7 @@ def load_model(path, device="cpu"):
         if not all(value.isfinite().all() for value in weights.values()):
             raise RuntimeError("some are no finite numbers")
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"weights in {path} do not fit {name}: {utils.first_line(error)}") from None
+        raise utils.UserError(f"{path} does not fit {name}: {utils.first_line(error)}") from None
     return model.to(device).eval(), info
 
 

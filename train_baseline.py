@@ -58,6 +58,7 @@ def train(model, info, data, args):
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)
     run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    models.capture(model.train(), info["image_size"], args)
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # for dropout
@@ -135,10 +136,8 @@ def must_match(info):
 
 def optimization(model, batches, args):
     """AdamW, its schedule by the update, the fp16 scaler, and the average of the weights or None.
-
     No weight decay on biases and norms; linear warm-up, then cosine to zero. An epoch has so many
-    `batches`.
-    """
+    `batches`."""
     groups = param_groups_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     updates = batches // args.accumulate_steps  # an epoch

@@ -58,6 +58,8 @@ def train(student, teacher, info, data, args):
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = train_baseline.optimization(student, len(loader), args)
     run.keep(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    models.capture(student.train(), args.image_size, args)
+    models.capture(teacher, args.teacher_image_size or args.image_size, args)
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # for dropout
@@ -138,22 +140,20 @@ def load_teacher(path, args, data, device):
     Raises UserError where it was trained on something else or knows too little to teach.
     """
     teacher, info = models.load_model(path, device)
-    unfit = models.why_unfit(info, args, data)
-    if unfit:
+    if unfit := models.why_unfit(info, args, data):
         raise utils.UserError(f"{path} cannot teach here: {unfit}")
     accuracy, least = info["val_accuracy"], models.least_accuracy(info["num_classes"])
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
     if accuracy < least:
-        raise utils.UserError(f"a teacher below {least:.1%} on {info['num_classes']} classes would "
-                              "teach noise; train it longer (--teacher-epochs, "
-                              "--teacher-learning-rate, --fresh-teacher)")
+        raise utils.UserError(f"a teacher below {least:.1%} would teach noise; train it longer "
+                              "(--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
     for baseline in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         rival = utils.load_file(baseline)
         score, split = rival["val_accuracy"], "split_fingerprint"
         if score >= accuracy and rival[split] == info[split]:
             print(f"warning: {baseline} reaches {score:.2%} without a teacher; this may not help")
     about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
-    return models.freeze(teacher), about
+    return models.freeze(teacher, info["image_size"], utils.DTYPES[args.amp_dtype]), about
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 FORMAT_VERSION = 2  # of every checkpoint; raised when an older reader could misread a new one
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # AMP_DTYPE's
 
 
 # Errors, start and end of a script ----------------------------------------------------------------
@@ -118,9 +119,7 @@ def duration(seconds):
 
 def setup(args):
     """Choose the device and return it; replace the "auto" of args.amp_dtype; print both.
-
-    Raises WrongUse where this machine lacks the device asked for.
-    """
+    Raises WrongUse where this machine lacks the device asked for."""
     there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     kind = next(kind for kind in there if there[kind])
     device = torch.device(kind if args.device == "auto" else args.device)
@@ -154,8 +153,8 @@ def setup(args):
 
 def autocast(device, args):
     """The precision to compute in, args.amp_dtype, as a context."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.amp_dtype]
-    return torch.autocast(device.type, dtype, enabled=args.amp_dtype != "fp32")
+    dtype = DTYPES[args.amp_dtype]  # no cache: a step uses each weight once; a graph forbids it
+    return torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)
 
 
 def keep_freed_memory():

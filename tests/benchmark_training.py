@@ -109,6 +109,7 @@ def settings_of(args, distil, folder="."):
     flags = ["--student-model", args.model, "--no-pretrained", "--image-size", args.image_size,
              "--batch-size", args.batch_size, "--learning-rate", "1e-4", "--num-epochs", "2",
              "--checkpoint-dir", folder, "--results-dir", folder]
+    flags += ["--cuda-graph"] if args.cuda_graph else []
     if distil:
         flags += ["--teacher-model", args.teacher]
     script = "distillation" if distil else "baseline"
@@ -129,7 +130,8 @@ def project_loop(args, device, pixels, labels, distil):
     """(b): a function that trains two epochs as the scripts do; the second one's images/s."""
     data = made_up(pixels, labels)
     student = models.build_model(args.model, CLASSES).to(device)
-    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device))
+    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device), args.image_size,
+                            utils.DTYPES[args.amp_dtype])
 
     def run():
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -172,7 +174,8 @@ def ceiling_loop(args, device, distil):
     """(c): a function that makes as many steps on one resident batch and returns its images/s."""
     settings = settings_of(args, distil)
     student = models.build_model(args.model, CLASSES).to(device).train()
-    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device))
+    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device), args.image_size,
+                            utils.DTYPES[args.amp_dtype])
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True,
                                   capturable=device.type == "cuda")
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
@@ -261,6 +264,7 @@ def parse():
                         help="numbers of workers to choose the best of for (a)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp-dtype", default="auto")
+    parser.add_argument("--cuda-graph", action="store_true", help="for (b)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args()
 

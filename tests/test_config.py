@@ -293,10 +293,10 @@ def test_evaluation_asks_the_checkpoint_for_its_folder_not_config(monkeypatch):
     ("baseline", "--seeds 0 x", ["--seeds: must be a whole number"]),
     ("baseline", "--seeds", ["expected at least one argument"]),
     ("baseline", "--seeds 0 1 0", ["each seed once"]),
-    ("baseline", "--seeds 0 1 --seed 2", ["not both"]),
-    ("baseline", "--seed=42 --seeds 0 1", ["not both"]),
+    ("baseline", "--seeds 0 1 --seed 2", ["no --seed beside"]),
+    ("baseline", "--seed=42 --seeds 0 1", ["no --seed beside"]),
     ("baseline", "--dataset-name ImageFolder", ["--dataset-dir"]),
-    ("baseline", "--dataset-dir .", ["only for", "ImageFolder"]),
+    ("baseline", "--dataset-dir .", ["only for and with ImageFolder"]),
     ("baseline", "--dataset-name ImageFolder --dataset-dir /no/such", ["existing folder"]),
     ("evaluate", "--dataset-dir /no/such", ["existing folder"]),
     ("baseline", "--num-epochs 2 --warmup-epochs 3", ["--num-epochs", "--warmup-epochs 3"]),
@@ -318,6 +318,7 @@ def test_evaluation_asks_the_checkpoint_for_its_folder_not_config(monkeypatch):
     ("distillation", "--distillation-loss dist --batch-size 2", ["at least 3"]),
     ("distillation", "--distillation-loss dist --accumulate-steps 2", ["a whole batch"]),
     ("distillation", "--fresh-teacher --teacher-checkpoint config.py", ["no teacher is trained"]),
+    ("baseline", "--cuda-graph --accumulate-steps 2", ["--cuda-graph", "--accumulate-steps"]),
 ])
 def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -383,7 +384,7 @@ EDGES = {  # (values just outside the range, values at its edge)
     "LABEL_SMOOTHING": (["-1e-9", "1"], ["0", "0.999"]),
     "EMA_DECAY": (["-1e-9", "1"], ["0", "0.999"]),
 }
-BOOLEANS = ("PRETRAINED", "DETERMINISTIC")
+BOOLEANS = ("PRETRAINED", "DETERMINISTIC", "CUDA_GRAPH")
 
 
 def wrong_values(name):

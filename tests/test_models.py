@@ -16,6 +16,7 @@ import scipy.stats
 import sklearn.metrics
 import timm
 import torch
+from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_loader
@@ -216,7 +217,6 @@ def test_gradcam_layer_is_the_last_feature_map(name, layer):
     size = timm.get_pretrained_cfg(name).input_size[-1] if name == "test_vit" else 64
     model = models.build_model(name, 10)
     assert models.gradcam_layer(model, size) == layer
-    assert model.training
 
 
 def test_no_activation_clones_its_input():
@@ -289,7 +289,7 @@ def test_weight_download_without_network_ends_in_seconds(tmp_path):
 
 
 def test_frozen_teacher_stays_in_eval_mode():
-    teacher = models.freeze(models.build_model("test_efficientnet", 5))
+    teacher = models.freeze(models.build_model("test_efficientnet", 5), 32)
     before = copy.deepcopy(teacher.state_dict())
     teacher.train()
     torch.nn.Sequential(teacher).train()
@@ -297,6 +297,84 @@ def test_frozen_teacher_stays_in_eval_mode():
     teacher(torch.rand(4, 3, 32, 32))
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def seen_digits(model):
+    """`model` in eval mode, its statistics those of digits, and 64 of them."""
+    images = torch.from_numpy(load_digits().images[:64] / 16).float()[:, None].repeat(1, 3, 4, 4)
+    with torch.no_grad():
+        for _ in range(20):
+            models.forward(model.train(), images)
+    return model.eval(), images
+
+
+@pytest.mark.parametrize("name, left", [("efficientnet_b2", 0), ("tf_efficientnet_lite0", 0),
+                                        ("resnet18", 0), ("repvit_m0_9", 106)])
+def test_folded_teacher_answers_as_before(name, left):
+    """In float32 to 1e-4 of its logits; in bf16 no further away than autocast's own rounding. What
+    only looks like a pair of layers, as in RepViT, stays."""
+    torch.manual_seed(0)
+    teacher, images = seen_digits(models.build_model(name, 10))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=False):
+        wanted = models.forward(teacher, images)
+        folded = models.freeze(copy.deepcopy(teacher), 32)
+        logits = models.forward(folded, images)
+    assert (logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    norms = [module for module in folded.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert len(norms) == left
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        usual = models.forward(teacher, images).float()
+        ours = models.forward(models.freeze(teacher, 32, torch.bfloat16), images).float()
+    assert (ours - wanted).pow(2).mean() < 2 * (usual - wanted).pow(2).mean()
+
+
+# CUDA graphs --------------------------------------------------------------------------------------
+
+def pretended_capture(replays, fault=None):
+    """As torch.cuda.make_graphed_callables does without a GPU's help: warm up, change forward."""
+    def make(model, sample):
+        for _ in range(3):
+            model(*sample)
+        if fault:
+            raise fault
+        mode, before = model.training, model.forward
+
+        def forward(images):
+            replays.append(model.training == mode)
+            return before(images)
+        model.forward = forward
+    return make
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, training):
+    """In the precision of training; in the other mode it runs as before, in float32."""
+    replays = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture(replays))
+    args = arguments("baseline", "--cuda-graph", "--amp-dtype", "bf16", "--batch-size", "4")
+    model, images = seen_digits(models.build_model("test_efficientnet", 10))
+    before = copy.deepcopy(model.train(training).state_dict())
+    models.capture(model, 32, args)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert models.forward(model, images).dtype == torch.bfloat16
+    assert models.forward(model.train(not training), images).dtype == torch.float32
+    assert replays == [True, False]
+    monkeypatch.undo()
+    models.capture(model, 32, arguments("baseline"))  # without the flag nothing happens
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("operation not permitted\nmore"),
+                                   AssertionError("Torch not compiled with CUDA enabled")])
+def test_failed_capture_leaves_the_model_as_it_was(arguments, monkeypatch, capsys, fault):
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
+    model, images = seen_digits(models.build_model("test_efficientnet", 10))
+    with torch.no_grad():
+        wanted = models.forward(model, images)
+        models.capture(model.train(), 32, arguments("baseline", "--cuda-graph"))
+        assert torch.equal(models.forward(model.eval(), images), wanted)
+    out = capsys.readouterr().out
+    assert f"--cuda-graph: capturing failed, kernels start singly: {str(fault)[:20]}" in out
 
 
 @pytest.mark.parametrize("classes, least", [(10, 0.3), (100, 0.04), (2, 0.75), (3, 2 / 3),
@@ -384,7 +462,7 @@ def spoil(kind, good, folder):
 
 @pytest.mark.parametrize("kind, words", [
     ("folder", "is a folder"), ("picture", "is damaged"), ("whole model", "carries code"),
-    ("other model", "do not fit test_resnet"), ("other class count", "do not fit"),
+    ("other model", "does not fit test_resnet"), ("other class count", "does not fit"),
     ("older format", "format 2"), ("bare weights", "no checkpoint of this project"),
     ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),
     ("number", "model_name"), ("from a hub", "hf-hub:someone"), ("from a folder", "local-dir:"),

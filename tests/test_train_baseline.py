@@ -553,7 +553,7 @@ def test_nothing_in_the_loop_would_wait(arguments, flags):
         args = arguments("distillation", "--batch-size", batch, "--num-epochs", "1", "--fresh",
                          "--val-fraction", "0.8", "--distillation-loss", "kd", *flags)
         student, info, data = whole_run(args)
-        teacher = models.freeze(models.build_model("test_resnet", 10))
+        teacher = models.freeze(models.build_model("test_resnet", 10), 32)
         info |= {"run": "distilled", "teacher": {"sha256": "x"}}
         with Waits() as waits:
             train_distillation.train(student, teacher, info, data, args)
@@ -581,7 +581,8 @@ def fake_training(args, names, device, mode, monkeypatch):
     `names` are the models', a teacher's second. Returns how many steps were made till then.
     """
     student, info, data = whole_run(args, names[0])
-    teachers = [models.build_model(name, len(data.class_names)) for name in names[1:]]
+    teachers = [models.freeze(models.build_model(name, len(data.class_names)), args.image_size,
+                              utils.DTYPES[args.amp_dtype]) for name in names[1:]]
     ticks = iter(range(10**9))
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-6 * next(ticks))  # so that no look is due
     values_are_read = torch._subclasses.fake_tensor.DataDependentOutputException
@@ -591,7 +592,6 @@ def fake_training(args, names, device, mode, monkeypatch):
         with mode, pytest.raises(values_are_read) as stopped:
             if teachers:
                 info |= {"run": "distilled", "teacher": {"sha256": "x"}}
-                models.freeze(teachers[0])
                 train_distillation.train(student, teachers[0], info, data, args)
             else:
                 train_baseline.train(student, info, data, args)
@@ -735,7 +735,8 @@ def test_loop_never_waits_for_the_device(arguments, home, precision, flags, monk
             torch.cuda.set_sync_debug_mode("default")
     monkeypatch.setattr(data_loader.TrainingLoader, "epoch_with_teacher", watched)
     student, info, data = whole_run(args)
-    teacher = models.freeze(models.build_model("test_resnet", len(data.class_names)).cuda())
+    teacher = models.freeze(models.build_model("test_resnet", len(data.class_names)).cuda(), 64,
+                            utils.DTYPES[precision])
     info |= {"run": "distilled", "teacher": {"sha256": "x"}}
     train_distillation.train(student.cuda(), teacher, info, data, args)
 
@@ -749,9 +750,34 @@ def test_peak_memory_at_the_default_batch(arguments, names, limit, monkeypatch):
                      "2", "--amp-dtype", "bf16", "--val-fraction", "0.8")
     student, info, data = whole_run(args, names[0])
     if len(names) == 2:
-        teacher = models.freeze(models.build_model(names[1], 10).cuda())
+        teacher = models.freeze(models.build_model(names[1], 10).cuda(), 224, torch.bfloat16)
         info |= {"run": "distilled", "teacher": {"sha256": "x"}}
         train_distillation.train(student.cuda(), teacher, info, data, args)
     else:
         train_baseline.train(student.cuda(), info, data, args)
     assert last_of(args, info["run"])["history"][1]["peak_memory_mb"] * 2**20 < limit * 1e9
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("script", ["baseline", "distillation"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_graphs_train_as_single_kernels_do(train, script, precision, capsys):
+    """Two epochs with and without --cuda-graph, from the same weights on the same batches."""
+    run = "baseline" if script == "baseline" else "distilled"
+    histories = []
+    for flags in ([], ["--cuda-graph", "--fresh"]):
+        folder = train(script, "--device", "cuda", "--amp-dtype", precision, "--learning-rate",
+                       "1e-4", *flags)
+        histories.append(utils.load_file(folder / run / "last.pth")["history"])
+    assert "capturing failed" not in capsys.readouterr().out
+    for one, other in zip(*histories, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=0.1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+def test_graphs_without_a_gpu_are_said_and_change_nothing(train, capsys):
+    plain = weights(train("baseline") / "baseline")
+    folder = train("baseline", "--cuda-graph")
+    assert "--cuda-graph: capturing failed, kernels start singly" in capsys.readouterr().out
+    assert_equal_weights(plain, weights(folder / "baseline"))
