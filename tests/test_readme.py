@@ -218,6 +218,7 @@ def test_flask_recipe(folder, monkeypatch):
 SCRIPTS = {"train_baseline.py": "baseline", "train_distillation.py": "distillation",
            "evaluate.py": "evaluate", "search.py": "distillation"}  # search.py passes its flags on
 BENCHMARK = "tests/benchmark_training.py"
+CHECK = "tests/check_gpu.py"
 
 
 @pytest.fixture
@@ -246,9 +247,9 @@ def test_commands_of_the_scripts_parse(calls, tmp_path, monkeypatch):
                 Path(name).touch()
             if flag == "--dataset-dir":
                 Path(name).mkdir(parents=True, exist_ok=True)
-        if script not in ("-m", BENCHMARK):
+        if script not in ("-m", BENCHMARK, CHECK):
             config.parse_args(SCRIPTS[script], "", flags)
-    assert {script for script, *_ in calls} == {*SCRIPTS, "-m", BENCHMARK}
+    assert {script for script, *_ in calls} == {*SCRIPTS, "-m", BENCHMARK, CHECK}
 
 
 def test_commands_of_pytest_and_the_benchmark_exist(calls, request):
@@ -259,6 +260,8 @@ def test_commands_of_pytest_and_the_benchmark_exist(calls, request):
         if script == "-m":
             assert arguments[0] == "pytest" and (ROOT / arguments[1]).exists()
             assert set(" ".join(arguments[2:]).split()) <= markers | {"-m", "not"}
+        if script == CHECK:
+            assert (ROOT / CHECK).exists() and not arguments
         if script == BENCHMARK:
             assert all(f"{flag} " in benchmark for flag in arguments if flag.startswith("--"))
 
