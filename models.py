@@ -21,7 +21,7 @@ import utils
 def build_model(name, num_classes, pretrained=False, weights=None):
     """A timm classifier in channels_last with a new head, drawn from torch's global generator.
     `weights` is a local file instead of timm's download; UserError where they cannot be had. With
-    `pixel_mean` and `pixel_std` (1, 3, 1, 1), no part of the state_dict, `forward` normalises."""
+    `pixel_scale` and `pixel_shift` (3, 1, 1), not in the state_dict, `forward` normalises."""
     cfg, hub = timm.get_pretrained_cfg(name), None
     try:
         if pretrained and not weights and (hub := cfg.hf_hub_id) and not isinstance(
@@ -37,9 +37,9 @@ def build_model(name, num_classes, pretrained=False, weights=None):
                    "without a download by --quick" if hub else "")
         raise utils.UserError(f"{weights or 'the weights of timm'} cannot be loaded into {name}: "
                               f"{utils.first_line(error)}{by_hand}") from None
-    for key in ("mean", "std"):
-        value = torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1)
-        model.register_buffer(f"pixel_{key}", value, persistent=False)
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    model.register_buffer("pixel_scale", 1 / std, persistent=False)
+    model.register_buffer("pixel_shift", -mean / std, persistent=False)
     for module in model.modules():
         if isinstance(module, torch.nn.SiLU):
             module.inplace = False  # in place autograd would clone its input first: a kernel more
@@ -74,7 +74,7 @@ def freeze(teacher, image_size, dtype=torch.float32):
                     and len(conv.weight) == norm.num_features):
                 setattr(parent, name, torch.nn.utils.fuse_conv_bn_eval(conv, norm))
                 setattr(parent, after, getattr(norm, "act", torch.nn.Identity()))  # timm's has one
-    images = torch.rand(2, 3, image_size, image_size, device=teacher.pixel_mean.device)
+    images = torch.rand(2, 3, image_size, image_size, device=teacher.pixel_scale.device)
     with torch.no_grad():
         right, ours = forward(teacher, images), forward(folded, images)
     if (ours - right).abs().max() < 0.01 * right.abs().max():  # or they are no pairs, as in RepViT
@@ -85,13 +85,13 @@ def freeze(teacher, image_size, dtype=torch.float32):
     return teacher
 
 
-def capture(model, image_size, args):
+def capture(model, size, args):
     """With --cuda-graph let `model` replay CUDA graphs of forward and backward, in its present mode
     on whole batches: at batch 16 a GPU waits for Python. Elsewhere it runs as before."""
     if not args.cuda_graph:
         return
     plain, mode, kept = model.forward, model.training, copy.deepcopy(model.state_dict())
-    images = torch.zeros(args.batch_size, 3, image_size, image_size, device=model.pixel_mean.device)
+    images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
 
     def forward(images):  # autocast belongs inside (pytorch #71631, #120930); evaluation has none
         with utils.autocast(images.device, args) if model.training == mode else nullcontext():
@@ -109,7 +109,7 @@ def capture(model, image_size, args):
 
 def forward(model, images):
     """Logits (B, C) for `images` (B, 3, H, W) in [0, 1], normalised as `model` was pretrained."""
-    return model((images - model.pixel_mean) / model.pixel_std)
+    return model(torch.addcmul(model.pixel_shift, images, model.pixel_scale))
 
 
 @torch.inference_mode()
@@ -235,7 +235,7 @@ def describe(run, model, name, data, args, **more):
         **{key: [float(value) for value in cfg[key]] for key in ("mean", "std")},
         "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
         "split_fingerprint": data.split_fingerprint,
-        "config": dict(vars(args)), "versions": utils.versions(model.pixel_mean.device), **more,
+        "config": dict(vars(args)), "versions": utils.versions(model.pixel_scale.device), **more,
     }
 
 
@@ -243,7 +243,7 @@ def gradcam_layer(model, image_size):
     """Name of the last convolution with the final feature map's size; None without one."""
     shapes = {}
     names = {module: name for name, module in model.named_modules()}
-    image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_mean.device)
+    image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_scale.device)
 
     def note(module, _, output):
         if isinstance(module, torch.nn.Conv2d):

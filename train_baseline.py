@@ -53,7 +53,7 @@ def train(model, info, data, args):
     run = utils.Run(info, must_match(info), args)
     if run.finished:
         return run.best
-    device = model.pixel_mean.device
+    device = model.pixel_scale.device
     loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)

@@ -53,7 +53,7 @@ def train(student, teacher, info, data, args):
     run = utils.Run(info, train_baseline.must_match(info), args)
     if run.finished:
         return run.best
-    device = student.pixel_mean.device
+    device = student.pixel_scale.device
     loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = train_baseline.optimization(student, len(loader), args)

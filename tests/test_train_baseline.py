@@ -70,7 +70,7 @@ def plain_training(args, info, data):
     for epoch in range(args.num_epochs):
         losses, right = [], []
         for number, (images, labels) in enumerate(loader.epoch(epoch), 1):
-            logits = model((images - mean) / std)
+            logits = model(torch.addcmul(-mean / std, images, 1 / std))  # (images - mean) / std
             loss = torch.nn.functional.cross_entropy(logits, labels,
                                                      label_smoothing=args.label_smoothing)
             (loss / args.accumulate_steps).backward()

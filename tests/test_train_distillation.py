@@ -398,5 +398,5 @@ def test_operations_of_a_step(arguments):
     lskd = operations_of_a_step(arguments, "distillation", "--distillation-loss", "lskd")
     print(f"bare {bare}, CE {ce}, teacher {plain}, folded {folded}, KD {kd}, lskd {lskd}")
     assert folded < min(300, plain / 2)
-    assert bare / 2 < ce <= bare - 70  # augmentation, meter, schedule; no counts in BatchNorm
+    assert bare / 2 < ce <= bare - 71  # augmentation, meter, schedule; no counts in BatchNorm
     assert kd <= ce + folded + 27 and lskd <= kd + 31
