@@ -206,13 +206,14 @@ def compare(entries, labels, validation_images):
     first = entries["baseline"][0].info
     scores = {run: over_seeds([measure(entry, labels) for entry in group])
               for run, group in entries.items()}
+    name = Path(first["config"]["dataset_dir"] or first["dataset"]).name  # of pictures their folder
     numbers = {
-        "dataset": {"name": first["dataset"], "num_classes": first["num_classes"],
+        "dataset": {"name": name, "num_classes": first["num_classes"],
                     "test_images": len(labels), "validation_images": validation_images},
         "seeds": [entry.info["config"]["seed"] for entry in entries["distilled"]],
         "versions": first["versions"], "models": scores, "comparison": verdict(entries, labels)}
     if "teacher" in entries:
-        numbers["fidelity"] = {run: mean_of([fidelity(entry, entries["teacher"][0], labels)
+        numbers["fidelity"] = {run: mean_of([fidelity(entry, entries["teacher"][0])
                                              for entry in entries[run]]) for run in STUDENTS}
         lead = scores["teacher"]["top1"] - scores["baseline"]["top1"]
         gain = scores["distilled"]["top1"] - scores["baseline"]["top1"]
@@ -278,6 +279,7 @@ def verdict(entries, labels):
         "difference": statistics.fmean(by_seed), "difference_by_seed": by_seed,
         "interval_over_images": over["images"], "interval_over_seeds": over_seeds,
         "interval_over_both": over["both"] if len(by_seed) > 1 else None,
+        "interval_by_seed": [interval(one[None]) for one in gains],
         "baseline_alone_right": statistics.fmean(baseline_alone),
         "distilled_alone_right": statistics.fmean(distilled_alone),
         "mcnemar_p_by_seed": [float(stats.binomtest(one, one + other).pvalue)
@@ -312,13 +314,11 @@ def t_test(by_seed):
     return [float(bound) for bound in test.confidence_interval()], float(test.pvalue)
 
 
-def fidelity(student, teacher, labels):
+def fidelity(student, teacher):
     """How alike two entries answer; KL(teacher || student) in nats."""
-    same, wrong = student.predictions == teacher.predictions, teacher.predictions != labels
     gap = teacher.log_probs - student.log_probs
-    return {"agreement": float(same.mean()),
-            "kl": float((np.exp(teacher.log_probs) * gap).sum(1).mean()),
-            "agreement_where_teacher_errs": float(same[wrong].mean()) if wrong.any() else None}
+    return {"agreement": float((student.predictions == teacher.predictions).mean()),
+            "kl": float((np.exp(teacher.log_probs) * gap).sum(1).mean())}
 
 
 def calibration(log_probs, labels):
@@ -350,11 +350,10 @@ def best_temperature(log_probs, labels):
     return float(np.exp(optimize.minimize_scalar(nll, bounds=bounds, method="bounded").x))
 
 
-def confusion_matrix(group, labels):
-    """Shares of each true class's images (rows) taken for each class, mean over seeds: (C, C)."""
-    classes = np.arange(group[0].info["num_classes"])
-    return np.mean([metrics.confusion_matrix(labels, entry.predictions, labels=classes,
-                                             normalize="true") for entry in group], axis=0)
+def confusion_matrix(entry, labels):
+    """Shares of each true class's images (rows) that one model takes for each class: (C, C)."""
+    classes = np.arange(entry.info["num_classes"])
+    return metrics.confusion_matrix(labels, entry.predictions, labels=classes, normalize="true")
 
 
 def training_hours(entries):
@@ -381,6 +380,7 @@ def write_report(numbers):
         *[[f"WARNING: {text}."] for text in warning_texts(numbers)],
         verdict_lines(numbers),
         cost_lines(numbers),
+        ["Details"],
         score_lines(numbers),
         ["Trained with " + ", ".join(versions)]]
     return "\n\n".join("\n".join(textwrap.fill(line, 100, break_on_hyphens=False)
@@ -478,10 +478,9 @@ def score_lines(numbers):
         ("temperature, fitted on validation", cells(scaled, "temperature", ".4f"))])
     if "fidelity" in numbers:
         alike = [numbers["fidelity"].get(run, {}) for run in runs]
-        lead, errs = [{}, numbers["comparison"], {}], "agreement_where_teacher_errs"
+        lead = [{}, numbers["comparison"], {}]
         lines += table("Fidelity to the teacher", [], [
             ("same top-1 answer", cells(alike, "agreement", ".2%")),
-            ("same answer where the teacher errs", cells(alike, errs, ".2%")),
             ("mean KL(teacher || student) (nats)", cells(alike, "kl", ".4f")),
             ("teacher's advantage recovered", cells(lead, "advantage_recovered", ".0%"))])
     return lines
@@ -508,24 +507,22 @@ matplotlib.use("Agg")  # no window, also without a display
 STYLES = {"baseline": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "Baseline"},
           "distilled": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "Distilled"},
           "teacher": {"color": "#595959", "linestyle": ":", "marker": "^", "label": "Teacher"}}
-HATCHES = {"baseline": "", "distilled": "//", "teacher": ".."}
 
 
 def write_figures(entries, labels, test, numbers, results):
     """Write every figure as PNG and PDF into `results`."""
     seaborn.set_theme(style="whitegrid", context="paper", rc={
-        "figure.constrained_layout.use": True, "hatch.linewidth": 0.8,
-        "savefig.dpi": 200, "savefig.bbox": "tight"})
+        "figure.constrained_layout.use": True, "savefig.dpi": 200, "savefig.bbox": "tight"})
     figures = {"training_curves": curves_figure(entries),
                "accuracy_comparison": accuracy_figure(numbers),
                "distillation_diagnostics": diagnostics_figure(entries),
                "reliability_diagram": reliability_figure(entries, labels),
                "class_changes": changes_figure(numbers),
                "gallery": gallery_figure(entries, labels, test)}
-    confusion = {run: confusion_matrix(group, labels) for run, group in entries.items()}
+    confusion = {run: confusion_matrix(group[0], labels) for run, group in entries.items()}
     order = class_order(sum(confusion.values()))
     for run, matrix in confusion.items():
-        figures[f"confusion_matrix_{run}"] = confusion_figure(run, matrix, order, numbers)
+        figures[f"confusion_matrix_{run}"] = confusion_figure(entries[run][0], matrix, order)
     for name, figure in figures.items():
         for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with utils.write_into_place(results / f"{name}.{kind}", "wb") as file:
@@ -535,12 +532,11 @@ def write_figures(entries, labels, test, numbers, results):
 
 def draw(axis, group, column, scale=1, **style):
     """Draw a column of the history where it is not empty, a line a seed, the first labelled."""
-    style = {**style, "marker": None}
     for entry in group:
         rows = [row for row in entry.history if row.get(column) is not None]
         if rows:
             values = [row[column] * scale for row in rows]
-            axis.plot([row["epoch"] for row in rows], values, **style)
+            axis.plot([row["epoch"] for row in rows], values, **{**style, "marker": None})
             style["label"] = None
 
 
@@ -559,8 +555,8 @@ def curves_figure(entries):
         draw(right, group, "val_accuracy", 100, **STYLES[run])
         for info in (entry.info for entry in group if entry.history):
             right.plot(info["epoch"], 100 * info["val_accuracy"], color=STYLES[run]["color"],
-                       marker=STYLES[run]["marker"])
-    finish(left, "Cross-entropy on training images, as augmented", "cross-entropy (nats)")
+                       marker=STYLES[run]["marker"], fillstyle="none")  # hides none below
+    finish(left, "Cross-entropy on training images, a line a seed", "cross-entropy (nats)")
     finish(right, "Validation accuracy; the mark is the epoch kept", "accuracy (%)")
     return figure
 
@@ -591,31 +587,37 @@ def diagnostics_figure(entries):
             (parts, "Parts of the distilled student's loss", "as weighted in the loss"),
             (entropy, "Entropy of the predictions", "nats"), (accuracy, "Accuracy", "%")):
         axis.set_ylim(bottom=0)
-        finish(axis, title, unit, fontsize="x-small")
+        finish(axis, title, unit, fontsize="x-small", loc="upper center",
+               bbox_to_anchor=(0.5, -0.2))
     figure.suptitle("On the training images as augmented, the students as they learned")
     return figure
 
 
 def accuracy_figure(numbers):
-    """Top-1, top-5 and macro-F1 side by side, the standard deviation over seeds as whiskers."""
-    dataset, runs = numbers["dataset"], list(numbers["models"])
-    shown = ["top1", "top5", "macro_f1"]
-    figure, axis = plt.subplots(figsize=(6.5, 3.8))
-    width = 0.8 / len(runs)
-    for i, run in enumerate(runs):
-        scores = numbers["models"][run]
-        bars = axis.bar(np.arange(3) + (i - (len(runs) - 1) / 2) * width,
-                        [100 * scores[key] for key in shown], width,
-                        yerr=[100 * scores["sd"][key] for key in shown] if scores["sd"] else None,
-                        color=STYLES[run]["color"], hatch=HATCHES[run], edgecolor="white",
-                        label=run.capitalize(), capsize=3)
-        axis.bar_label(bars, fmt="%.1f", padding=3,
-                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-    axis.set_xticks(range(3), [SCORES[key] for key in shown])
-    axis.set(ylabel="score (%)", ylim=(0, 108), title=f"Scores on {dataset['test_images']} test "
-             f"images of {dataset['num_classes']} classes")
-    axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
+    """Accuracies, ± the standard deviation over seeds, and the difference with its intervals."""
+    comparison, dataset, seeds = numbers["comparison"], numbers["dataset"], numbers["seeds"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for run, scores in numbers["models"].items():
+        error = {"yerr": 100 * scores["sd"]["top1"], "capsize": 6} if scores["sd"] else {}
+        bars = left.bar(run.capitalize(), 100 * scores["top1"], 0.6, color=STYLES[run]["color"],
+                        **error)
+        left.bar_label(bars, fmt="%.1f", padding=3)
+    spread = ", ± deviation over seeds" if len(seeds) > 1 else ""
+    left.set(ylabel=f"top-1 accuracy (%){spread}", ylim=(0, 109), title=f"{dataset['test_images']} "
+             f"test images of {dataset['name']}, {dataset['num_classes']} classes")
+    left.grid(axis="x", visible=False)
+    rows = list(zip([f"seed {seed}" for seed in seeds], comparison["difference_by_seed"],
+                    comparison["interval_by_seed"], strict=True))
+    if len(seeds) > 1:
+        whole = comparison[f"interval_over_{comparison['rests_on']}"]
+        rows.append(("together", comparison["difference"], whole))
+    for y, (_, gain, (low, high)) in enumerate(rows):
+        right.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]], capsize=6,
+                       fmt="o", color="black" if y == len(rows) - 1 else "#999999")
+    right.axvline(0, color="black", linewidth=1)
+    right.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    right.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points of accuracy, with 95 % intervals",
+              title=f"Distilled minus baseline: {comparison['verdict']}")
     return figure
 
 
@@ -623,20 +625,18 @@ def reliability_figure(entries, labels):
     """Accuracy against confidence, seeds pooled; below the diagonal a model is too sure."""
     panels = {"As trained": {run: [entry.log_probs for entry in group]
                              for run, group in entries.items()}}
-    scaled = {run: [log_softmax(entry.log_probs / entry.temperature, axis=1)
-                    for entry in group if entry.temperature] for run, group in entries.items()}
-    if any(scaled.values()):
+    scaled = {run: [log_softmax(entry.log_probs / entry.temperature, axis=1) for entry in group]
+              for run, group in entries.items() if all(entry.temperature for entry in group)}
+    if scaled:
         panels["Temperature fitted on validation images"] = scaled
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.4), squeeze=False)
     for axis, (title, answers) in zip(axes[0], panels.items(), strict=True):
         axis.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
         for run, seeds in answers.items():
-            if seeds:
-                confidence, accuracy, counts = reliability(
-                    np.concatenate(seeds), np.tile(labels, len(seeds)))
-                filled = counts >= 10  # the accuracy of fewer images is chance
-                axis.plot(100 * confidence[filled], 100 * accuracy[filled], markersize=4,
-                          **STYLES[run])
+            confidence, accuracy, counts = reliability(
+                np.concatenate(seeds), np.tile(labels, len(seeds)))
+            filled = counts >= 10  # the accuracy of fewer images is chance
+            axis.plot(100 * confidence[filled], 100 * accuracy[filled], markersize=4, **STYLES[run])
         axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)",
                  xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
         axis.legend(loc="upper left")
@@ -656,32 +656,32 @@ def changes_figure(numbers):
     for run, values, size in (("baseline", old, 6.5), ("distilled", new, 3.5)):  # both show
         axis.plot(values, y, markersize=size, **{**STYLES[run], "linestyle": ""})
     axis.set_yticks(y, names, fontsize=9 if len(names) <= 20 else 6.5)
-    axis.set(title="Accuracy by class, largest gain on top", xlabel="accuracy (%)",
-             ylim=(-1, len(names)))
+    each = numbers["dataset"]["test_images"] / len(names)
+    axis.set(title=f"Accuracy by class, largest gain on top; one image is {100 / each:.1f} points",
+             xlabel="accuracy (%)", xlim=(-2, 102), ylim=(-1, len(names)))
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False)
     return figure
 
 
 def gallery_figure(entries, labels, test, most=8):
-    """Images that the distilled student corrects or newly gets wrong, the surest ones first."""
+    """A random choice of the images that the distilled student corrects or newly gets wrong."""
     baseline, distilled = (entries[run][0] for run in STUDENTS)
     before, after, names = baseline.predictions, distilled.predictions, baseline.info["class_names"]
-    surest_first = np.argsort(-distilled.log_probs.max(1), kind="stable")
-    corrected = [i for i in surest_first if before[i] != labels[i] == after[i]][:most]
-    newly_wrong = [i for i in surest_first if before[i] == labels[i] != after[i]][:most]
-    above, below = (max(1, math.ceil(len(found) / 4)) for found in (corrected, newly_wrong))  # rows
-    figure = plt.figure(figsize=(9, 0.4 + 2.3 * (above + below)))
-    for place, i in (*enumerate(corrected, 1), *enumerate(newly_wrong, 1 + 4 * above)):
-        axis = figure.add_subplot(above + below, 4, place)
+    found = {"corrected": np.flatnonzero((before != labels) & (after == labels)),
+             "newly wrong": np.flatnonzero((before == labels) & (after != labels))}
+    shown = [(change, i) for change, images in found.items() for i in
+             np.random.default_rng(0).permutation(images)[:min(most, len(images) // 4 * 4 or 4)]]
+    figure = plt.figure(figsize=(9, 0.4 + 2.3 * max(1, math.ceil(len(shown) / 4))))
+    for place, (change, i) in enumerate(shown, 1):
+        axis = figure.add_subplot(math.ceil(len(shown) / 4), 4, place)
         axis.axis("off")
         axis.imshow(data_loader.picture(test, i))
-        change = "corrected" if after[i] == labels[i] else "newly wrong"
-        axis.set_title(
-            f"{change}: {names[labels[i]]}\n"
-            f"Baseline: {names[before[i]]} {np.exp(baseline.log_probs[i].max()):.0%}\n"
-            f"Distilled: {names[after[i]]} {np.exp(distilled.log_probs[i].max()):.0%}", fontsize=8)
-    seed = f", seed {distilled.info['config']['seed']}," if len(entries["distilled"]) > 1 else ""
-    figure.suptitle(f"Images that the distilled student{seed} corrects or newly gets wrong")
+        sure, newly_sure = (np.exp(entry.log_probs[i].max()) for entry in (baseline, distilled))
+        axis.set_title(f"{change}: {names[labels[i]]!r}\nBaseline: {names[before[i]]!r} {sure:.0%}"
+                       f"\nDistilled: {names[after[i]]!r} {newly_sure:.0%}", fontsize=8)
+    counts = " and ".join(f"{len(images)} {change}" for change, images in found.items())
+    figure.suptitle(f"Chosen by chance of the test images that the distilled student, seed "
+                    f"{distilled.info['config']['seed']}, changes: {counts}", fontsize=10)
     return figure
 
 
@@ -695,12 +695,12 @@ def class_order(confusion):
     return hierarchy.leaves_list(hierarchy.linkage(distance, "average", optimal_ordering=True))
 
 
-def confusion_figure(run, matrix, order, numbers):
+def confusion_figure(entry, matrix, order):
     """A confusion matrix (C, C), classes in `order`; up to 20 of them with the numbers."""
-    scores = numbers["models"][run]
-    names = np.array(list(scores["per_class_accuracy"]))[order]
+    info, names = entry.info, np.array(entry.info["class_names"])[order]
     few, side = len(names) <= 20, max(5.0, 0.14 * len(names))
-    title = f"{run.capitalize()} ({scores['model_name']}): what each class is taken for"
+    title = (f"{info['run'].capitalize()} ({info['model_name']}, seed {info['config']['seed']}): "
+             "what each class is taken for")
     figure, axis = plt.subplots(figsize=(side, side * 0.93))
     seaborn.heatmap(100 * matrix[np.ix_(order, order)], cmap="Blues", square=True, ax=axis,
                     norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
