@@ -277,7 +277,7 @@ def to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would clip them all to white
         values = np.asarray(image, dtype=np.float64)
-        scale = 257 if values.max() > 255 else 1
+        scale = 257 if values.max() > 255 else 1 / 255 if values.max() <= 1 else 1  # floats to 1
         image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

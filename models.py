@@ -240,7 +240,7 @@ def describe(run, model, name, data, args, **more):
 
 
 def gradcam_layer(model, image_size):
-    """Name of the last convolution with the final feature map's size; None without one."""
+    """Name of the last convolution with a map of 4 x 4 or more, or GradCAM were blank; or None."""
     shapes = {}
     names = {module: name for name, module in model.named_modules()}
     image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_scale.device)
@@ -254,8 +254,8 @@ def gradcam_layer(model, image_size):
     except (RuntimeError, ValueError, AssertionError) as error:  # what convolutions and timm raise
         raise utils.UserError(f"{model.pretrained_cfg['architecture']} cannot take images of "
                               f"{image_size} px: {utils.first_line(error)}") from None
-    final = features.shape[-2:] if features.ndim == 4 else None
-    return next((names[conv] for conv in reversed(shapes) if shapes[conv] == final), None)
+    large = [names[conv] for conv in shapes if min(shapes[conv]) >= 4 and features.ndim == 4]
+    return large[-1] if large else None
 
 
 def load_model(path, device="cpu"):

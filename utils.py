@@ -222,7 +222,8 @@ def load_file(target):
     """Load a checkpoint onto the CPU without running any code it may carry, or raise UserError."""
     target = Path(target)
     if not target.is_file():
-        raise UserError(f"{target} {'is a folder' if target.is_dir() else 'does not exist'}")
+        absent = "does not exist (the quick run's files are in checkpoints/quick/)"
+        raise UserError(f"{target} {'is a folder' if target.is_dir() else absent}")
     content = io.BytesIO(target.read_bytes())  # what fails from here on is the content's fault
     try:
         if zipfile.is_zipfile(content):

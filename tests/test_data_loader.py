@@ -898,6 +898,17 @@ def test_odd_pictures_become_upright_rgb(tmp_path):
     assert np.array_equal(upright, np.rot90(plain, -1))
 
 
+@pytest.mark.parametrize("scale", [1, 255, 65535])
+def test_pictures_of_many_bits_are_as_bright_as_they_are(scale):
+    """Floats to 1, bytes and 16 bits, all as Pillow's modes I and F."""
+    ramp = np.linspace(0, scale, 256).reshape(16, 16)
+    wanted = np.arange(256).reshape(16, 16)
+    kinds = [np.float32] if scale == 1 else [np.float32, np.int32]
+    for kind in kinds:
+        image = np.asarray(data_loader.to_rgb(Image.fromarray(ramp.astype(kind))))
+        assert np.abs(image - wanted[..., None]).max() <= 1
+
+
 def test_a_person_sees_the_images_of_a_part(arguments, tmp_path):
     for name, sizes in (("small", ((32, 32),)), ("photographs", ((40, 60), (70, 50)))):
         folder = write_pictures(tmp_path / name, sizes=sizes)

@@ -210,11 +210,11 @@ def test_infer_keeps_order_and_eval_mode():
     torch.testing.assert_close(logits[8:], models.forward(model, batches[1][0]).detach())
 
 
-@pytest.mark.parametrize("name, layer", [
-    ("efficientnet_b0", "conv_head"), ("tf_efficientnet_lite0", "conv_head"),
-    ("resnet18", "layer4.1.conv2"), ("test_vit", None)])
-def test_gradcam_layer_is_the_last_feature_map(name, layer):
-    size = timm.get_pretrained_cfg(name).input_size[-1] if name == "test_vit" else 64
+@pytest.mark.parametrize("name, size, layer", [
+    ("efficientnet_b0", 224, "conv_head"), ("tf_efficientnet_lite0", 224, "conv_head"),
+    ("efficientnet_b0", 32, "blocks.3.0.conv_pw"), ("resnet18", 128, "layer4.1.conv2"),
+    ("resnet18", 32, "layer2.1.conv2"), ("test_vit", 160, None)])
+def test_gradcam_layer_is_the_last_whose_map_shows_something(name, size, layer):
     model = models.build_model(name, 10)
     assert models.gradcam_layer(model, size) == layer
 
