@@ -179,10 +179,10 @@ def add_settings(parser, script, argv):
     quick = globals().get("QUICK")
     if not isinstance(quick, dict):
         parser.error(f"QUICK in config.py must be a dict of settings, not {quick!r}")
-    for name in sorted({*re.findall("^([A-Z_]+) *=", text, re.M), *quick} ^ {*SETTINGS, "QUICK"}):
+    texts = dict(re.findall(r"^(\w+) *[:=](?:.*?# *(.*)|.*)$", text, re.M))
+    for name in sorted(SETTINGS.keys() - {*texts} | {*texts, *quick} - {*SETTINGS, "QUICK"}):
         wrong = "is missing" if name in SETTINGS else f"is no setting{closest(name, SETTINGS)}"
         parser.error(f"{name} in config.py {wrong}")
-    texts = dict(re.findall(r"^([A-Z_]+) *=.*?# *(.*)$", text, re.M))
     changed = quick if "--quick" in argv else {}
     if script == "evaluate":
         changed = {**changed, "DATASET_DIR": None}  # the checkpoint knows its own

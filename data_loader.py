@@ -102,18 +102,18 @@ def open_dataset(args):
 
 
 def odd_classes(one, other):
-    """A phrase on the class names that are in one of two lists alone; "" where they are alike."""
+    """How two lists of class names differ, in a phrase; "" where they are alike."""
     odd = sorted(set(one) ^ set(other))
-    return f"{len(odd)} differ: {', '.join(odd[:10])}" if odd else ""
+    return (f"{len(odd)} differ: {', '.join(odd[:10])}" if odd else
+            "their order differs" if one != other else "")
 
 
 def repeated(test, data):
     """Names of the `test` images that training or validation images repeat to the bit."""
+    as_files = all(images.files for images in (test, data.train, data.val))
     def digests(images):
-        if images.pixels is not None:
-            return [sha256(pixels.numpy()).digest() for pixels in images.pixels]
-        return [sha256(Path(file).read_bytes()).digest() for file in images.files]
-
+        return [sha256(Path(images.files[i]).read_bytes() if as_files else
+                       picture(images, i).tobytes()).digest() for i in range(len(images.labels))]
     known = {*digests(data.train), *digests(data.val)}
     return [test.names[i] if test.names else f"number {i}"
             for i, digest in enumerate(digests(test)) if digest in known]

@@ -31,7 +31,7 @@ from sklearn import metrics
 
 try:
     import config
-except (SyntaxError, NameError, TypeError) as error:  # people edit it
+except Exception as error:  # people edit it
     print(f"error: config.py cannot be read: {error}", file=sys.stderr)
     sys.exit(2)
 import data_loader
@@ -115,9 +115,12 @@ def find_students(args):
 
 def how_to_make(run, other, args):
     """The command that trains the student `run` as a fair pair to those in the folder `other`."""
-    argv = [word for path in models.student_checkpoints(other)
-            for word in utils.load_file(path)["config"].get("argv", [])]
-    return config.command("baseline" if run == "baseline" else "distillation", [*argv, *args.argv])
+    paths = models.student_checkpoints(other)
+    seeded = [path for path in paths if path.parent != other]
+    made = [models.load_model(path)[1]["config"]["argv"] for path in seeded or paths]
+    seeds = ["--seeds", *(path.parent.name.removeprefix("seed_") for path in seeded)]
+    return config.command("baseline" if run == "baseline" else "distillation",
+                          [*sum(made, []), *args.argv, *(seeds if seeded else [])])
 
 
 def open_images(info, args):
@@ -446,10 +449,9 @@ def verdict_lines(numbers):
 def cost_lines(numbers):
     """Images that one student alone gets right, and what training took."""
     comparison, hours = numbers["comparison"], numbers["timings"]["training_hours"]
-    mean = " on average over the seeds" if len(numbers["seeds"]) > 1 else ""
     alone = (f"Of {numbers['dataset']['test_images']} test images the distilled student alone gets "
              f"{comparison['distilled_alone_right']:.4g} right, the baseline alone "
-             f"{comparison['baseline_alone_right']:.4g}{mean}.")
+             f"{comparison['baseline_alone_right']:.4g}.")
     missing = [run for run in (*STUDENTS, "teacher") if hours.get(run) is None]
     if missing:
         return [alone, f"What training cost is not known of: {', '.join(missing)}."]
@@ -490,9 +492,9 @@ def write_files(entries, labels, numbers, report, results):
     """predictions.npz (the first seed's), comparison.json and comparison_report.txt."""
     probabilities = {run: np.exp(group[0].log_probs).astype(np.float32)
                      for run, group in entries.items()}
-    class_names = np.array(entries["baseline"][0].info["class_names"])
     with utils.write_into_place(results / "predictions.npz", "wb") as file:
-        np.savez_compressed(file, labels=labels, class_names=class_names, **probabilities)
+        np.savez_compressed(file, labels=labels, **probabilities,
+                            class_names=entries["baseline"][0].info["class_names"])
     with utils.write_into_place(results / "comparison.json") as file:
         json.dump(numbers, file, indent=1, ensure_ascii=False, allow_nan=False)
     with utils.write_into_place(results / "comparison_report.txt") as file:
@@ -605,7 +607,6 @@ def accuracy_figure(numbers):
     spread = ", ± deviation over seeds" if len(seeds) > 1 else ""
     left.set(ylabel=f"top-1 accuracy (%){spread}", ylim=(0, 109), title=f"{dataset['test_images']} "
              f"test images of {dataset['name']}, {dataset['num_classes']} classes")
-    left.grid(axis="x", visible=False)
     rows = list(zip([f"seed {seed}" for seed in seeds], comparison["difference_by_seed"],
                     comparison["interval_by_seed"], strict=True))
     if len(seeds) > 1:
@@ -640,8 +641,7 @@ def reliability_figure(entries, labels):
         axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)",
                  xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
         axis.legend(loc="upper left")
-    figure.suptitle(f"How often a model that is so sure is right: {BINS} equal-width bins, "
-                    "those of 10 images and more")
+    figure.suptitle("How often a model that is so sure is right, in bins of 10 images and more")
     return figure
 
 

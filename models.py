@@ -4,6 +4,7 @@ Shapes: images (B, 3, H, W) floats in [0, 1], labels (B,) int64 or, mixed, (B, C
 logits (B, C). Losses are means over the batch, in float32 also under autocast.
 """
 import copy
+import gc
 import itertools
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,11 +33,10 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     except Exception as error:
         if not pretrained:
             raise
-        by_hand = (f"; fetch model.safetensors from https://huggingface.co/{hub} by hand for "
-                   "--student-weights or --teacher-weights, start with --no-pretrained, or try all "
-                   "without a download by --quick" if hub else "")
+        by_hand = (f"; fetch model.safetensors from https://huggingface.co/{hub} by hand for --"
+                   "student-weights, --teacher-weights, or take --no-pretrained, or --quick")
         raise utils.UserError(f"{weights or 'the weights of timm'} cannot be loaded into {name}: "
-                              f"{utils.first_line(error)}{by_hand}") from None
+                              f"{utils.first_line(error)}{by_hand if hub else ''}") from None
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     model.register_buffer("pixel_scale", 1 / std, persistent=False)
     model.register_buffer("pixel_shift", -mean / std, persistent=False)
@@ -64,7 +64,7 @@ def least_accuracy(num_classes):
 
 
 def freeze(teacher, image_size, dtype=torch.float32):
-    """`teacher` as it teaches: in eval mode whatever calls train(), out of every gradient, its
+    """`teacher` (on the CPU) as it teaches: in eval mode whatever calls train(), without gradients,
     BatchNorms folded into convolutions, weights cast to `dtype` as autocast would in each step."""
     plain = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # others do more with their weights
     folded = copy.deepcopy(teacher.requires_grad_(False).eval())
@@ -74,10 +74,10 @@ def freeze(teacher, image_size, dtype=torch.float32):
                     and len(conv.weight) == norm.num_features):
                 setattr(parent, name, torch.nn.utils.fuse_conv_bn_eval(conv, norm))
                 setattr(parent, after, getattr(norm, "act", torch.nn.Identity()))  # timm's has one
-    images = torch.rand(2, 3, image_size, image_size, device=teacher.pixel_scale.device)
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         right, ours = forward(teacher, images), forward(folded, images)
-    if (ours - right).abs().max() < 0.01 * right.abs().max():  # or they are no pairs, as in RepViT
+    if (ours - right).abs().max() < 0.01 * right.abs().max():  # or these are no pairs, as in RepViT
         teacher = folded.eval()
     for module in filter(lambda module: type(module) in plain, teacher.modules()):
         module.to(dtype)
@@ -90,9 +90,10 @@ def capture(model, size, args):
     on whole batches: at batch 16 a GPU waits for Python. Elsewhere it runs as before."""
     if not args.cuda_graph:
         return
+    vars(model).pop("forward", None)  # of a former capture
+    gc.collect()  # graphs hold their models, and these their graphs
     plain, mode, kept = model.forward, model.training, copy.deepcopy(model.state_dict())
     images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
-
     def forward(images):  # autocast belongs inside (pytorch #71631, #120930); evaluation has none
         with utils.autocast(images.device, args) if model.training == mode else nullcontext():
             return plain(images)
@@ -141,19 +142,17 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
 
 
 def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """T^2 * KL between the softened outputs (Hinton et al. 2015), forward: KL(teacher || student),
-    reverse: KL(student || teacher). The factor undoes the 1 / T^2 by which gradients fall off, so
-    that ALPHA means the same at every T."""
+    """T^2 * KL of the softened outputs (Hinton et al. 2015), forward: KL(teacher || student),
+    reverse: KL(student || teacher). T^2 undoes the 1 / T^2 by which gradients fall off. A mean over
+    the batch: torch's default "mean" divides by the number of classes too."""
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
     first, second = (student, teacher) if direction == "forward" else (teacher, student)
-    # batchmean: the default "mean" divides by the number of classes too.
     return F.kl_div(first, second, reduction="batchmean", log_target=True) * temperature**2
 
 
 def standardise(logits):
-    """Each image's logits with mean 0 and standard deviation 1, for lskd (Sun et al. 2024), who
-    use T = 2 or 3 and ALPHA = 0.989. Of two classes they are the same for all images."""
+    """Logits with mean 0, deviation 1 in each image, for lskd (Sun et al. 2024: ALPHA = 0.989)."""
     std, mean = torch.std_mean(logits.float(), 1, keepdim=True)
     return (logits.float() - mean) / (std + 1e-7)
 
@@ -183,8 +182,8 @@ def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
 def dist_loss(student_logits, teacher_logits, temperature):
     """T^2 * (inter + intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
 
-    1 - Pearson's correlation of the softened probabilities (B, C), over the classes of each image
-    and over the images of each class. T^2 is their code's; ALPHA = 0.67, T = 4 on CIFAR."""
+    1 - Pearson's correlation of the softened probabilities, by image and by class. T^2 is their
+    code's; ALPHA = 0.67, T = 4 on CIFAR."""
     def distance(a, b):
         a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
         return 1 - F.cosine_similarity(a, b, dim=1).mean()
@@ -218,10 +217,11 @@ def diagnose_teacher(teacher_logits, labels, args):
 
 # Checkpoints as models ----------------------------------------------------------------------------
 
-INFO = {"model_name": str, "class_names": list, "image_size": int, "config": dict,
+INFO = {"model_name": str, "class_names": list, "image_size": int, "config": dict, "epoch": int,
+        "num_classes": int, "interpolation": str, "mean": list, "std": list, "versions": dict,
         "dataset": str, "split_fingerprint": str, "val_accuracy": float, "state_dict": dict}
 CONFIG = {"dataset_name", "dataset_dir", "augmentation", "val_fraction", "split_seed", "batch_size",
-          "accumulate_steps", "num_epochs", "seed"}  # all that evaluate.py reads of it
+          "accumulate_steps", "num_epochs", "seed", "argv"}  # what evaluate.py needs of it
 
 
 def describe(run, model, name, data, args, **more):

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 try:
     import config
-except (SyntaxError, NameError, TypeError) as error:  # people edit it
+except Exception as error:  # people edit it
     print(f"error: config.py cannot be read: {error}", file=sys.stderr)
     sys.exit(2)
 import data_loader

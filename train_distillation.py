@@ -19,7 +19,7 @@ import torch
 
 try:
     import config
-except (SyntaxError, NameError, TypeError) as error:  # people edit it
+except Exception as error:  # people edit it
     print(f"error: config.py cannot be read: {error}", file=sys.stderr)
     sys.exit(2)
 import data_loader
@@ -135,11 +135,9 @@ def train_teacher(args, data, device):
 
 
 def load_teacher(path, args, data, device):
-    """The frozen teacher of `path`, and what a student's checkpoint says about it.
-
-    Raises UserError where it was trained on something else or knows too little to teach.
-    """
-    teacher, info = models.load_model(path, device)
+    """The frozen teacher of `path`, and what a student's checkpoint says about it. Raises UserError
+    where it was trained on something else or knows too little to teach."""
+    teacher, info = models.load_model(path)
     if unfit := models.why_unfit(info, args, data):
         raise utils.UserError(f"{path} cannot teach here: {unfit}")
     accuracy, least = info["val_accuracy"], models.least_accuracy(info["num_classes"])
@@ -147,13 +145,14 @@ def load_teacher(path, args, data, device):
     if accuracy < least:
         raise utils.UserError(f"a teacher below {least:.1%} would teach noise; train it longer "
                               "(--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
+    split = "split_fingerprint"
     for baseline in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         rival = utils.load_file(baseline)
-        score, split = rival["val_accuracy"], "split_fingerprint"
-        if score >= accuracy and rival[split] == info[split]:
+        if rival[split] == info[split] and (score := rival["val_accuracy"]) >= accuracy:
             print(f"warning: {baseline} reaches {score:.2%} without a teacher; this may not help")
     about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
-    return models.freeze(teacher, info["image_size"], utils.DTYPES[args.amp_dtype]), about
+    frozen = models.freeze(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
+    return frozen.to(device), about
 
 
 if __name__ == "__main__":

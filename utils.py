@@ -24,7 +24,7 @@ import filelock
 import torch
 from tqdm import tqdm
 
-FORMAT_VERSION = 2  # of every checkpoint; raised when an older reader could misread a new one
+FORMAT_VERSION = 3  # of every checkpoint; raised when an older reader could misread a new one
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # AMP_DTYPE's
 
 
@@ -110,9 +110,8 @@ def first_line(error):
 
 def duration(seconds):
     """Seconds as a person says them: '45 s', '12 min', '3.4 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (f"{seconds:.0f} s" if seconds < 90 else
+            f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h")
 
 
 # Device and precision -----------------------------------------------------------------------------
@@ -131,6 +130,8 @@ def setup(args):
         # Emulated bf16 (GPUs before Ampere) is slower than fp16, and both than fp32 elsewhere.
         native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp_dtype = "bf16" if native else "fp16" if name == "cuda" else "fp32"
+    if getattr(args, "cuda_graph", False) and name != "cuda":
+        raise WrongUse("argument --cuda-graph: needs an NVIDIA GPU")
     if getattr(args, "deterministic", False):
         if name == "mps":
             raise WrongUse("argument --deterministic: torch promises no such runs on Apple GPUs")
@@ -168,9 +169,8 @@ def keep_freed_memory():
 
 def device_name(device):
     """What a person calls the device: the GPU's name, or the number of CPU threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads"
+    return (torch.cuda.get_device_name() if device.type == "cuda" else
+            "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads")
 
 
 def versions(device):

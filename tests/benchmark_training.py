@@ -130,11 +130,12 @@ def project_loop(args, device, pixels, labels, distil):
     """(b): a function that trains two epochs as the scripts do; the second one's images/s."""
     data = made_up(pixels, labels)
     student = models.build_model(args.model, CLASSES).to(device)
-    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device), args.image_size,
-                            utils.DTYPES[args.amp_dtype])
+    teacher = models.freeze(models.build_model(args.teacher, CLASSES), args.image_size,
+                            utils.DTYPES[args.amp_dtype]).to(device)
 
     def run():
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        said = io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
             settings = settings_of(args, distil, folder)
             name = "distilled" if distil else "baseline"
             info = models.describe(name, student, args.model, data, settings)
@@ -144,6 +145,8 @@ def project_loop(args, device, pixels, labels, distil):
             else:
                 train_baseline.train(student, info, data, settings)
             last = utils.load_file(utils.run_folder(name, settings) / "last.pth")
+        if "capturing failed" in said.getvalue():
+            sys.exit(said.getvalue())  # these would be no figures of graphs
         return last["history"][1]["images_per_second"]
     return run
 
@@ -174,8 +177,8 @@ def ceiling_loop(args, device, distil):
     """(c): a function that makes as many steps on one resident batch and returns its images/s."""
     settings = settings_of(args, distil)
     student = models.build_model(args.model, CLASSES).to(device).train()
-    teacher = models.freeze(models.build_model(args.teacher, CLASSES).to(device), args.image_size,
-                            utils.DTYPES[args.amp_dtype])
+    teacher = models.freeze(models.build_model(args.teacher, CLASSES), args.image_size,
+                            utils.DTYPES[args.amp_dtype]).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True,
                                   capturable=device.type == "cuda")
     images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)

@@ -522,6 +522,9 @@ def test_deterministic_runs_on_apple_gpus_are_wrong_use(monkeypatch):
 @pytest.mark.parametrize("old, new, sentence", [
     ("NUM_EPOCHS = 50", "NUM_EPOCH = 50", "NUM_EPOCH in config.py is no setting (closest: NUM_EPO"),
     ("SEED = 42", "", "SEED in config.py is missing"),
+    ("NUM_EPOCHS = 50", "#NUM_EPOCHS = 50", "NUM_EPOCHS in config.py is missing"),
+    ("SEED = 42", "SEED = 42\nnum_epochs = 3", "num_epochs in config.py is no setting (closest: N"),
+    ("SEED = 42", "SEED: int = 42.5", "SEED in config.py must be a whole number"),
     ("SEED = 42", "SEED = 42\nTEMPERATUR = 2", "TEMPERATUR in config.py is no setting (closest: T"),
     ('"BATCH_SIZE": 64', '"BATCHSIZE": 64', "BATCHSIZE in config.py is no setting (closest: "),
     ("QUICK = {", "QUICK = 5, {", "QUICK in config.py must be a dict of settings, not (5, {"),
@@ -539,7 +542,8 @@ def test_misspelt_or_missing_constant_is_named(tmp_path, old, new, sentence):
 @pytest.mark.parametrize("script", ["train_baseline.py", "train_distillation.py", "evaluate.py"])
 @pytest.mark.parametrize("new, sentence", [
     ("PRETRAINED = ", "invalid syntax (config.py, line 3"),
-    ("PRETRAINED = true", "name 'true' is not defined")])
+    ("PRETRAINED = true", "name 'true' is not defined"),
+    ("PRETRAINED = 1 / 0", "division by zero")])
 def test_config_that_python_cannot_read_is_one_sentence(tmp_path, script, new, sentence):
     (tmp_path / "config.py").write_bytes((ROOT / "config.py").read_bytes())
     edited(tmp_path, "PRETRAINED = True", new)

@@ -433,6 +433,17 @@ def test_photographs_do_not_depend_on_workers(arguments, tmp_path, start_method)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_repeated_images_are_found_where_one_part_is_kept_as_pixels_alone(arguments, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", sizes=((32, 32),))
+    shutil.copy(folder / "train" / "dog" / "001.png", folder / "test" / "cat" / "b.png")
+    Image.new("RGB", (50, 40)).save(folder / "train" / "cat" / "large.png")
+    args = folder_args(arguments, folder)
+    data, (test, _) = data_loader.open_dataset(args), data_loader.read_part("ImageFolder", "test",
+                                                                            args)
+    assert data.train.pixels is None and test.pixels is not None
+    assert data_loader.repeated(test, data) == ["cat/b.png"]
+
+
 @pytest.mark.parametrize("size", [32, 60])
 def test_images_that_training_repeats_are_named(arguments, tmp_path, size):
     """To the bit, as pixels or as files, whether they train or validate."""

@@ -237,7 +237,10 @@ def test_seeds_of_one_run_alone_name_the_command_for_the_other(trained, tmp_path
     for seed in (0, 4):
         shutil.copytree(trained / "c" / "quick" / "baseline",
                         tmp_path / "c" / "quick" / "baseline" / f"seed_{seed}")
-        change(tmp_path, f"baseline/seed_{seed}", config={"argv": ["--seeds", "0", "4"]})
+        change(tmp_path, f"baseline/seed_{seed}", config={"argv": ["--seeds", "4", "--quick"]})
+    shutil.copy(trained / "c" / "quick" / "baseline" / "best_model.pth",
+                tmp_path / "c" / "quick" / "baseline")
+    change(tmp_path, "baseline", config={"argv": ["--seed", "9"]})  # a plain run beside the seeds
     with pytest.raises(utils.UserError, match="python train_distillation.py --seeds 0 4 --quick"):
         run_again(tmp_path, tmp_path / "r")
 
@@ -251,6 +254,9 @@ def test_last_pth_is_no_model(trained, tmp_path):
 def test_other_classes_cannot_be_compared(copied):
     change(copied, "baseline", class_names=[*"01234567", "eight", "nine"])
     with pytest.raises(utils.UserError, match="cannot be compared .*; 4 differ: 8, 9, eight, nine"):
+        run_again(copied, copied / "r")
+    change(copied, "baseline", class_names=list("1023456789"))
+    with pytest.raises(utils.UserError, match="cannot be compared .*; their order differs"):
         run_again(copied, copied / "r")
     change(copied, "distilled", class_names=list("abcdefghij"))
     with pytest.raises(utils.UserError, match="other classes .*; 20 differ: 0, 1, "):

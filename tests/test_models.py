@@ -360,8 +360,10 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
     assert models.forward(model, images).dtype == torch.bfloat16
     assert models.forward(model.train(not training), images).dtype == torch.float32
     assert replays == [True, False]
-    monkeypatch.undo()
-    models.capture(model, 32, arguments("baseline"))  # without the flag nothing happens
+    replays.clear()  # a second capture, of another seed's run, is not made of the first
+    models.capture(model.train(training), 32, args)
+    models.forward(model, images)
+    assert replays == [True]
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("operation not permitted\nmore"),
@@ -463,17 +465,18 @@ def spoil(kind, good, folder):
 @pytest.mark.parametrize("kind, words", [
     ("folder", "is a folder"), ("picture", "is damaged"), ("whole model", "carries code"),
     ("other model", "does not fit test_resnet"), ("other class count", "does not fit"),
-    ("older format", "format 2"), ("bare weights", "no checkpoint of this project"),
+    ("older format", "format 3"), ("bare weights", "no checkpoint of this project"),
     ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),
     ("number", "model_name"), ("from a hub", "hf-hub:someone"), ("from a folder", "local-dir:"),
     ("size in words", "image_size"), ("flipped bit", "is damaged"),
     ("packed", "was refused: unpacked"), ("not finite", "no finite numbers"),
-    ("no settings", "see its accumulate_steps, augmentation")])
+    ("no settings", "see its accumulate_steps, argv")])
 def test_hostile_and_damaged_models_are_one_sentence(tmp_path, kind, words):
     good = tmp_path / "good" / "best_model.pth"
     info = {"model_name": "test_efficientnet", "num_classes": 5, "class_names": list("abcde"),
             "image_size": 32, "config": dict.fromkeys(models.CONFIG), "dataset": "Digits",
-            "split_fingerprint": "f"}
+            "split_fingerprint": "f", "interpolation": "bicubic", "mean": [0.5] * 3,
+            "std": [0.5] * 3, "versions": {}}
     model = models.build_model("test_efficientnet", 5)
     save_best(good, model, info)
     utils.save_file({"history": [], "states": {}}, good.with_name("last.pth"))

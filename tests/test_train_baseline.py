@@ -735,8 +735,8 @@ def test_loop_never_waits_for_the_device(arguments, home, precision, flags, monk
             torch.cuda.set_sync_debug_mode("default")
     monkeypatch.setattr(data_loader.TrainingLoader, "epoch_with_teacher", watched)
     student, info, data = whole_run(args)
-    teacher = models.freeze(models.build_model("test_resnet", len(data.class_names)).cuda(), 64,
-                            utils.DTYPES[precision])
+    teacher = models.freeze(models.build_model("test_resnet", len(data.class_names)), 64,
+                            utils.DTYPES[precision]).cuda()
     info |= {"run": "distilled", "teacher": {"sha256": "x"}}
     train_distillation.train(student.cuda(), teacher, info, data, args)
 
@@ -750,7 +750,7 @@ def test_peak_memory_at_the_default_batch(arguments, names, limit, monkeypatch):
                      "2", "--amp-dtype", "bf16", "--val-fraction", "0.8")
     student, info, data = whole_run(args, names[0])
     if len(names) == 2:
-        teacher = models.freeze(models.build_model(names[1], 10).cuda(), 224, torch.bfloat16)
+        teacher = models.freeze(models.build_model(names[1], 10), 224, torch.bfloat16).cuda()
         info |= {"run": "distilled", "teacher": {"sha256": "x"}}
         train_distillation.train(student.cuda(), teacher, info, data, args)
     else:
@@ -767,17 +767,9 @@ def test_graphs_train_as_single_kernels_do(train, script, precision, capsys):
     histories = []
     for flags in ([], ["--cuda-graph", "--fresh"]):
         folder = train(script, "--device", "cuda", "--amp-dtype", precision, "--learning-rate",
-                       "1e-4", *flags)
-        histories.append(utils.load_file(folder / run / "last.pth")["history"])
+                       "1e-4", "--seeds", "0", "1", *flags)  # the second seed captures again
+        histories.append(utils.load_file(folder / run / "seed_1" / "last.pth")["history"])
     assert "capturing failed" not in capsys.readouterr().out
     for one, other in zip(*histories, strict=True):
-        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
-        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=0.1)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
-def test_graphs_without_a_gpu_are_said_and_change_nothing(train, capsys):
-    plain = weights(train("baseline") / "baseline")
-    folder = train("baseline", "--cuda-graph")
-    assert "--cuda-graph: capturing failed, kernels start singly" in capsys.readouterr().out
-    assert_equal_weights(plain, weights(folder / "baseline"))
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.01)
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=0.01)

@@ -302,6 +302,14 @@ def test_second_process_waits_while_the_first_lives_and_a_kill_leaves_no_lock(tm
     first.communicate()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is missing")
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_graphs_without_a_gpu_are_wrong_use(arguments, device):
+    """Also where there is one but the CPU is asked for: nothing would be computed by replays."""
+    with pytest.raises(utils.WrongUse, match="--cuda-graph: needs an NVIDIA GPU"):
+        utils.setup(arguments("baseline", "--cuda-graph", "--device", device))
+
+
 @pytest.mark.parametrize("asked, chosen", [("auto", []), ("cuda", []), ("cuda:1", [1])])
 def test_any_gpu_can_be_asked_for(arguments, monkeypatch, capsys, asked, chosen):
     """On pretended GPUs, of which torch takes a number alone."""
