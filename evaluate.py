@@ -51,25 +51,25 @@ def main(args):
     paths, left_out = find_students(args)
     _, first = models.load_model(paths["distilled"][0])
     test, data, no_validation = open_images(first, args)
-    val = data and data.val
-    entries = {run: [load_entry(path, first, test, val, args, device) for path in paths[run]]
+    entries = {run: [load_entry(path, first, test, data, args, device) for path in paths[run]]
                for run in STUDENTS}
     teacher, no_teacher = find_teacher(entries["distilled"], args)
     if teacher:
-        entries["teacher"] = [load_entry(teacher, first, test, val, args, device)]
+        entries["teacher"] = [load_entry(teacher, first, test, data, args, device)]
 
     labels, results = test.labels.numpy(), Path(args.results_dir)
-    numbers = compare(entries, labels, len(val.labels) if val else None)
-    numbers["timings"] = {"training_hours": training_hours(entries)}
-    numbers["notes"] = {"unfair": differences(entries), "no_teacher": no_teacher,
-                        "no_validation": no_validation, "left_out": left_out,
-                        "trained_on": data_loader.repeated(test, data) if data else []}
+    numbers = compare(entries, labels, len(data.val.labels) if data else None)
+    numbers |= {"timings": {"training_hours": training_hours(entries)}, "notes": {
+        "unfair": differences(entries), "no_teacher": no_teacher, "left_out": left_out,
+        "trained_on": data_loader.repeated(test, data) if data else [],
+        "no_validation": no_validation}}
     write_figures(entries, labels, test, numbers, results)
     report = write_report(numbers)
     write_files(entries, labels, numbers, report, results)
-    print(report)
     models.choose_best(args.checkpoint_dir, first)
-    print(f"report, numbers and figures are in {results}")
+    then = "\nNext, the real thing: python train_baseline.py" if args.quick else ""
+    print("\n" + report.partition("Details")[0] + f"Details: {results / 'comparison_report.txt'}, "
+          f"to show: {results / 'accuracy_comparison.png'}{then}")
 
 
 # Load ---------------------------------------------------------------------------------------------
@@ -144,9 +144,9 @@ def open_images(info, args):
     return test, data, None
 
 
-def load_entry(path, first, test, val, args, device):
+def load_entry(path, first, test, data, args, device):
     """The Entry of a checkpoint. `first` is another's dict: the classes that this one must know,
-    else UserError, and the split that `val` (or None) belongs to."""
+    else UserError, and the split of `data` (or None)."""
     model, info = models.load_model(path, device)
     odd = data_loader.odd_classes(info["class_names"], first["class_names"])
     if odd or info["dataset"] != first["dataset"]:
@@ -158,8 +158,8 @@ def load_entry(path, first, test, val, args, device):
         return logits.double().log_softmax(1).numpy()
 
     temperature = None
-    if val and info["split_fingerprint"] == first["split_fingerprint"]:  # else it trained on some
-        temperature = best_temperature(answer(val), val.labels.numpy())
+    if data and info["split_fingerprint"] == first["split_fingerprint"]:  # else it trained on some
+        temperature = best_temperature(answer(data.val), data.val.labels.numpy())
     last = path.with_name("last.pth")
     history = utils.load_file(last)["history"] if last.is_file() else []
     return Entry(path, model, info, answer(test), temperature, history)

@@ -48,7 +48,10 @@ def test_three_commands(tmp_path):
         "comparison_report.txt", "comparison.json", "predictions.npz",
         *(f"{name}_history.csv" for name in RUNS),
         *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "pdf"))}
-    assert (results / "comparison_report.txt").read_text(encoding="utf-8") in report
+    whole = (results / "comparison_report.txt").read_text(encoding="utf-8")
+    assert whole.partition("Details")[0] in report and "Scores" in whole
+    last = report.strip().splitlines()[-2:]
+    assert str(results / "comparison_report.txt") in last[0] and "train_baseline.py" in last[1]
 
     numbers = json.loads((results / "comparison.json").read_text(encoding="utf-8"))
     saved = np.load(results / "predictions.npz")
@@ -62,7 +65,7 @@ def test_three_commands(tmp_path):
         best = max(float(row["val_accuracy"]) for row in rows)
         assert len(rows) == 8 and best == info["val_accuracy"]
         assert float(rows[int(info["epoch"]) - 1]["val_accuracy"]) == best
-        assert f"{accuracies[name]:.2%}" in report
+        assert f"{accuracies[name]:.2%}" in whole
     students = [torch.load(checkpoints / name / "best_model.pth", weights_only=True)
                 for name in RUNS[:2]]
     best = max(students, key=lambda info: info["val_accuracy"])
