@@ -51,11 +51,11 @@ def handlers_stay():
 
 
 def flags_of(script, folder):
-    """--quick on tiny models in float32 with all folders below `folder`."""
+    """--quick on tiny models in float32, its weights not averaged, all folders below `folder`."""
     flags = ["--quick", "--checkpoint-dir", folder / "checkpoints", "--results-dir",
              folder / "results", "--data-dir", folder / "data", "--device", "cpu"]
     if script != "evaluate":
-        flags += STUDENT
+        flags += [*STUDENT, "--ema-decay", "0"]
     if script == "distillation":
         flags += TEACHER
     return [str(flag) for flag in flags]

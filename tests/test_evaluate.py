@@ -216,7 +216,7 @@ def test_unfair_pair_is_named(copied):
     change(copied, "distilled", config={"learning_rate": 0.123}, split_fingerprint="other")
     head = report_in(run_again(copied, copied / "r")).replace("\n", " ")
     assert "WARNING: This is no fair pair" in head
-    assert "learning_rate (0.004 and 0.123); the validation split" in head
+    assert "learning_rate (0.003 and 0.123); the validation split" in head
 
 
 def test_fair_pair_is_not_blamed(trained):

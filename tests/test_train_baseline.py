@@ -468,8 +468,8 @@ def test_next_command_has_the_flags_it_needs(arguments, tmp_path):
     own = f"--quick --checkpoint-dir {tmp_path}/checkpoints --results-dir {tmp_path}/results "
     own += f"--data-dir {tmp_path}/data --device cpu"
     assert train_baseline.next_command(args, "distillation", "distilled") == (
-        f"python train_distillation.py {own} --student-model test_efficientnet --num-epochs 3 "
-        "--no-pretrained --seeds 0 1")
+        f"python train_distillation.py {own} --student-model test_efficientnet --ema-decay 0 "
+        "--num-epochs 3 --no-pretrained --seeds 0 1")
     other = tmp_path / "checkpoints" / "quick" / "distilled" / "seed_0" / "best_model.pth"
     other.parent.mkdir(parents=True)
     other.touch()
