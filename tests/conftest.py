@@ -57,7 +57,7 @@ def flags_of(script, folder):
     if script != "evaluate":
         flags += [*STUDENT, "--ema-decay", "0"]
     if script == "distillation":
-        flags += TEACHER
+        flags += [*TEACHER, "--alpha", "0.7"]
     return [str(flag) for flag in flags]
 
 
