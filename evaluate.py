@@ -68,8 +68,8 @@ def main(args):
     write_files(entries, labels, numbers, report, results)
     models.choose_best(args.checkpoint_dir, first)
     then = "\nNext, the real thing: python train_baseline.py" if args.quick else ""
-    print("\n" + report.partition("Details")[0] + f"Details: {results / 'comparison_report.txt'}, "
-          f"to show: {results / 'accuracy_comparison.png'}{then}")
+    print("\n" + report.partition("Details\n")[0] + f"Details: {results / 'comparison_report.txt'}"
+          f", to show: {results / 'accuracy_comparison.png'}{then}")
 
 
 # Load ---------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def compare(entries, labels, validation_images):
     first = entries["baseline"][0].info
     scores = {run: over_seeds([measure(entry, labels) for entry in group])
               for run, group in entries.items()}
-    name = Path(first["config"]["dataset_dir"] or first["dataset"]).name  # of pictures their folder
+    name = Path(first["config"]["dataset_dir"] or first["dataset"]).resolve().name  # the folder's
     numbers = {
         "dataset": {"name": name, "num_classes": first["num_classes"],
                     "test_images": len(labels), "validation_images": validation_images},
@@ -699,8 +699,7 @@ def confusion_figure(entry, matrix, order):
     """A confusion matrix (C, C), classes in `order`; up to 20 of them with the numbers."""
     info, names = entry.info, np.array(entry.info["class_names"])[order]
     few, side = len(names) <= 20, max(5.0, 0.14 * len(names))
-    title = (f"{info['run'].capitalize()} ({info['model_name']}, seed {info['config']['seed']}): "
-             "what each class is taken for")
+    title = f"{info['run'].capitalize()} ({info['model_name']}), one run: taken for what"
     figure, axis = plt.subplots(figsize=(side, side * 0.93))
     seaborn.heatmap(100 * matrix[np.ix_(order, order)], cmap="Blues", square=True, ax=axis,
                     norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
