@@ -699,7 +699,8 @@ def confusion_figure(entry, matrix, order):
     """A confusion matrix (C, C), classes in `order`; up to 20 of them with the numbers."""
     info, names = entry.info, np.array(entry.info["class_names"])[order]
     few, side = len(names) <= 20, max(5.0, 0.14 * len(names))
-    title = f"{info['run'].capitalize()} ({info['model_name']}), one run: taken for what"
+    title = (f"{info['run'].capitalize()} ({info['model_name']}), one run: "
+             "what each class is taken for")
     figure, axis = plt.subplots(figsize=(side, side * 0.93))
     seaborn.heatmap(100 * matrix[np.ix_(order, order)], cmap="Blues", square=True, ax=axis,
                     norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
