@@ -52,9 +52,10 @@ def why_unfit(info, args, data):
               "split_fingerprint": data.split_fingerprint,
               "image_size": args.teacher_image_size or args.image_size,
               "model_name": info["model_name"] if args.teacher_checkpoint else args.teacher_model}
-    return ", ".join(f"its {key} is {str(info[key]):.30}, not {str(value):.30}"
-                     + ", so it may have seen the validation images" * (key == "split_fingerprint")
-                     for key, value in wanted.items() if info[key] != value)
+    return ", ".join(
+        f"its {key} " + (f"is {info[key]}, not {value}" if len(str(value)) < 60 else "differs")
+        + (", so it may have seen the validation images" if key == "split_fingerprint" else "")
+        for key, value in wanted.items() if info[key] != value)
 
 
 def least_accuracy(num_classes):
@@ -244,7 +245,6 @@ def gradcam_layer(model, image_size):
     shapes = {}
     names = {module: name for name, module in model.named_modules()}
     image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_scale.device)
-
     def note(module, _, output):
         if isinstance(module, torch.nn.Conv2d):
             shapes[module] = output.shape[-2:]
