@@ -6,6 +6,7 @@ logits (B, C). Losses are means over the batch, in float32 also under autocast.
 import copy
 import gc
 import itertools
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -101,9 +102,8 @@ def capture(model, size, args):
     model.forward = forward
     try:
         torch.cuda.make_graphed_callables(model, (images.to(memory_format=torch.channels_last),))
-    except (RuntimeError, AssertionError) as error:
-        model.forward = plain
-        print(f"--cuda-graph: capturing failed, kernels start singly: {utils.first_line(error)}")
+    except (RuntimeError, AssertionError) as error:  # after which CUDA may be of no more use
+        raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
     model.load_state_dict(kept)  # warming up has moved BatchNorm's statistics
 
 
@@ -131,8 +131,7 @@ def accuracy(logits, labels):
 
 def entropy(logits):
     """Mean entropy in nats of the softmax of `logits`, a 0-d tensor: how sure the model is."""
-    log_probabilities = F.log_softmax(logits.detach().float(), 1)
-    return -(log_probabilities.exp() * log_probabilities).sum(1).mean()
+    return torch.special.entr(F.softmax(logits.detach().float(), 1)).sum(1).mean()
 
 
 # Losses -------------------------------------------------------------------------------------------
@@ -159,20 +158,14 @@ def standardise(logits):
 
 
 def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
-    """T^2 * (TCKD + beta * NCKD) (Zhao et al. 2022, Decoupled Knowledge Distillation).
-
-    TCKD: the KL between the shares of the true class and of all others, NCKD: that among the others
-    alone; labels (B,) int64. The authors use T = 4, beta 8, 6 or 2, by the models, ALPHA = 0.5."""
-    true = labels[:, None]
-    others = torch.arange(student_logits.shape[1] - 1, device=labels.device)
-    others = others + (others >= true)  # (B, C - 1); a boolean mask would wait for the device
-
+    """T^2 * (TCKD + beta * NCKD), decoupled (Zhao et al. 2022): the KL between the shares of the
+    true class and of all others, and that among the others alone; labels (B,) int64. The authors
+    use T = 4, beta 8, 6 or 2, by the models, ALPHA = 0.5."""
     def shares(logits):
-        logits = logits.float() / temperature
-        log_p = F.log_softmax(logits, 1)
-        rest = log_p.gather(1, others).logsumexp(1, keepdim=True)
-        binary = torch.cat([log_p.gather(1, true), rest], 1)
-        return binary, F.log_softmax(logits.gather(1, others), 1)
+        log_p = F.log_softmax(logits.float() / temperature, 1)
+        others = log_p.scatter(1, labels[:, None], -1e9)  # e^-1e9 is 0: the true class is out
+        binary = torch.cat([log_p.gather(1, labels[:, None]), others.logsumexp(1, keepdim=True)], 1)
+        return binary, F.log_softmax(others, 1)
 
     pairs = zip(shares(student_logits), shares(teacher_logits.detach()), strict=True)
     tckd, nckd = (F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -181,10 +174,8 @@ def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
 
 
 def dist_loss(student_logits, teacher_logits, temperature):
-    """T^2 * (inter + intra) (Huang et al. 2022, Knowledge Distillation from A Stronger Teacher).
-
-    1 - Pearson's correlation of the softened probabilities, by image and by class. T^2 is their
-    code's; ALPHA = 0.67, T = 4 on CIFAR."""
+    """T^2 * (inter + intra) (Huang et al. 2022): 1 - Pearson's correlation of the softened
+    probabilities, by image and by class. T^2 is their code's; ALPHA = 0.67, T = 4 on CIFAR."""
     def distance(a, b):
         a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
         return 1 - F.cosine_similarity(a, b, dim=1).mean()
@@ -242,8 +233,7 @@ def describe(run, model, name, data, args, **more):
 
 def gradcam_layer(model, image_size):
     """Name of the last convolution with a map of 4 x 4 or more, or GradCAM were blank; or None."""
-    shapes = {}
-    names = {module: name for name, module in model.named_modules()}
+    shapes, names = {}, {module: name for name, module in model.named_modules()}
     image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_scale.device)
     def note(module, _, output):
         if isinstance(module, torch.nn.Conv2d):
@@ -284,9 +274,11 @@ def student_checkpoints(folder):
 
 
 def choose_best(checkpoint_dir, like):
-    """Copy the best student by validation accuracy to best_model.pth; a tie goes to the baseline.
-    Only students on the same dataset, classes and split as `like` (a checkpoint's dict) compete."""
+    """Copy the best student by validation accuracy, the baseline of equals, to best_model.pth and,
+    as timm writes models, best_model/. Dataset, classes and split are those of `like` (an info)."""
     folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
+    export, beside = folder / "best_model", folder / ".best_model.tmp"
+    _lock = utils.lock_folder(export)  # while it lives no other script that ends writes there
     infos = {path: utils.load_file(path) for run in ("baseline", "distilled")
              for path in student_checkpoints(folder / run)}
     rivals = {path: info["val_accuracy"] for path, info in infos.items()
@@ -294,7 +286,15 @@ def choose_best(checkpoint_dir, like):
     if not rivals:
         return
     best = max(rivals, key=rivals.get)  # the first of equals
-    with utils.write_into_place(folder / "best_model.pth", "wb") as file:
+    model, info = load_model(best)
+    how = {key: info[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    timm.models.save_for_hf(
+        model.to(memory_format=torch.contiguous_format), beside,
+        {"label_names": info["class_names"], "sha256": utils.sha256(best)},
+        safe_serialization=True, data_config={"input_size": (3, *[info["image_size"]] * 2), **how})
+    shutil.rmtree(export, ignore_errors=True)
+    utils.replace(beside, export)
+    with utils.write_into_place(export.with_suffix(".pth"), "wb") as file:
         file.write(best.read_bytes())
     print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
-          f"validation images; copied to {folder / 'best_model.pth'}")
+          f"validation images; copied to {export}.pth and {export}/")

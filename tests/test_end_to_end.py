@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import torch
 
+import utils
 from conftest import ROOT, STUDENT, TEACHER
 
 FIGURES = ("training_curves", "distillation_diagnostics", "accuracy_comparison",
@@ -71,6 +72,8 @@ def test_three_commands(tmp_path):
     best = max(students, key=lambda info: info["val_accuracy"])
     chosen = torch.load(checkpoints / "best_model.pth", weights_only=True)
     assert chosen["run"] == best["run"]
+    timms = json.loads((checkpoints / "best_model" / "config.json").read_text(encoding="utf-8"))
+    assert timms["sha256"] == utils.sha256(checkpoints / "best_model.pth")
     assert f"{100 * (accuracies['distilled'] - accuracies['baseline']):+.2f} points" in report
 
 

@@ -49,14 +49,15 @@ def recipe(word):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A colleague's folder: checkpoints/best_model.pth of an untrained B0, and a picture."""
+    """A colleague's folder: an untrained B0 as the best student, and a picture."""
     folder = tmp_path_factory.mktemp("colleague")
     args = config.parse_args("baseline", "", ["--quick"])
     data = data_loader.open_dataset(args)
     model = models.build_model("efficientnet_b0", 10)
     model.classifier.weight.data *= 3e5  # untrained, it is as sure of what it sees as a trained one
     info = models.describe("baseline", model, "efficientnet_b0", data, args)
-    save_best(folder / "checkpoints" / "best_model.pth", model, info)
+    save_best(folder / "checkpoints" / "baseline" / "best_model.pth", model, info)
+    models.choose_best(folder / "checkpoints", info)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
     return folder
@@ -73,7 +74,7 @@ def run(text, folder, *flags):
 
 
 def test_recipes_are_short():
-    assert len(RECIPES) == 9
+    assert len(RECIPES) == 10
     assert all(len(text.strip().splitlines()) <= 11 for text in RECIPES)
 
 
@@ -83,9 +84,10 @@ def test_recipe_for_a_picture_of_the_quick_run(tmp_path):
         assert image.size == (8, 8)
 
 
-def test_recipe_without_the_project(folder):
-    """It says of a picture just what the project says."""
-    line = run(recipe("timm.create_model"), folder).strip()
+@pytest.mark.parametrize("word", ["local-dir", "weights_only"])
+def test_recipes_without_the_project(folder, word):
+    """They say of a picture just what the project says."""
+    line = run(recipe(word), folder).strip()
     model, info = models.load_model(folder / "checkpoints" / "best_model.pth")
     image = data_loader.read_image(folder / "picture.png")
     p, i = model(data_loader.build_transform(info)(image)[None]).softmax(1)[0].max(0)
@@ -96,7 +98,7 @@ def test_recipe_with_the_project(folder):
     lines = run(recipe("topk(3)):\n    print"), folder).splitlines()
     assert len(lines) == 3
     assert all(re.fullmatch(r"\d+\.\d% \d", line) for line in lines)
-    assert lines[0] == run(recipe("timm.create_model"), folder).strip()
+    assert lines[0] == run(recipe("local-dir"), folder).strip()
 
 
 @pytest.mark.parametrize("package, word, output", [
