@@ -13,6 +13,7 @@ import signal
 import statistics
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
 import torch
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
 from scipy import optimize, stats
 from scipy.cluster import hierarchy
 from scipy.special import log_softmax
@@ -126,8 +129,7 @@ def how_to_make(run, other, args):
 def open_images(info, args):
     """(test images, data to train and validate, None) of the dataset and the split of `info`, a
     checkpoint's dict, or (test images, None, why the others cannot be had)."""
-    settings = argparse.Namespace(**info["config"])
-    settings.data_dir = args.data_dir
+    settings = argparse.Namespace(**{**info["config"], "data_dir": args.data_dir})
     settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may lie elsewhere now
     if info["dataset"] == "ImageFolder" and not Path(settings.dataset_dir).is_dir():
         raise UserError(f"the pictures are no longer in {settings.dataset_dir}; "
@@ -189,10 +191,8 @@ def differences(entries):
         shared = (ours.keys() & theirs.keys()) - config.NEUTRAL - may_differ
         found += [f"{name} ({ours[name]} and {theirs[name]})"
                   for name in sorted(shared) if ours[name] != theirs[name]]
-        if info["model_name"] != reference["model_name"]:
-            found.append("the model")
-        if info["split_fingerprint"] != reference["split_fingerprint"]:
-            found.append("the validation split")
+        phrases = {"model_name": "the model", "split_fingerprint": "the validation split"}
+        found += [phrase for key, phrase in phrases.items() if info[key] != reference[key]]
     found += [f"{entry.path.parent} is not trained to its end" for entry in students
               if entry.history and len(entry.history) < entry.info["config"]["num_epochs"]]
     return [phrase for i, phrase in enumerate(found) if phrase not in found[:i]]
@@ -201,11 +201,9 @@ def differences(entries):
 # Numbers ------------------------------------------------------------------------------------------
 
 def compare(entries, labels, validation_images):
-    """Every number of the report but notes and timings, by the names in results/README.md.
-
-    `entries` {run: [Entry per seed]}, `labels` (N,) of the test images, `validation_images` their
-    number or None. Accuracies are fractions, losses nats.
-    """
+    """Every number of the report but notes and timings, by the names in results/README.md: of
+    `entries` {run: [Entry per seed]}, the test images' `labels` (N,) and the number of
+    `validation_images` or None. Accuracies are fractions, losses nats."""
     first = entries["baseline"][0].info
     scores = {run: over_seeds([measure(entry, labels) for entry in group])
               for run, group in entries.items()}
@@ -269,11 +267,9 @@ def verdict(entries, labels):
     test (1947) is exact and two-sided, on the images that one student alone gets right."""
     baseline, distilled = (np.array([entry.predictions == labels for entry in entries[run]])
                            for run in STUDENTS)  # whether right, (seeds, N)
-    baseline_alone = (baseline & ~distilled).sum(1).tolist()  # images, by seed
-    distilled_alone = (distilled & ~baseline).sum(1).tolist()
-    alone = list(zip(baseline_alone, distilled_alone, strict=True))
     gains = distilled.astype(float) - baseline  # (seeds, N) of -1, 0, 1
-    by_seed = [(theirs - ours) / len(labels) for ours, theirs in alone]
+    alone = [((one < 0).sum(), (one > 0).sum()) for one in gains]  # images, by seed
+    by_seed = gains.mean(1).tolist()
     over_seeds, t_test_p = t_test(by_seed)
     over = {"images": interval(gains.mean(0, keepdims=True)), "both": interval(gains)}
     rests_on = "both" if len(by_seed) >= T_SEEDS else "images"
@@ -283,8 +279,8 @@ def verdict(entries, labels):
         "interval_over_images": over["images"], "interval_over_seeds": over_seeds,
         "interval_over_both": over["both"] if len(by_seed) > 1 else None,
         "interval_by_seed": [interval(one[None]) for one in gains],
-        "baseline_alone_right": statistics.fmean(baseline_alone),
-        "distilled_alone_right": statistics.fmean(distilled_alone),
+        "baseline_alone_right": statistics.fmean(one for one, _ in alone),
+        "distilled_alone_right": statistics.fmean(other for _, other in alone),
         "mcnemar_p_by_seed": [float(stats.binomtest(one, one + other).pvalue)
                               if one + other else 1.0 for one, other in alone],
         "t_test_p": t_test_p, "rests_on": rests_on,
@@ -345,27 +341,16 @@ def reliability(log_probs, labels):
 
 def best_temperature(log_probs, labels):
     """The temperature with the least NLL (Guo et al. 2017), between 0.05 and 20."""
-    def nll(log_temperature):
-        scaled = log_softmax(log_probs / np.exp(log_temperature), axis=1)
-        return -scaled[np.arange(len(labels)), labels].mean()
-
-    bounds = (np.log(0.05), np.log(20))
-    return float(np.exp(optimize.minimize_scalar(nll, bounds=bounds, method="bounded").x))
-
-
-def confusion_matrix(entry, labels):
-    """Shares of each true class's images (rows) that one model takes for each class: (C, C)."""
-    classes = np.arange(entry.info["num_classes"])
-    return metrics.confusion_matrix(labels, entry.predictions, labels=classes, normalize="true")
+    def nll(temperature):
+        return -log_softmax(log_probs / temperature, 1)[np.arange(len(labels)), labels].mean()
+    return float(optimize.minimize_scalar(nll, bounds=(0.05, 20), method="bounded").x)
 
 
 def training_hours(entries):
     """Hours each run's training took, mean over the seeds; None where a history is gone."""
-    hours = {}
-    for run, group in entries.items():
-        totals = [sum(row["seconds"] for row in entry.history) / 3600 for entry in group]
-        hours[run] = statistics.fmean(totals) if all(totals) else None
-    return hours
+    hours = {run: [sum(row["seconds"] for row in entry.history) / 3600 for entry in group]
+             for run, group in entries.items()}
+    return {run: statistics.fmean(each) if all(each) else None for run, each in hours.items()}
 
 
 # Report -------------------------------------------------------------------------------------------
@@ -513,15 +498,18 @@ STYLES = {"baseline": {"color": "#0072B2", "linestyle": "-", "marker": "o", "lab
 
 def write_figures(entries, labels, test, numbers, results):
     """Write every figure as PNG and PDF into `results`."""
-    seaborn.set_theme(style="whitegrid", context="paper", rc={
-        "figure.constrained_layout.use": True, "savefig.dpi": 200, "savefig.bbox": "tight"})
+    seaborn.set_theme(style="whitegrid", context="paper", font=fonts_of(numbers), rc={
+        "figure.constrained_layout.use": True, "savefig.dpi": 200, "savefig.bbox": "tight",
+        "text.parse_math": False})  # a $ is no formula in a class name
     figures = {"training_curves": curves_figure(entries),
                "accuracy_comparison": accuracy_figure(numbers),
                "distillation_diagnostics": diagnostics_figure(entries),
                "reliability_diagram": reliability_figure(entries, labels),
                "class_changes": changes_figure(numbers),
                "gallery": gallery_figure(entries, labels, test)}
-    confusion = {run: confusion_matrix(group[0], labels) for run, group in entries.items()}
+    confusion = {run: metrics.confusion_matrix(  # shares of each true class's images (rows)
+        labels, group[0].predictions, labels=np.arange(numbers["dataset"]["num_classes"]),
+        normalize="true") for run, group in entries.items()}
     order = class_order(sum(confusion.values()))
     for run, matrix in confusion.items():
         figures[f"confusion_matrix_{run}"] = confusion_figure(entries[run][0], matrix, order)
@@ -530,6 +518,20 @@ def write_figures(entries, labels, test, numbers, results):
             with utils.write_into_place(results / f"{name}.{kind}", "wb") as file:
                 figure.savefig(file, format=kind, metadata=metadata)
         plt.close(figure)
+
+
+def fonts_of(numbers):
+    """DejaVu Sans, which matplotlib brings, and installed fonts with what it lacks of the names."""
+    families, missing = ["DejaVu Sans"], set(json.dumps(numbers, ensure_ascii=False))
+    for font in sorted(fontManager.ttflist, key=lambda font: font.name not in families):
+        known = {*map(chr, FT2Font(font.fname).get_charmap())} if missing else set()
+        if missing & known and "Last Resort" not in font.name:  # has boxes for all there is
+            families.append(font.name)
+            missing -= known
+    if missing:
+        print(f"the figures have boxes, since no installed font has {''.join(sorted(missing))}")
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+    return families
 
 
 def draw(axis, group, column, scale=1, **style):
@@ -699,17 +701,15 @@ def confusion_figure(entry, matrix, order):
     """A confusion matrix (C, C), classes in `order`; up to 20 of them with the numbers."""
     info, names = entry.info, np.array(entry.info["class_names"])[order]
     few, side = len(names) <= 20, max(5.0, 0.14 * len(names))
-    title = (f"{info['run'].capitalize()} ({info['model_name']}), one run: "
-             "what each class is taken for")
+    title = f"{info['run'].capitalize()} ({info['model_name']}), one run: what is taken for what"
     figure, axis = plt.subplots(figsize=(side, side * 0.93))
     seaborn.heatmap(100 * matrix[np.ix_(order, order)], cmap="Blues", square=True, ax=axis,
                     norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
                     annot=few, fmt=".0f", xticklabels=names, yticklabels=names,
                     linewidths=0 if few else 0.2, linecolor="#eeeeee",
                     cbar_kws={"label": "share of the true class (%)", "shrink": 0.7})
-    narrow = len(names) <= 10 and max(map(len, names)) <= 3
     axis.tick_params(labelsize=9 if few else 6.5, rotation=0)
-    axis.tick_params(axis="x", rotation=0 if narrow else 90)
+    axis.tick_params(axis="x", rotation=0 if len("".join(names)) <= 30 else 90)
     axis.set_title(title if few else f"{title}; alike classes stand together",
                    fontsize=11 if few else 14)
     axis.set(xlabel="predicted class", ylabel="true class")
