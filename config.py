@@ -1,5 +1,4 @@
 """Every setting of the project: constants to edit, and below them the command line made of them.
-
 Each constant is also a flag of the scripts it concerns: BATCH_SIZE is --batch-size, and its comment
 here is the flag's help. A flag given by hand wins over --quick, and --quick over this file.
 """
@@ -35,7 +34,7 @@ TEACHER_WEIGHTS = None        # teacher's weight file, None: timm's download
 TEACHER_CHECKPOINT = None     # best_model.pth to teach with; None: TEACHER_MODEL, fine-tuned first
 
 # Distillation: ALPHA * soft + (1 - ALPHA) * cross-entropy with the labels; soft is T^2 * KL for kd
-DISTILLATION_LOSS = "kd"      # kd (Hinton), dkd (Zhao), dist (Huang) or lskd (Sun): see models.py
+DISTILLATION_LOSS = "kd"      # kd (Hinton), dist (Huang) or lskd (Sun): see models.py
 TEMPERATURE = 4.0             # T that softens teacher and student, above 0; Hinton et al.: 1 to 20
 ALPHA = 0.7                   # 0 to 1, weight of the soft targets; 0 is plain cross-entropy
 KL_DIRECTION = "forward"      # forward: KL(teacher || student), Hinton's; reverse: the other way
@@ -119,7 +118,6 @@ MODELS = timm.list_models() + timm.list_pretrained()  # without and with a tag o
 MODEL = value(str, "a classifier from timm.list_models()",
               lambda x: x in MODELS or (timm.is_model(x) and "." not in x), MODELS)
 
-# Each constant with its parser, by the scripts that have its flag
 TRAINING = {  # both training scripts
     "DATASET_NAME": choice("CIFAR100", "CIFAR10", "Flowers102", "Digits", "ImageFolder"),
     "IMAGE_SIZE": whole(32), "VAL_FRACTION": real("above 0 and below 1", lambda x: 0 < x < 1),
@@ -133,7 +131,7 @@ TRAINING = {  # both training scripts
 }
 DISTILLATION = {  # train_distillation.py
     "TEACHER_IMAGE_SIZE": whole(32, none=True), "KL_DIRECTION": choice("forward", "reverse"),
-    "DISTILLATION_LOSS": choice("kd", "dkd", "dist", "lskd"),
+    "DISTILLATION_LOSS": choice("kd", "dist", "lskd"),
     "TEMPERATURE": POSITIVE, "ALPHA": real("from 0 to 1", lambda x: 0 <= x <= 1),
 }
 TEACHER = {  # train_distillation.py; they matter to the student through its teacher alone
@@ -147,6 +145,7 @@ EVERYWHERE = {  # all three; a run goes on when they change, for they change not
 }
 SETTINGS = TRAINING | DISTILLATION | TEACHER | EVERYWHERE
 FLAGS = {"baseline": TRAINING | EVERYWHERE, "distillation": SETTINGS, "evaluate": EVERYWHERE}
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 TEACHER_ONLY = {name.lower() for name in TEACHER}
 NEUTRAL = {*map(str.lower, EVERYWHERE), "argv", "quick", "fresh", "fresh_teacher", "seeds"}
 
@@ -159,11 +158,15 @@ def parse_args(script, description, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(None, argparse.SUPPRESS, description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    if os.environ.get("RANK", "0") != "0":
+        parser.error = parser.print_help = lambda *_: sys.exit()  # process 0 says it
     add_settings(parser, script, argv)
     add_other_flags(parser, script)
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     for word in (*unknown, *(word for word in argv if word.split("=")[-1] == "--")):
         parser.error(unknown_argument(word, script, args))
+    if script == "evaluate" and PROCESSES > 1:
+        parser.error("evaluate.py runs as one process, without torchrun")
     if script != "evaluate":
         for conflict in conflicts(script, args, argv):
             parser.error(f"argument {conflict}")  # ends the script
@@ -183,9 +186,8 @@ def add_settings(parser, script, argv):
     for name in sorted(SETTINGS.keys() - {*texts} | {*texts, *quick} - {*SETTINGS, "QUICK"}):
         wrong = "is missing" if name in SETTINGS else f"is no setting{closest(name, SETTINGS)}"
         parser.error(f"{name} in config.py {wrong}")
-    changed = quick if "--quick" in argv else {}
-    if script == "evaluate":
-        changed = {**changed, "DATASET_DIR": None}  # the checkpoint knows its own
+    of_checkpoint = {"DATASET_DIR": None} if script == "evaluate" else {}
+    changed = (quick if "--quick" in argv else {}) | of_checkpoint
     for name in [name for name in globals() if name in SETTINGS]:
         parse, default = SETTINGS[name], changed.get(name, globals()[name])
         try:
@@ -245,10 +247,11 @@ def conflicts(script, args, argv):
         yield "--dataset-dir: DIR with train/ and test/<class>/*, only for and with ImageFolder"
     if args.num_epochs < args.warmup_epochs:
         yield f"--num-epochs: {args.num_epochs} is less than --warmup-epochs {args.warmup_epochs:g}"
-    if args.cuda_graph and args.accumulate_steps > 1:
-        yield "--cuda-graph: a replay writes over the gradients that --accumulate-steps adds up"
-    if (args.mixup_alpha or args.cutmix_alpha) and args.batch_size % 2:
-        yield f"--batch-size: mixup and cutmix need an even number, not {args.batch_size}"
+    if args.cuda_graph and args.accumulate_steps * PROCESSES > 1:
+        yield "--cuda-graph: a replay writes over gradients, so no --accumulate-steps, no torchrun"
+    unit = PROCESSES * (2 if args.mixup_alpha or args.cutmix_alpha else 1)
+    if args.batch_size % unit:
+        yield f"--batch-size: must be a multiple of {unit}, which torchrun, mixup and cutmix share"
     yield from model_conflicts("student", args.image_size, args)
     if script == "baseline":
         return
@@ -256,12 +259,9 @@ def conflicts(script, args, argv):
     loss = args.distillation_loss
     if args.teacher_epochs < args.warmup_epochs and not args.teacher_checkpoint:
         yield f"--teacher-epochs: less than --warmup-epochs {args.warmup_epochs:g}"
-    if loss == "dkd" and (args.mixup_alpha or args.cutmix_alpha):
-        yield "--distillation-loss: dkd knows no labels mixed by mixup or cutmix"
-    if loss == "dist" and (args.batch_size < 3 or args.accumulate_steps > 1):
-        yield "--distillation-loss: dist compares a whole batch's images, at least 3, not its parts"
-    if loss in ("dkd", "dist") and args.kl_direction == "reverse":
-        yield f"--kl-direction: {loss} has no direction to reverse, kd and lskd have"
+    parts = args.accumulate_steps * PROCESSES > 1
+    if loss == "dist" and (args.batch_size < 3 or parts or args.kl_direction == "reverse"):
+        yield "--distillation-loss: dist compares whole batches, 3 images or more, in no direction"
     if args.fresh_teacher and args.teacher_checkpoint:
         yield "--fresh-teacher: no teacher is trained where --teacher-checkpoint gives one"
     if args.cutmix_alpha and args.teacher_image_size not in (None, args.image_size):

@@ -2,10 +2,8 @@
 
 `open_dataset` gives training and validation images; of test images it sees but whether a folder's
 can be decoded. A loader yields images (B, 3, S, S) on the device, floats in [0, 1]; each model
-normalises them itself.
-
-Small square images of one size (CIFAR, digits) lie on the device as one uint8 tensor, and whole
-batches are augmented there. Photographs are decoded and augmented by worker processes.
+normalises them itself. Small square images of one size (CIFAR, digits) lie on the device as one
+uint8 tensor and are augmented there by the batch, photographs by worker processes.
 """
 import contextlib
 import functools
@@ -30,6 +28,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.contrib.concurrent import thread_map
 
+import utils
 from utils import UserError, WrongUse, first_line, load_file, save_file
 
 SMALL = 96                   # px: square images of one size up to this side are kept on the device
@@ -66,6 +65,7 @@ class Dataset(NamedTuple):
 
 # Datasets -----------------------------------------------------------------------------------------
 
+@utils.process_0_first()
 def open_dataset(args):
     """The `Dataset` of args. Raises UserError if it cannot be had, WrongUse if args do not fit."""
     name, augmentation = args.dataset_name, args.augmentation
@@ -321,32 +321,29 @@ class SmallImages:
     def __init__(self, images, sizes, interpolation, augmentation, device):
         self.sizes, self.interpolation, self.device = sizes, interpolation, device
         self.pixels = images.pixels.to(home_of(images.pixels, device))
-        self.labels, side = images.labels.to(device), images.pixels.shape[-1]
+        self.labels, side = images.labels.to(self.pixels.device), images.pixels.shape[-1]
         self.margin = 0 if augmentation == "none" else max(1, round(side * CROP_PADDING))
         self.flip_share = 0.5 if augmentation == "flip_crop" else 0
 
-    def batches(self, order, batch_size, generator):
-        """Yield (views, labels (B,)) of the images of the indices `order` (N,), all on the device:
-        for each of `sizes` the same crops (B, 3, S, S), floats in [0, 1], channels_last."""
-        corners = torch.randint(2 * self.margin + 1, (len(order), 2, 1), generator=generator)
-        flips = torch.rand(len(order), 1, generator=generator) < self.flip_share
+    def batches(self, order, batch_size, generator, mine=slice(None)):
+        """Yield (views, labels (B,)) of the images `order[mine]` (indices), all on the device: for
+        each of `sizes` the same crops (B, 3, S, S), floats in [0, 1], channels_last."""
+        corners = torch.randint(2 * self.margin + 1, (len(order), 2, 1), generator=generator)[mine]
+        flips = torch.rand(len(order), 1, generator=generator)[mine] < self.flip_share
         corners, flips = corners.to(self.device), flips.to(self.device)
         line = torch.arange(self.pixels.shape[-1], device=self.device)
         channel = torch.arange(3, device=self.device)[:, None, None]
-        parts = (part.split(batch_size) for part in (order.to(self.pixels.device), corners, flips))
+        order = order[mine].to(self.pixels.device)
+        parts = (part.split(batch_size) for part in (order, corners, flips))
         for chosen, corner, flip in zip(*parts, strict=True):
-            pixels = self.pixels[chosen]
-            if pixels.device.type != self.device.type:  # "cuda" is no "cuda:0", so compare types
-                # Nothing waits for a copy out of pinned memory.
-                pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-                chosen = chosen.pin_memory().to(self.device, non_blocking=True)
+            pixels = self.pixels[chosen].to(self.device)  # a copy only where they are on the host
             rows, columns = (corner + line).unbind(1)  # each (B, H)
             columns = torch.where(flip, columns.flip(1), columns)
             image = torch.arange(len(pixels), device=self.device)[:, None, None, None]
             padded = F.pad(pixels, [self.margin] * 4)  # with black
             crops = padded[image, channel, rows[:, None, :, None], columns[:, None, None]] / 255
             views = [resize(crops, size, self.interpolation) for size in self.sizes]
-            yield views, self.labels[chosen]
+            yield views, self.labels[chosen].to(self.device)
 
 
 def resize(images, size, mode):
@@ -369,10 +366,11 @@ class Photographs:
             worker_init_fn=leave_signals_to_the_parent, pin_memory=device.type == "cuda",
             generator=torch.Generator())  # or it would draw from the global one, as dropout does
 
-    def batches(self, order, batch_size, generator):
+    def batches(self, order, batch_size, generator, mine=slice(None)):
         """As SmallImages.batches. Raises UserError where a picture cannot be read any more."""
-        seeds = torch.randint(2**31, (len(order),), generator=generator).tolist()
-        items = [(i, seed, self.labels[i]) for i, seed in zip(order.tolist(), seeds, strict=True)]
+        seeds = torch.randint(2**31, (len(order),), generator=generator)
+        chosen = zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
+        items = [(i, seed, self.labels[i]) for i, seed in chosen]
         self.items[:] = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
         for batch in self.decoded:
             if isinstance(batch, UserError):
@@ -457,14 +455,15 @@ def seed_of(*numbers):
 
 class TrainingLoader:
     """Batches of data.train for a model of `info`. All that is random in an epoch follows from
-    (args.seed, epoch) alone. args.accumulate_steps batches make one update; what is left of an
-    epoch after its last whole update is dropped."""
+    (args.seed, epoch) alone. args.accumulate_steps batches make one update, and the last one that
+    is not whole is dropped. Each of torchrun's processes takes whole pairs of what mixup mixes."""
     def __init__(self, data, info, args, device):
         self.seed, self.device, self.count = args.seed, device, len(data.train.labels)
         self.batch_size, self.accumulate_steps = args.batch_size, args.accumulate_steps
-        size = info["image_size"]
-        teacher_size = getattr(args, "teacher_image_size", None) or size
-        sizes = [size] if teacher_size == size else [size, teacher_size]
+        pairs = sorted(range(self.batch_size), key=lambda i: min(i, self.batch_size - 1 - i))
+        self.part, size = self.batch_size // utils.WORLD_SIZE, info["image_size"]
+        self.mine = torch.tensor(sorted(pairs[utils.RANK * self.part:][:self.part]))
+        sizes = list(dict.fromkeys((size, getattr(args, "teacher_image_size", None) or size)))
         how = sizes, info["interpolation"], data.augmentation
         if data.train.pixels is None or data.augmentation == "resized_crop":
             view = functools.partial(random_views, *how)
@@ -489,7 +488,8 @@ class TrainingLoader:
         own size; where the sizes are equal, the same tensor."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)[:len(self) * self.batch_size]
-        batches = self.source.batches(order, self.batch_size, generator)
+        mine = torch.arange(len(order)).view(-1, self.batch_size)[:, self.mine].flatten()
+        batches = self.source.batches(order, self.part, generator, mine)
         for number, (views, labels) in enumerate(batches):
             if self.mixup:
                 mixed = []

@@ -14,7 +14,7 @@ import huggingface_hub as hf
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers import Conv2dSame, convert_sync_batchnorm
 
 import utils
 
@@ -59,10 +59,9 @@ def why_unfit(info, args, data):
         for key, value in wanted.items() if info[key] != value)
 
 
-def least_accuracy(num_classes):
+def least_accuracy(classes):
     """Of a teacher, or it teaches noise: thrice chance, or half way to perfect where that is 1."""
-    least = max(3 / num_classes, 2 / num_classes + 0.02)
-    return least if least < 1 else (1 + 1 / num_classes) / 2
+    return 0.5 + 0.5 / classes if classes < 4 else max(3 / classes, 2 / classes + 0.02)
 
 
 def freeze(teacher, image_size, dtype=torch.float32):
@@ -88,10 +87,10 @@ def freeze(teacher, image_size, dtype=torch.float32):
 
 
 def capture(model, size, args):
-    """With --cuda-graph let `model` replay CUDA graphs of forward and backward, in its present mode
-    on whole batches: at batch 16 a GPU waits for Python. Elsewhere it runs as before."""
+    """`model`; with --cuda-graph it replays CUDA graphs of forward and backward, in its present
+    mode on whole batches: at batch 16 a GPU waits for Python. Elsewhere it runs as before."""
     if not args.cuda_graph:
-        return
+        return model
     vars(model).pop("forward", None)  # of a former capture
     gc.collect()  # graphs hold their models, and these their graphs
     plain, mode, kept = model.forward, model.training, copy.deepcopy(model.state_dict())
@@ -105,6 +104,25 @@ def capture(model, size, args):
     except (RuntimeError, AssertionError) as error:  # after which CUDA may be of no more use
         raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
     model.load_state_dict(kept)  # warming up has moved BatchNorm's statistics
+    return model
+
+
+def distribute(model):
+    """`model` as a loop calls it: as it is or, under torchrun, in DistributedDataParallel, on GPUs
+    with BatchNorms that normalise by the whole batch."""
+    if utils.WORLD_SIZE == 1:
+        return model
+    if model.pixel_scale.is_cuda:
+        for module in convert_sync_batchnorm(model).modules():
+            if isinstance(module, torch.nn.SyncBatchNorm):  # it insists on a counter
+                count = torch.zeros((), dtype=torch.long, device=model.pixel_scale.device)
+                module.register_buffer("num_batches_tracked", count, persistent=False)
+    elif any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        print("on CPUs each process normalises (BatchNorm) by its own part of a batch")
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    parallel.broadcast_buffers = False  # in each step; process 0 alone keeps them
+    parallel.pixel_scale, parallel.pixel_shift = model.pixel_scale, model.pixel_shift
+    return parallel
 
 
 # Forward and inference ----------------------------------------------------------------------------
@@ -157,22 +175,6 @@ def standardise(logits):
     return (logits.float() - mean) / (std + 1e-7)
 
 
-def dkd_loss(student_logits, teacher_logits, labels, temperature, beta=8.0):
-    """T^2 * (TCKD + beta * NCKD), decoupled (Zhao et al. 2022): the KL between the shares of the
-    true class and of all others, and that among the others alone; labels (B,) int64. The authors
-    use T = 4, beta 8, 6 or 2, by the models, ALPHA = 0.5."""
-    def shares(logits):
-        log_p = F.log_softmax(logits.float() / temperature, 1)
-        others = log_p.scatter(1, labels[:, None], -1e9)  # e^-1e9 is 0: the true class is out
-        binary = torch.cat([log_p.gather(1, labels[:, None]), others.logsumexp(1, keepdim=True)], 1)
-        return binary, F.log_softmax(others, 1)
-
-    pairs = zip(shares(student_logits), shares(teacher_logits.detach()), strict=True)
-    tckd, nckd = (F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-                  for student, teacher in pairs)
-    return temperature**2 * (tckd + beta * nckd)
-
-
 def dist_loss(student_logits, teacher_logits, temperature):
     """T^2 * (inter + intra) (Huang et al. 2022): 1 - Pearson's correlation of the softened
     probabilities, by image and by class. T^2 is their code's; ALPHA = 0.67, T = 4 on CIFAR."""
@@ -186,13 +188,11 @@ def dist_loss(student_logits, teacher_logits, temperature):
 
 def distillation_loss(student_logits, teacher_logits, labels, args):
     """ALPHA * soft + (1 - ALPHA) * cross-entropy, and its two parts unweighted: three 0-d tensors.
-    The soft part, kd, dkd, dist or lskd, has a scale of its own: what suits one suits no other."""
+    The soft part, kd, dist or lskd, has a scale of its own: what suits one suits no other."""
     ce = cross_entropy(student_logits, labels, args.label_smoothing)
     if args.distillation_loss == "lskd":
         student_logits, teacher_logits = standardise(student_logits), standardise(teacher_logits)
-    if args.distillation_loss == "dkd":
-        soft = dkd_loss(student_logits, teacher_logits, labels, args.temperature)
-    elif args.distillation_loss == "dist":
+    if args.distillation_loss == "dist":
         soft = dist_loss(student_logits, teacher_logits, args.temperature)
     else:
         soft = kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction)
@@ -283,15 +283,15 @@ def choose_best(checkpoint_dir, like):
              for path in student_checkpoints(folder / run)}
     rivals = {path: info["val_accuracy"] for path, info in infos.items()
               if all(info[key] == like[key] for key in same)}
-    if not rivals:
+    if utils.RANK or not rivals:
         return
     best = max(rivals, key=rivals.get)  # the first of equals
     model, info = load_model(best)
-    how = {key: info[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    timm.models.save_for_hf(
-        model.to(memory_format=torch.contiguous_format), beside,
-        {"label_names": info["class_names"], "sha256": utils.sha256(best)},
-        safe_serialization=True, data_config={"input_size": (3, *[info["image_size"]] * 2), **how})
+    model.pretrained_cfg |= {key: info[key] for key in ("mean", "std", "interpolation", "crop_pct")}
+    model.pretrained_cfg |= {"input_size": (3, info["image_size"], info["image_size"]),
+                             "test_input_size": None, "test_crop_pct": None}
+    timm.models.save_for_hf(model.to(memory_format=torch.contiguous_format), beside, {
+        "label_names": info["class_names"], "sha256": utils.sha256(best)}, safe_serialization=True)
     shutil.rmtree(export, ignore_errors=True)
     utils.replace(beside, export)
     with utils.write_into_place(export.with_suffix(".pth"), "wb") as file:

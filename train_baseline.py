@@ -46,10 +46,8 @@ def main(args):
 
 def train(model, info, data, args):
     """Train `model` on the labels for the args.num_epochs that are left; return best_model.pth.
-
     `info` is what the checkpoint says of itself (models.describe). A former run in the same folder
-    is gone on with where it fits, else moved aside.
-    """
+    is gone on with where it fits, else moved aside."""
     run = utils.Run(info, must_match(info), args)
     if run.finished:
         return run.best
@@ -58,15 +56,16 @@ def train(model, info, data, args):
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)
     run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    models.capture(model.train(), info["image_size"], args)
+    parallel = models.distribute(models.capture(model.train(), info["image_size"], args))
 
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # for dropout
-        model.train()
+        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
+        model.train()  # of which dropout is random
         meter = utils.Meter(run, loader)
         for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
+            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # torchrun's
             with utils.autocast(device, args):
-                logits = models.forward(model, images)
+                logits = models.forward(parallel, images)
                 loss = models.cross_entropy(logits, labels, args.label_smoothing)
             scaler.scale(loss / args.accumulate_steps).backward()
 
@@ -94,7 +93,9 @@ def train(model, info, data, args):
 
 
 def validate(model, loader):
-    """val_loss, plain cross-entropy, and val_accuracy on all images of `loader`."""
+    """val_loss, plain cross-entropy, and val_accuracy on all images of `loader`; process 0's."""
+    if utils.RANK:
+        return {}
     torch.cuda.empty_cache()  # or what torch keeps for training and for evaluation would add up
     logits, labels = models.infer(model, loader)
     torch.cuda.empty_cache()

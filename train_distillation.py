@@ -58,19 +58,20 @@ def train(student, teacher, info, data, args):
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = train_baseline.optimization(student, len(loader), args)
     run.keep(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    models.capture(student.train(), args.image_size, args)
+    parallel = models.distribute(models.capture(student.train(), args.image_size, args))
     models.capture(teacher, args.teacher_image_size or args.image_size, args)
 
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch))  # for dropout
-        student.train()
+        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
+        student.train()  # of which dropout is random
         meter = utils.Meter(run, loader)
         batches = meter.watch(loader.epoch_with_teacher(epoch))
         for step, (images, teacher_images, labels) in enumerate(batches, 1):
+            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # torchrun's
             with utils.autocast(device, args):
                 with torch.no_grad():
                     teacher_logits = models.forward(teacher, teacher_images)
-                logits = models.forward(student, images)
+                logits = models.forward(parallel, images)
                 loss, ce, soft = models.distillation_loss(logits, teacher_logits, labels, args)
             scaler.scale(loss / args.accumulate_steps).backward()
 

@@ -1,7 +1,5 @@
-"""What every script needs: errors, start and end, device and precision, files, a run, its meter.
-
-Nothing here knows a model or a loop, and no flag but to name it in a message.
-"""
+"""What every script needs: errors, start and end, processes, device, files, a run, its meter.
+Nothing here knows a model or a loop, and no flag but to name it in a message."""
 import contextlib
 import csv
 import ctypes
@@ -9,6 +7,7 @@ import errno
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import math
 import os
 import platform
@@ -18,13 +17,17 @@ import sys
 import time
 import warnings
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import filelock
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT_VERSION = 3  # of every checkpoint; raised when an older reader could misread a new one
+TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}
+RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # AMP_DTYPE's
 
 
@@ -41,36 +44,44 @@ class WrongUse(UserError):
 
 
 class Stopped(BaseException):  # no Exception, which a library might swallow
-    """Ctrl-C, SIGTERM or SIGHUP: (exit status, what was saved)."""
+    """Ctrl-C or SIGTERM: (exit status, message)."""
 
 
 def run_script(main, args):
-    """Call `main(args)`; return the exit status: 0, 1 or 2 with one message, 129, 130, 143."""
+    """Call `main(args)`; return the exit status: 0, 1 or 2 with one message, 130, 143. Of several
+    processes the first to fail says why, and torchrun ends the others."""
+    if RANK:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # process 0 alone prints
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a class name the terminal cannot show stops nothing
-    answer_signals(lambda: "stopped")
+    answer_signals(stop)
     try:
         main(args)
         sys.stdout.flush()  # here, where a broken pipe has its message
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
         return 0
-    except Stopped as stop:
-        code, message = stop.args
+    except Stopped as stopped:
+        code, message = stopped.args
     except Exception as error:
         if not (known := explanation(error, args)):
             raise
         code, message = getattr(known, "code", 1), f"error: {known}"
-    print(message, file=sys.stderr)
+    answer_signals(signal.SIG_IGN)  # it ends already
+    if WORLD_SIZE == 1 or dist.TCPStore(TORCHRUN["MASTER_ADDR"], int(TORCHRUN["MASTER_PORT"]),
+                                        is_master=False).add("ended", 1) == 1:
+        print(message, file=sys.stderr)
     return code
 
 
-def answer_signals(sentence):
-    """From now on end the script at a signal to stop, with what `sentence()` says then."""
-    def stop(number, frame):
-        raise Stopped(128 + number, sentence())
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    for number in (signal.SIGINT, signal.SIGTERM, hangup):
-        if number != hangup or signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, stop)
+def stop(number, frame):
+    raise Stopped(128 + number, "stopped; whole epochs are saved, and the same command (without "
+                                "--fresh) goes on from there")
+
+
+def answer_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL if RANK else handler)  # process 0 speaks for all
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory",
@@ -88,6 +99,8 @@ def explanation(error, args):
         return ("there is too little memory; close what else uses it, or halve --batch-size and "
                 "double --accumulate-steps, which makes the same updates but for BatchNorm, or "
                 "lower --image-size; where memory is not short, try another --amp-dtype")
+    if WORLD_SIZE > 1 and any(sign in text for sign in ("gloo", "NCCL", "Connection")):
+        return f"the processes lost each other: {first_line(error)}; the same command goes on"
     if "deterministic" in text:
         return f"--deterministic is not possible with this model: {first_line(error)}"
     if "more than 1 value per channel" in text:  # BatchNorm's
@@ -114,14 +127,28 @@ def duration(seconds):
             f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h")
 
 
+# Processes of torchrun ----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def process_0_first():
+    """As a decorator: process 0, which alone downloads, locks and writes, goes first."""
+    if RANK:
+        dist.barrier()
+    yield
+    if WORLD_SIZE > 1 and not RANK:
+        dist.barrier()
+
+
 # Device and precision -----------------------------------------------------------------------------
 
 def setup(args):
     """Choose the device and return it; replace the "auto" of args.amp_dtype; print both.
     Raises WrongUse where this machine lacks the device asked for."""
     there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    kind = next(kind for kind in there if there[kind])
-    device = torch.device(kind if args.device == "auto" else args.device)
+    kind = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
+    if WORLD_SIZE > 1:  # of torchrun's processes each has a GPU of its own
+        kind = f"cuda:{TORCHRUN['LOCAL_RANK']}" if kind == "cuda" else kind
+    device = torch.device(kind)
     name = device.type
     if there[name] <= (device.index or 0):
         raise WrongUse(f"argument --device: torch finds no {device} here; cuda needs an NVIDIA GPU "
@@ -146,6 +173,9 @@ def setup(args):
         torch.cuda.set_per_process_memory_fraction(free / total)
     if name == "cpu":
         keep_freed_memory()
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=9),
+                                device_id=device if name == "cuda" else None)
     windows = " (Windows: see README, Troubleshooting)" if os.name == "nt" else ""
     slow = f"; without a GPU large images take long{windows}" if name == "cpu" else ""
     print(f"device: {device_name(device)}, {args.amp_dtype}{slow}")
@@ -227,7 +257,7 @@ def load_file(target):
     content = io.BytesIO(target.read_bytes())  # what fails from here on is the content's fault
     try:
         if zipfile.is_zipfile(content):
-            archive = zipfile.ZipFile(content)  # in which torch packs nothing
+            archive = zipfile.ZipFile(content)
             if any(part.file_size > part.compress_size for part in archive.infolist()):
                 raise UserError(f"{target} was refused: unpacked it would be larger than the file")
             if archive.testzip():  # torch does not look at checksums
@@ -252,20 +282,11 @@ def sha256(target):
     return hashlib.sha256(Path(target).read_bytes()).hexdigest()
 
 
-def move_aside(path):
-    """Rename `path` to the first free one of name.1, name.2, …; return where it is now."""
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    os.replace(path, aside)
-    return aside
-
-
 # A run's folder -----------------------------------------------------------------------------------
 
 HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss",
            "val_accuracy", "learning_rate", "images_per_second", "seconds", "peak_memory_mb",
-           "skipped_steps", "entropy", "teacher_entropy", "target_entropy", "teacher_accuracy")
+           "entropy", "teacher_entropy", "target_entropy", "teacher_accuracy")
 
 
 class Run:
@@ -273,11 +294,9 @@ class Run:
     whole epoch. A former run with the same `identity` is gone on with; another one is moved aside,
     but not before this one has an epoch to save. As long as a Run lives no other process can train
     in its folder."""
-
     def __init__(self, info, identity, args):
         self.info, self.identity, self.name = info, identity, info["run"]
-        self.num_epochs, self.accumulate_steps = args.num_epochs, args.accumulate_steps
-        self.folder = run_folder(self.name, args)
+        self.num_epochs, self.folder = args.num_epochs, run_folder(self.name, args)
         self.best, self.last = self.folder / "best_model.pth", self.folder / "last.pth"
         results = Path(args.results_dir, self.folder.name if args.seeds else "")
         self.history_file = results / f"{self.name}_history.csv"
@@ -288,22 +307,12 @@ class Run:
         self.history, self.states = kept.get("history", []), kept.get("states", {})
         self.parts, self.estimated, self.since = {}, False, time.perf_counter()
         for half in (*self.folder.glob("*.tmp"), *results.glob(f"{self.name}_history.csv.*.tmp")):
-            half.unlink()  # a kill has left it
-        if self.history:
+            RANK or half.unlink()  # a kill has left it
+        if self.history and not RANK:
             self.write_history()  # an epoch's last file, and a kill may have come before it
+        self.finished = len(self.history) == self.num_epochs
         if self.finished:
             print(f"{self.name}: already trained with these settings; --fresh trains it anew")
-        answer_signals(self.what_is_saved)
-
-    @property
-    def finished(self):
-        return len(self.history) == self.num_epochs
-
-    def what_is_saved(self):
-        if not self.history:
-            return f"stopped before the first epoch of the {self.name} run was whole"
-        return (f"stopped after epoch {len(self.history)} of {self.num_epochs} of the {self.name} "
-                "run, which is saved; the same command (without --fresh) goes on from there")
 
     def what_is_in_the_way(self, former, fresh):
         """Why the folder's `former` run cannot be gone on with, in a few words; "" where it can."""
@@ -312,28 +321,24 @@ class Run:
             other = [name for name in before | now if before.get(name) != now.get(name)]
             gone = former["history"] and not self.best.exists()
             return f"other {', '.join(other)}" if other else "best_model.pth gone" if gone else ""
-        there = self.last.exists() or self.best.exists()
+        there = any(file.exists() for file in (self.best, self.last, self.history_file))
         return ("--fresh" if fresh else "of unknown settings") if there else ""
 
     def keep(self, **parts):
         """Set these `parts` (each with a state_dict, or None) to a former run's, and save them from
-        now on. Raises UserError where the disk has too little room."""
+        now on."""
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        weights = sum(value.nbytes for value in self.parts["model"].state_dict().values())
-        # Weights, two moments, EMA in last.pth, weights in best_model.pth; twice while replaced.
-        needed = weights * 2 * (5 if "ema" in self.parts else 4)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise UserError(f"{self.folder} needs {needed / 2**20:.0f} MB, and the disk has "
-                            f"{free / 2**20:.0f} MB left; make room or choose another folder")
         for name in self.states:
             self.parts[name].load_state_dict(self.states[name])
         self.states = {}
 
+    @process_0_first()
     def finish_epoch(self, row, model):
         """Save a whole epoch: best_model.pth of `model` if it is the best, last.pth, the history.
         `row` has what was measured of HISTORY. Raises UserError where its loss is not finite."""
+        if RANK:
+            self.history.append(row)
+            return
         now, epoch = time.perf_counter(), len(self.history) + 1
         if not math.isfinite(row["val_loss"]):
             raise diverged(f"on the validation images after epoch {epoch}")
@@ -354,15 +359,13 @@ class Run:
     def make_way(self):
         """Move what another run left aside, and say where."""
         if self.in_the_way:
-            aside = move_aside(self.folder)
-            for seeds in aside.glob("seed_*"):  # the runs of several seeds stay where they are
-                self.folder.mkdir(exist_ok=True)
-                os.replace(seeds, self.folder / seeds.name)
-            if self.history_file.exists():
-                shutil.move(self.history_file, aside)
+            aside = next(path for i in itertools.count(1) if not (
+                path := self.folder.with_name(f"{self.folder.name}.{i}")).exists())
+            aside.mkdir(parents=True)
+            for file in (self.best, self.last, self.history_file):
+                if file.exists():
+                    shutil.move(file, aside)
             print(f"the former {self.name} run ({self.in_the_way}) is now in {aside}")
-        elif self.history_file.exists():
-            print(f"another {self.name} run's history is now in {move_aside(self.history_file)}")
         self.save_last({})  # a best_model.pth without would be taken for one put there by hand
 
     def save_last(self, states):
@@ -388,8 +391,11 @@ class Run:
               f"  {row['seconds']:.0f} s{to_go}", flush=True)
 
 
+@process_0_first()
 def lock_folder(folder):
     """Keep other processes out of a run's folder while what is returned lives; wait for one."""
+    if RANK:
+        return contextlib.nullcontext()
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.lock")  # the folder itself may be moved aside
     lock = filelock.FileLock(beside, is_singleton=True)
@@ -411,10 +417,9 @@ def run_folder(name, args):
 
 class Meter:
     """What an epoch of `run` measures: sums that stay on the device, a clock, a progress bar."""
-
     def __init__(self, run, loader):
         self.run, self.loader, self.sums, self.steps = run, loader, {}, 0
-        self.learning_rate, self.updates_before = None, self.updates()
+        self.learning_rate = None
         self.on_gpu = loader.device.type == "cuda"
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -424,7 +429,8 @@ class Meter:
         """Yield `batches` behind a progress bar, and look at the sums a few times a second, which
         waits for the device, or every five seconds without a bar, so that divergence is seen."""
         looked, epoch = self.start, len(self.run.history) + 1
-        with tqdm(total=len(self.loader), desc=f"epoch {epoch}", leave=False, disable=None) as bar:
+        with tqdm(total=len(self.loader), desc=f"epoch {epoch}", leave=False,
+                  disable=True if RANK else None) as bar:
             for batch in batches:
                 self.learning_rate = self.run.parts["optimizer"].param_groups[0]["lr"]
                 yield batch
@@ -443,6 +449,8 @@ class Meter:
         """Add what a step measured, 0-d tensors by column of HISTORY; two kernels a call."""
         names = tuple(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
+        if WORLD_SIZE > 1:
+            dist.all_reduce(stacked.div_(WORLD_SIZE))
         total, count = self.sums.get(names, (torch.zeros_like(stacked), 0))
         self.sums[names] = total + stacked, count + 1
 
@@ -476,18 +484,10 @@ class Meter:
         tqdm.write(f"{self.run.name}: {epochs} epochs of {batches} steps, about "
                    f"{duration(seconds)} to go")
 
-    def updates(self):
-        """The updates AdamW has made; it does not count those that the fp16 scaler skipped."""
-        optimizer = self.run.parts["optimizer"]
-        state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})
-        return int(state.get("step", 0))
-
     def row(self):
         """The epoch's row of the history but for validation. Raises UserError as `means` does."""
-        wanted = self.steps // self.run.accumulate_steps
         row = {name: None if math.isnan(mean) else mean for name, mean in self.means().items()}
-        row |= {"learning_rate": self.learning_rate,
-                "skipped_steps": wanted - (self.updates() - self.updates_before)}
+        row["learning_rate"] = self.learning_rate
         if self.on_gpu:
             row["peak_memory_mb"] = round(torch.cuda.max_memory_reserved() / 2**20)
         return row

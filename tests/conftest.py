@@ -43,8 +43,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def handlers_stay():
     """A run in this process answers Ctrl-C; afterwards pytest does again."""
-    names = {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal))
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
