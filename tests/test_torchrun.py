@@ -9,12 +9,15 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 import config
 import data_loader
+import models
+import train_baseline
 import utils
 from conftest import ROOT, SCRIPTS, ended, wait_for, write_pictures
 
@@ -100,6 +103,21 @@ def workers_of(torchrun):
                   if int(parent) == torchrun.pid and not state.startswith("Z"))
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_normalise_by_the_whole_batch(tmp_path):
+    """With BatchNorm, in float32: the first epoch's losses are one GPU's, whose sums differ."""
+    flags = ["--device", "cuda", "--amp-dtype", "fp32", "--student-model", "test_efficientnet"]
+    histories = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        assert ended(start(processes, "baseline", folder, *flags))[0] == 0
+        histories.append(utils.load_file(last(folder))["history"])
+    one, two = (history[0] for history in histories)
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
+    assert one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02)
+
+
 @pytest.mark.parametrize("how", ["kill one", "Ctrl-C"])
 def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
     """One is killed, or all meet Ctrl-C: one message, none is left; then three go on where two
@@ -142,6 +160,7 @@ def test_a_fault_of_one_process_is_said_once_and_ends_all(tmp_path):
     script = tmp_path / "train_baseline.py"
     script.write_text(f"""
 import sys
+import types
 sys.path.insert(0, {str(ROOT)!r})
 import config, models, train_baseline, utils
 forward, calls = models.forward, []
@@ -202,3 +221,29 @@ def test_parts_of_a_batch_make_it_up(
         assert sorted(places.tolist()) == list(range(24))
         assert torch.equal(got, images.flatten(1)[places])
         assert torch.equal(torch.cat([label for _, label in mine]), labels[places])
+
+
+def test_synchronised_batchnorms_keep_timms_names(monkeypatch):
+    """As on GPUs, which alone can run them: all are converted, the checkpoint stays as it is."""
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Wrapped)
+    for name in ("test_efficientnet", "test_resnet"):  # BatchNormAct2d and BatchNorm2d
+        model = models.build_model(name, 10)
+        norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+        train_baseline.optimization(model, 10, types.SimpleNamespace(
+            weight_decay=0.05, learning_rate=1e-3, accumulate_steps=1, warmup_epochs=1,
+            num_epochs=3, amp_dtype="fp32", ema_decay=0))
+        before = model.state_dict()
+        scale = model.pixel_scale
+        del model.pixel_scale
+        model.pixel_scale = types.SimpleNamespace(is_cuda=True, device=scale.device)
+        parallel = models.distribute(model)
+        found = [module for module in model.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+        assert len(found) == norms > 0 and parallel.module is model
+        assert all(module.num_batches_tracked is not None for module in found)
+        assert before.keys() == model.state_dict().keys()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
