@@ -158,7 +158,7 @@ def parse_args(script, description, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(None, argparse.SUPPRESS, description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    if os.environ.get("RANK", "0") != "0":
+    if PROCESSES > 1 and os.environ["RANK"] != "0":
         parser.error = parser.print_help = lambda *_: sys.exit()  # process 0 says it
     add_settings(parser, script, argv)
     add_other_flags(parser, script)

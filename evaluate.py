@@ -158,7 +158,6 @@ def load_entry(path, first, test, data, args, device):
     def answer(images):
         logits, _ = models.infer(model, data_loader.EvaluationLoader(images, info, args, device))
         return logits.double().log_softmax(1).numpy()
-
     temperature = None
     if data and info["split_fingerprint"] == first["split_fingerprint"]:  # else it trained on some
         temperature = best_temperature(answer(data.val), data.val.labels.numpy())
@@ -523,7 +522,8 @@ def write_figures(entries, labels, test, numbers, results):
 def fonts_of(numbers):
     """DejaVu Sans, which matplotlib brings, and installed fonts with what it lacks of the names."""
     families, missing = ["DejaVu Sans"], set(json.dumps(numbers, ensure_ascii=False))
-    for font in sorted(fontManager.ttflist, key=lambda font: font.name not in families):
+    fonts = [font for font in fontManager.ttflist if Path(font.fname).exists()]
+    for font in sorted(fonts, key=lambda font: font.name not in families):
         known = {*map(chr, FT2Font(font.fname).get_charmap())} if missing else set()
         if missing & known and "Last Resort" not in font.name:  # has boxes for all there is
             families.append(font.name)

@@ -14,6 +14,7 @@ import huggingface_hub as hf
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.layers import Conv2dSame, convert_sync_batchnorm
 
 import utils
@@ -41,9 +42,8 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     model.register_buffer("pixel_scale", 1 / std, persistent=False)
     model.register_buffer("pixel_shift", -mean / std, persistent=False)
-    for module in model.modules():
-        if isinstance(module, torch.nn.SiLU):
-            module.inplace = False  # in place autograd would clone its input first: a kernel more
+    for silu in (module for module in model.modules() if isinstance(module, torch.nn.SiLU)):
+        silu.inplace = False  # in place autograd would clone its input first: a kernel more
     return model.to(memory_format=torch.channels_last)
 
 
@@ -114,9 +114,8 @@ def distribute(model):
         return model
     if model.pixel_scale.is_cuda:
         for module in convert_sync_batchnorm(model).modules():
-            if isinstance(module, torch.nn.SyncBatchNorm):  # it insists on a counter
-                count = torch.zeros((), dtype=torch.long, device=model.pixel_scale.device)
-                module.register_buffer("num_batches_tracked", count, persistent=False)
+            if isinstance(module, torch.nn.SyncBatchNorm):  # insists on a counter, of any value
+                module.register_buffer("num_batches_tracked", module.running_var[0].long(), False)
     elif any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
         print("on CPUs each process normalises (BatchNorm) by its own part of a batch")
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -137,8 +136,7 @@ def infer(model, loader):
     """Logits (N, C) float32 and labels (N,) on the CPU, in the order of `loader`; in eval mode."""
     model.eval()
     batches = [(forward(model, images).float(), labels) for images, labels in loader]
-    logits, labels = zip(*batches, strict=True)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    return [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]
 
 
 def accuracy(logits, labels):
@@ -192,10 +190,9 @@ def distillation_loss(student_logits, teacher_logits, labels, args):
     ce = cross_entropy(student_logits, labels, args.label_smoothing)
     if args.distillation_loss == "lskd":
         student_logits, teacher_logits = standardise(student_logits), standardise(teacher_logits)
-    if args.distillation_loss == "dist":
-        soft = dist_loss(student_logits, teacher_logits, args.temperature)
-    else:
-        soft = kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction)
+    soft = (dist_loss(student_logits, teacher_logits, args.temperature)
+            if args.distillation_loss == "dist" else
+            kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction))
     return args.alpha * soft + (1 - args.alpha) * ce, ce, soft
 
 
@@ -277,7 +274,7 @@ def choose_best(checkpoint_dir, like):
     """Copy the best student by validation accuracy, the baseline of equals, to best_model.pth and,
     as timm writes models, best_model/. Dataset, classes and split are those of `like` (an info)."""
     folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
-    export, beside = folder / "best_model", folder / ".best_model.tmp"
+    file, export, beside = (folder / name for name in ("best_model.pth", "best_model", ".new_best"))
     _lock = utils.lock_folder(export)  # while it lives no other script that ends writes there
     infos = {path: utils.load_file(path) for run in ("baseline", "distilled")
              for path in student_checkpoints(folder / run)}
@@ -286,15 +283,18 @@ def choose_best(checkpoint_dir, like):
     if utils.RANK or not rivals:
         return
     best = max(rivals, key=rivals.get)  # the first of equals
-    model, info = load_model(best)
+    with utils.write_into_place(file, "wb") as copy_of_it:
+        copy_of_it.write(best.read_bytes())
+    print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
+          f"validation images; copied to {file} and {export}/")
+    model, info = load_model(file)
     model.pretrained_cfg |= {key: info[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     model.pretrained_cfg |= {"input_size": (3, info["image_size"], info["image_size"]),
                              "test_input_size": None, "test_crop_pct": None}
-    timm.models.save_for_hf(model.to(memory_format=torch.contiguous_format), beside, {
-        "label_names": info["class_names"], "sha256": utils.sha256(best)}, safe_serialization=True)
     shutil.rmtree(export, ignore_errors=True)
-    utils.replace(beside, export)
-    with utils.write_into_place(export.with_suffix(".pth"), "wb") as file:
-        file.write(best.read_bytes())
-    print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
-          f"validation images; copied to {export}.pth and {export}/")
+    try:
+        timm.models.save_for_hf(model.to(memory_format=torch.contiguous_format), beside, {
+            "label_names": info["class_names"], "sha256": utils.sha256(file)}, None, True)
+        utils.replace(beside, export)
+    except (SafetensorError, RuntimeError, OSError) as error:  # tensors shared, the disk full
+        print(f"warning: {export}/ could not be written: {utils.first_line(error)}")

@@ -13,7 +13,9 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -28,6 +30,7 @@ from tqdm import tqdm
 FORMAT_VERSION = 3  # of every checkpoint; raised when an older reader could misread a new one
 TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
+STOPPED = "stopped; whole epochs are saved: the same command, without --fresh, goes on after them"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # AMP_DTYPE's
 
 
@@ -43,10 +46,6 @@ class WrongUse(UserError):
     code = 2
 
 
-class Stopped(BaseException):  # no Exception, which a library might swallow
-    """Ctrl-C or SIGTERM: (exit status, message)."""
-
-
 def run_script(main, args):
     """Call `main(args)`; return the exit status: 0, 1 or 2 with one message, 130, 143. Of several
     processes the first to fail says why, and torchrun ends the others."""
@@ -54,34 +53,41 @@ def run_script(main, args):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # process 0 alone prints
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a class name the terminal cannot show stops nothing
-    answer_signals(stop)
+    end_at_signals(STOPPED if hasattr(args, "fresh") else "stopped")
     try:
         main(args)
         sys.stdout.flush()  # here, where a broken pipe has its message
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
         return 0
-    except Stopped as stopped:
-        code, message = stopped.args
     except Exception as error:
         if not (known := explanation(error, args)):
             raise
-        code, message = getattr(known, "code", 1), f"error: {known}"
-    answer_signals(signal.SIG_IGN)  # it ends already
+        say_last(f"error: {known}")
+        return getattr(known, "code", 1)
+
+
+def end_at_signals(message):
+    """From now on Ctrl-C and SIGTERM end the script with `message`; its files are moved into place
+    whole. A thread does it, since the main one hears nothing while it waits for a GPU."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    def end(held=writer):
+        number = reader.recv(1)[0]
+        say_last(message)
+        os._exit(128 + number)
+    threading.Thread(target=end, daemon=True).start()
+    signal.set_wakeup_fd(writer.fileno())
+    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's process 0 speaks for all
+        signal.signal(number, signal.SIG_DFL if RANK else lambda *_: None)
+
+
+def say_last(message):
+    """Print to stderr, of torchrun's processes only the first that comes here."""
     if WORLD_SIZE == 1 or dist.TCPStore(TORCHRUN["MASTER_ADDR"], int(TORCHRUN["MASTER_PORT"]),
                                         is_master=False).add("ended", 1) == 1:
-        print(message, file=sys.stderr)
-    return code
-
-
-def stop(number, frame):
-    raise Stopped(128 + number, "stopped; whole epochs are saved, and the same command (without "
-                                "--fresh) goes on from there")
-
-
-def answer_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL if RANK else handler)  # process 0 speaks for all
+        sys.stdout.flush()
+        print(message, file=sys.stderr, flush=True)
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory",
@@ -145,14 +151,14 @@ def setup(args):
     """Choose the device and return it; replace the "auto" of args.amp_dtype; print both.
     Raises WrongUse where this machine lacks the device asked for."""
     there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    alone = WORLD_SIZE == 1  # else each of torchrun's processes has a GPU of its own
     kind = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
-    if WORLD_SIZE > 1:  # of torchrun's processes each has a GPU of its own
-        kind = f"cuda:{TORCHRUN['LOCAL_RANK']}" if kind == "cuda" else kind
-    device = torch.device(kind)
+    device = torch.device(kind if alone or kind != "cuda" else f"cuda:{TORCHRUN['LOCAL_RANK']}")
     name = device.type
-    if there[name] <= (device.index or 0):
-        raise WrongUse(f"argument --device: torch finds no {device} here; cuda needs an NVIDIA GPU "
-                       "and a CUDA build of torch, mps an Apple GPU")
+    needed = (device.index or 0) + 1 if alone else int(TORCHRUN["LOCAL_WORLD_SIZE"])
+    if name != "cpu" and (there[name] < needed or not alone and kind != "cuda"):
+        raise WrongUse(f"argument --device: torch has no {kind} here{'' if alone else ' for each'} "
+                       "(cuda needs an NVIDIA GPU and a CUDA build of torch, mps an Apple GPU)")
     if getattr(args, "amp_dtype", "auto") == "auto":
         # Emulated bf16 (GPUs before Ampere) is slower than fp16, and both than fp32 elsewhere.
         native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -173,7 +179,7 @@ def setup(args):
         torch.cuda.set_per_process_memory_fraction(free / total)
     if name == "cpu":
         keep_freed_memory()
-    if WORLD_SIZE > 1:
+    if not alone:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=9),
                                 device_id=device if name == "cuda" else None)
     windows = " (Windows: see README, Troubleshooting)" if os.name == "nt" else ""
@@ -292,8 +298,7 @@ HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_l
 class Run:
     """One training: its folder with best_model.pth and last.pth, and `history`, a dict for each
     whole epoch. A former run with the same `identity` is gone on with; another one is moved aside,
-    but not before this one has an epoch to save. As long as a Run lives no other process can train
-    in its folder."""
+    but not before this one has an epoch to save. While a Run lives no other can train there."""
     def __init__(self, info, identity, args):
         self.info, self.identity, self.name = info, identity, info["run"]
         self.num_epochs, self.folder = args.num_epochs, run_folder(self.name, args)
@@ -321,12 +326,11 @@ class Run:
             other = [name for name in before | now if before.get(name) != now.get(name)]
             gone = former["history"] and not self.best.exists()
             return f"other {', '.join(other)}" if other else "best_model.pth gone" if gone else ""
-        there = any(file.exists() for file in (self.best, self.last, self.history_file))
+        there = any(map(Path.exists, (self.best, self.last, self.history_file)))
         return ("--fresh" if fresh else "of unknown settings") if there else ""
 
     def keep(self, **parts):
-        """Set these `parts` (each with a state_dict, or None) to a former run's, and save them from
-        now on."""
+        """Set these `parts` (with a state_dict, or None) to a former run's, and save them."""
         self.parts = {name: part for name, part in parts.items() if part is not None}
         for name in self.states:
             self.parts[name].load_state_dict(self.states[name])
@@ -362,9 +366,8 @@ class Run:
             aside = next(path for i in itertools.count(1) if not (
                 path := self.folder.with_name(f"{self.folder.name}.{i}")).exists())
             aside.mkdir(parents=True)
-            for file in (self.best, self.last, self.history_file):
-                if file.exists():
-                    shutil.move(file, aside)
+            for file in filter(Path.exists, (self.best, self.last, self.history_file)):
+                shutil.move(file, aside)
             print(f"the former {self.name} run ({self.in_the_way}) is now in {aside}")
         self.save_last({})  # a best_model.pth without would be taken for one put there by hand
 
@@ -374,7 +377,7 @@ class Run:
     def write_history(self):
         try:
             with write_into_place(self.history_file) as file:
-                writer = csv.DictWriter(file, HISTORY)
+                writer = csv.DictWriter(file, HISTORY, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.history)
         except PermissionError as error:  # last.pth has it too
@@ -397,7 +400,7 @@ def lock_folder(folder):
     if RANK:
         return contextlib.nullcontext()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.lock")  # the folder itself may be moved aside
+    beside = folder.with_name(f".{folder.name}.lock")
     lock = filelock.FileLock(beside, is_singleton=True)
     try:
         lock.acquire(timeout=0)
@@ -467,12 +470,10 @@ class Meter:
         return means | {"images_per_second": self.steps * self.loader.batch_size / elapsed}
 
     def look(self):
-        means, accuracy, memory = self.means(), "", ""
-        if not math.isnan(means["train_accuracy"]):
-            accuracy = f"acc {means['train_accuracy']:.1%}, "
-        if self.on_gpu:
-            memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB"
-        speed = f"{means['images_per_second']:.0f} images/s"
+        means = self.means()
+        right, speed = means["train_accuracy"], f"{means['images_per_second']:.0f} images/s"
+        memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB" if self.on_gpu else ""
+        accuracy = "" if math.isnan(right) else f"acc {right:.1%}, "
         return f"loss {means['train_loss']:.3f}, {accuracy}{speed}{memory}"
 
     def estimate(self, now):
@@ -496,5 +497,4 @@ class Meter:
 def diverged(where):
     """The error of a run whose loss is no longer finite."""
     return UserError(f"training diverged: the loss is not finite {where}; try a lower "
-                     "--learning-rate, a longer --warmup-epochs or --amp-dtype fp32; what was "
-                     "saved before is kept")
+                     "--learning-rate, a longer --warmup-epochs or --amp-dtype fp32")

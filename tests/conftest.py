@@ -42,9 +42,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def handlers_stay():
-    """A run in this process answers Ctrl-C; afterwards pytest does again."""
+    """A script in this process ends it at Ctrl-C; afterwards pytest answers again."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -63,9 +63,9 @@ def assert_alike(one, other, run):
 
 
 def own_lines(err):
-    """What stderr says but for torchrun's own report."""
-    return [line for line in err.splitlines() if line.startswith(("error:", "stopped", "usage:"))
-            or "error: " in line.split("torch")[0]]
+    """What stderr says but for torchrun's own report, whose traceback is of its own file."""
+    assert 'train_baseline.py", line' not in err, err
+    return [line for line in err.splitlines() if line.startswith(("error:", "stopped"))]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,9 @@ def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
         os.kill(workers[1], signal.SIGKILL)
     _, err = process.communicate(timeout=20)
     assert process.returncode != 0
-    assert len(own_lines(err)) == 1 and "the same command" in own_lines(err)[0], err
+    said = own_lines(err)
+    assert len(said) == 1 and "the same command" in said[0], err
+    assert how != "Ctrl-C" or said[0] == utils.STOPPED
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
@@ -143,7 +145,7 @@ def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
 
 @pytest.mark.parametrize("script, flags, words", [
     ("baseline", ["--batch-size", "25"], "multiple of 2"), ("evaluate", [], "without torchrun"),
-    ("baseline", ["--device", "cuda:99"], "torch finds no cuda:99"),
+    ("baseline", ["--device", "cuda:99"], "torch has no cuda:99 here for each"),
     ("baseline", ["--dataset-name", "ImageFolder", "--dataset-dir", "BROKEN"], "are at fault")])
 def test_what_is_wrong_is_said_once(tmp_path, script, flags, words):
     broken = write_pictures(tmp_path / "pictures")
@@ -186,6 +188,7 @@ sys.exit(utils.run_script(train_baseline.main, config.parse_args("baseline", "")
 def test_what_cannot_be_shared_is_wrong_use(arguments, monkeypatch, capsys, script, flags, words):
     assert arguments(script, *flags.split(), "--batch-size", "24")  # one process can
     monkeypatch.setattr(config, "PROCESSES", 2)
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(SystemExit) as ended_with:
         arguments(script, *flags.split())
     assert ended_with.value.code == 2 and words in capsys.readouterr().err
@@ -247,3 +250,16 @@ def test_synchronised_batchnorms_keep_timms_names(monkeypatch):
         assert all(module.num_batches_tracked is not None for module in found)
         assert before.keys() == model.state_dict().keys()
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("device, gpus", [("cuda", 1), ("cuda:1", 4), ("mps", 0)])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_fewer_gpus_than_processes_are_wrong_use_for_each(
+        arguments, monkeypatch, device, gpus, rank):
+    """For process 0 too, which would else wait for the others."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
+    monkeypatch.setattr(utils, "TORCHRUN", {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
+    with pytest.raises(utils.WrongUse, match=f"torch has no {device} here for each"):
+        utils.setup(arguments("baseline", "--device", device))

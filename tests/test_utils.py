@@ -40,7 +40,6 @@ TOO_LITTLE = "there is too little memory; close what else uses it, or halve --ba
 @pytest.mark.parametrize("error, code, words", [
     (utils.UserError("one sentence"), 1, "error: one sentence\n"),
     (utils.WrongUse("no"), 2, "error: no"),
-    (utils.Stopped(143, "so much is saved"), 143, "so much is saved\n"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, TOO_LITTLE), (MemoryError(), 1, TOO_LITTLE),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, TOO_LITTLE),
     (RuntimeError("GET was unable to find an engine to execute this computation"), 1,
@@ -65,12 +64,25 @@ def test_bug_keeps_its_traceback(arguments, error):
         utils.run_script(main, arguments("baseline"))
 
 
-def test_signal_ends_the_script_with_its_code(arguments, capsys):
-    def main(args):
-        signal.raise_signal(signal.SIGINT)
-    assert utils.run_script(main, arguments("baseline")) == 130
-    assert capsys.readouterr().err.startswith("stopped; whole epochs are saved")
-    signal.raise_signal(signal.SIGINT)  # a second Ctrl-C finds the script at its end
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' own lock")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("flag, words", [("fresh", utils.STOPPED), ("quick", "stopped")])
+def test_signal_ends_a_script_that_waits_in_c_code(number, code, flag, words):
+    """As for a GPU or another process: for a lock that nobody frees, deaf to signals."""
+    script = f"""
+import argparse, ctypes, os, sys, threading
+import utils
+def main(args):
+    print("begun")
+    threading.Timer(0.5, os.kill, (os.getpid(), {int(number)})).start()
+    lock = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(lock)
+sys.exit(utils.run_script(main, argparse.Namespace({flag}=False)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "begun\n", words + "\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a whole console")
