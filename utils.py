@@ -73,9 +73,10 @@ def end_at_signals(message):
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     def end(held=writer):
-        number = reader.recv(1)[0]
-        say_last(message)
-        os._exit(128 + number)
+        for number in iter(lambda: reader.recv(1)[0], None):
+            if number in (signal.SIGINT, signal.SIGTERM):  # others tell DataLoader of its workers
+                say_last(message)
+                os._exit(128 + number)
     threading.Thread(target=end, daemon=True).start()
     signal.set_wakeup_fd(writer.fileno())
     for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's process 0 speaks for all
@@ -477,8 +478,7 @@ class Meter:
         return f"loss {means['train_loss']:.3f}, {accuracy}{speed}{memory}"
 
     def estimate(self, now):
-        """Say how long the run will take, from batches as they came but for the first, in which a
-        GPU tries its kernels and workers start."""
+        """Say how long the run will take, by all batches but the first, as a GPU tries kernels."""
         self.run.estimated = True
         epochs, batches = self.run.num_epochs - len(self.run.history), len(self.loader)
         seconds = (epochs * batches - self.steps) * (now - self.first) / (self.steps - 1)

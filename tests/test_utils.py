@@ -337,7 +337,7 @@ def test_any_gpu_can_be_asked_for(arguments, monkeypatch, capsys, asked, chosen)
     assert utils.setup(args) == torch.device("cuda" if asked == "auto" else asked)
     assert numbers == chosen and args.amp_dtype == "bf16"
     assert "device: a GPU, bf16" in capsys.readouterr().out
-    with pytest.raises(utils.WrongUse, match="finds no cuda:2"):
+    with pytest.raises(utils.WrongUse, match="has no cuda:2"):
         utils.setup(arguments("baseline", "--device", "cuda:2"))
 
 
