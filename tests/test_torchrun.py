@@ -82,8 +82,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes, script, flags", [
-    (2, "baseline", MIXED), (3, "baseline", ACCUMULATED), (2, "distillation", BY_TEACHER + MIXED),
-    (3, "distillation", [*BY_TEACHER, *ACCUMULATED, "--teacher-image-size", "48"])])
+    (2, "baseline", ACCUMULATED + MIXED),
+    (3, "distillation", [*BY_TEACHER, *ACCUMULATED, *MIXED, "--teacher-image-size", "48"])])
 def test_several_processes_compute_what_one_does(tmp_path, alone, processes, script, flags):
     code, out, _ = ended(start(processes, script, tmp_path, *flags))
     runs = ["baseline"] if script == "baseline" else ["teacher", "distilled"]
@@ -120,8 +120,8 @@ def test_two_gpus_normalise_by_the_whole_batch(tmp_path):
 
 @pytest.mark.parametrize("how", ["kill one", "Ctrl-C"])
 def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
-    """One is killed, or all meet Ctrl-C: one message, none is left; then three go on where two
-    ended, to what one alone comes to."""
+    """One is killed, or all meet Ctrl-C: one message, none is left; then, after the kill, three go
+    on where two ended, to what one alone comes to."""
     process = start(2, "baseline", tmp_path)
     wait_for(lambda: last(tmp_path).exists() and utils.load_file(last(tmp_path))["history"])
     workers = workers_of(process)
@@ -139,8 +139,9 @@ def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
     assert len(utils.load_file(last(tmp_path))["history"]) == 1
-    assert ended(start(3, "baseline", tmp_path))[0] == 0
-    assert_alike(tmp_path, alone("baseline"), "baseline")
+    if how == "kill one":
+        assert ended(start(3, "baseline", tmp_path))[0] == 0
+        assert_alike(tmp_path, alone("baseline"), "baseline")
 
 
 @pytest.mark.parametrize("script, flags, words", [
