@@ -165,7 +165,7 @@ def parse_args(script, description, argv=None):
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     for word in (*unknown, *(word for word in argv if word.split("=")[-1] == "--")):
         parser.error(unknown_argument(word, script, args))
-    if script == "evaluate" and PROCESSES > 1:
+    if script == "evaluate" and "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("evaluate.py runs as one process, without torchrun")
     if script != "evaluate":
         for conflict in conflicts(script, args, argv):

@@ -286,7 +286,7 @@ def choose_best(checkpoint_dir, like):
     with utils.write_into_place(file, "wb") as copy_of_it:
         copy_of_it.write(best.read_bytes())
     print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
-          f"validation images; copied to {file} and {export}/")
+          f"validation images; copied to {file}")
     model, info = load_model(file)
     model.pretrained_cfg |= {key: info[key] for key in ("mean", "std", "interpolation", "crop_pct")}
     model.pretrained_cfg |= {"input_size": (3, info["image_size"], info["image_size"]),

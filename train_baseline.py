@@ -60,7 +60,7 @@ def train(model, info, data, args):
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
-        model.train()  # of which dropout is random
+        model.train()  # with dropout from that seed
         meter = utils.Meter(run, loader)
         for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
             parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # torchrun's

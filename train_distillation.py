@@ -48,8 +48,7 @@ def main(args):
 
 
 def train(student, teacher, info, data, args):
-    """As train_baseline.train, but by the labels and `teacher`, frozen (models.freeze), which sees
-    the student's pictures, crops and mixtures, at an image size of its own."""
+    """As train_baseline.train, but also by the frozen `teacher`, which sees the same crops."""
     run = utils.Run(info, train_baseline.must_match(info), args)
     if run.finished:
         return run.best
@@ -63,7 +62,7 @@ def train(student, teacher, info, data, args):
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
-        student.train()  # of which dropout is random
+        student.train()  # with dropout from that seed
         meter = utils.Meter(run, loader)
         batches = meter.watch(loader.epoch_with_teacher(epoch))
         for step, (images, teacher_images, labels) in enumerate(batches, 1):

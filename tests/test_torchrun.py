@@ -264,3 +264,24 @@ def test_fewer_gpus_than_processes_are_wrong_use_for_each(
     monkeypatch.setattr(utils, "TORCHRUN", {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
     with pytest.raises(utils.WrongUse, match=f"torch has no {device} here for each"):
         utils.setup(arguments("baseline", "--device", device))
+
+
+@pytest.mark.parametrize("script", ["baseline", "distillation"])
+def test_processes_synchronise_once_an_update(train, monkeypatch, script):
+    """What DistributedDataParallel goes by in each forward pass; --accumulate-steps makes three."""
+    seen, forward = [], models.forward
+
+    def spy(model, images):
+        seen.append((model.training, vars(model).get("require_backward_grad_sync")))
+        return forward(model, images)
+    monkeypatch.setattr(models, "forward", spy)
+    train(script, "--accumulate-steps", "3", "--batch-size", "64", "--num-epochs", "1")
+    steps = [sync for training, sync in seen if training and sync is not None]
+    assert len(steps) >= 18 and steps == [False, False, True] * (len(steps) // 3)
+
+
+def test_evaluation_under_torchrun_is_wrong_use_with_one_process_too(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(SystemExit) as ended_with:
+        config.parse_args("evaluate", "", ["--quick"])
+    assert ended_with.value.code == 2 and "without torchrun" in capsys.readouterr().err
