@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -86,7 +87,6 @@ def open_dataset(args):
         chosen = {"val_indices": val_indices.tolist()}
     content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names}
     fingerprint = sha256(json.dumps(content | chosen).encode()).hexdigest()
-
     if len(train.labels) < args.batch_size * args.accumulate_steps:
         raise WrongUse(f"--batch-size {args.batch_size} --accumulate-steps {args.accumulate_steps} "
                        f"is more than the {len(train.labels)} training images")
@@ -252,14 +252,13 @@ def decode(folder, files):
 
 @contextlib.contextmanager
 def opened(file):
-    """A picture (path or open file) as Pillow opens it; UserError where it cannot be read."""
+    """A picture (path or open file) as Pillow opens it; UserError for what its decoders raise."""
     try:
         with Image.open(file) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = file  # these are the errors that Pillow's decoders raise
-        if not isinstance(file, (str, Path)):  # an upload's name is its `filename`
-            name = getattr(file, "filename", None) or getattr(file, "name", "the file")
+        of_upload = getattr(file, "filename", None) or getattr(file, "name", "the file")
+        name = file if isinstance(file, (str, Path)) else of_upload
         raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
 
 
@@ -363,7 +362,7 @@ class Photographs:
             Items(), batch_sampler=self.items, num_workers=num_workers,
             collate_fn=functools.partial(decode_batch, functools.partial(view, images)),
             persistent_workers=keep_workers and num_workers > 0,
-            worker_init_fn=leave_signals_to_the_parent, pin_memory=device.type == "cuda",
+            worker_init_fn=leave_the_end_to_the_parent, pin_memory=device.type == "cuda",
             generator=torch.Generator())  # or it would draw from the global one, as dropout does
 
     def batches(self, order, batch_size, generator, mine=slice(None)):
@@ -427,10 +426,11 @@ def random_views(sizes, interpolation, augmentation, images, i, seed):
     return views
 
 
-def leave_signals_to_the_parent(_):
+def leave_the_end_to_the_parent(_):
     """Ctrl-C reaches workers too; one that died of it would end training before it is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = lambda *_: None  # of the thread that sends pictures, when the parent has ended
 
 
 def home_of(pixels, device):

@@ -19,6 +19,7 @@ import types
 import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_sharer
 
 import numpy as np
 import pytest
@@ -467,6 +468,28 @@ def test_an_epoch_left_early_does_not_disturb_the_next(arguments, tmp_path):
     loader = loader_of(data, args)
     next(loader.epoch(0))
     assert_equal_batches(loader.epoch(1), loader_of(data, args).epoch(1))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows starts workers without a fork")
+@pytest.mark.parametrize("is_worker", (True, False))
+def test_worker_says_nothing_of_a_parent_that_ended(is_worker, capfd):
+    """A tensor's memory is handed over by socket, and a parent that is stopped leaves it half-way:
+    ConnectionResetError in a thread of the worker. The control without the hook is told of it."""
+    def worker(connection):
+        if is_worker:
+            data_loader.leave_the_end_to_the_parent(0)
+        connection.send(resource_sharer.DupFd(os.pipe()[0])._id[0])
+        connection.recv()
+    fork = multiprocessing.get_context("fork")
+    mine, its = fork.Pipe()
+    process = fork.Process(target=worker, args=(its,))
+    process.start()
+    with socket.socket(socket.AF_UNIX) as half_way:
+        half_way.connect(mine.recv())
+    time.sleep(0.5)
+    mine.send("end")
+    process.join()
+    assert ("Traceback" in capfd.readouterr().err) == (not is_worker)
 
 
 # Evaluation batches -------------------------------------------------------------------------------
