@@ -28,13 +28,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT_VERSION = 3  # of every checkpoint; raised when an older reader could misread a new one
-TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 STOPPED = "stopped; whole epochs are saved: the same command, without --fresh, goes on after them"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # AMP_DTYPE's
 
-
-# Errors, start and end of a script ----------------------------------------------------------------
+# Errors, start and end of a script, its processes -------------------------------------------------
 
 class UserError(Exception):
     """Something a person can put right; its text is the one message they see."""
@@ -64,6 +63,8 @@ def run_script(main, args):
         if not (known := explanation(error, args)):
             raise
         say_last(f"error: {known}")
+        if WORLD_SIZE > 1:
+            os._exit(1)  # torchrun's own status; at an orderly end NCCL could wait for the others
         return getattr(known, "code", 1)
 
 
@@ -85,10 +86,15 @@ def end_at_signals(message):
 
 def say_last(message):
     """Print to stderr, of torchrun's processes only the first that comes here."""
-    if WORLD_SIZE == 1 or dist.TCPStore(TORCHRUN["MASTER_ADDR"], int(TORCHRUN["MASTER_PORT"]),
-                                        is_master=False).add("ended", 1) == 1:
-        sys.stdout.flush()
-        print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(RuntimeError):  # torchrun itself may be gone
+        if WORLD_SIZE > 1:
+            store = dist.TCPStore(TORCHRUN["MASTER_ADDR"], int(TORCHRUN["MASTER_PORT"]),
+                                  is_master=False, timeout=timedelta(seconds=10))
+            if store.add(f"ended {TORCHRUN['TORCHELASTIC_RESTART_COUNT']}", 1) > 1:
+                return
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        with contextlib.suppress(OSError):  # nobody may listen any more
+            print(text, end="", file=stream, flush=True)
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory",
@@ -115,6 +121,9 @@ def explanation(error, args):
     if isinstance(error, BrokenPipeError):  # of `| head`, say; Python would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "what read this script's output has gone away; the same command goes on"
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in text:
+        return ("a process that reads pictures was killed, mostly for want of memory or, in a "
+                "container, of /dev/shm; lower --num-workers, and the same command goes on")
     if isinstance(error, PermissionError) and error.filename2:  # of `replace`
         return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
                 "say, or a virus scanner); close it there")
@@ -133,8 +142,6 @@ def duration(seconds):
     return (f"{seconds:.0f} s" if seconds < 90 else
             f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h")
 
-
-# Processes of torchrun ----------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def process_0_first():
@@ -183,8 +190,7 @@ def setup(args):
     if not alone:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=9),
                                 device_id=device if name == "cuda" else None)
-    windows = " (Windows: see README, Troubleshooting)" if os.name == "nt" else ""
-    slow = f"; without a GPU large images take long{windows}" if name == "cpu" else ""
+    slow = "; without a GPU large images take long (see README)" if name == "cpu" else ""
     print(f"device: {device_name(device)}, {args.amp_dtype}{slow}")
     return device
 
@@ -199,9 +205,8 @@ def keep_freed_memory():
     """Tell glibc to keep freed blocks above 32 MB, which it would get anew from the system for each
     tensor: a step at 224 px would take a seventh longer, evaluation half as long again."""
     if platform.libc_ver()[0] == "glibc":
-        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def device_name(device):
@@ -232,10 +237,8 @@ def write_into_place(target, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         replace(beside, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def replace(source, target):
@@ -259,8 +262,7 @@ def load_file(target):
     """Load a checkpoint onto the CPU without running any code it may carry, or raise UserError."""
     target = Path(target)
     if not target.is_file():
-        absent = "does not exist (the quick run's files are in checkpoints/quick/)"
-        raise UserError(f"{target} {'is a folder' if target.is_dir() else absent}")
+        raise UserError(f"there is no file {target} (the quick run's are in checkpoints/quick/)")
     content = io.BytesIO(target.read_bytes())  # what fails from here on is the content's fault
     try:
         if zipfile.is_zipfile(content):
@@ -423,8 +425,7 @@ class Meter:
     """What an epoch of `run` measures: sums that stay on the device, a clock, a progress bar."""
     def __init__(self, run, loader):
         self.run, self.loader, self.sums, self.steps = run, loader, {}, 0
-        self.learning_rate = None
-        self.on_gpu = loader.device.type == "cuda"
+        self.learning_rate, self.on_gpu = None, loader.device.type == "cuda"
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         self.start = self.first = time.perf_counter()
@@ -479,11 +480,10 @@ class Meter:
 
     def estimate(self, now):
         """Say how long the run will take, by all batches but the first, as a GPU tries kernels."""
-        self.run.estimated = True
-        epochs, batches = self.run.num_epochs - len(self.run.history), len(self.loader)
-        seconds = (epochs * batches - self.steps) * (now - self.first) / (self.steps - 1)
-        tqdm.write(f"{self.run.name}: {epochs} epochs of {batches} steps, about "
-                   f"{duration(seconds)} to go")
+        run, batches = self.run, len(self.loader)
+        run.estimated, epochs = True, run.num_epochs - len(run.history)
+        left = (epochs * batches - self.steps) * (now - self.first) / (self.steps - 1)
+        tqdm.write(f"{run.name}: {epochs} epochs of {batches} steps, about {duration(left)} to go")
 
     def row(self):
         """The epoch's row of the history but for validation. Raises UserError as `means` does."""

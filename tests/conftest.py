@@ -103,6 +103,15 @@ def ended(process, seconds=300):
     return process.returncode, out, err
 
 
+def children_of(process):
+    """Numbers of the processes that `process` has started, in their order."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,stat="], capture_output=True,
+                            text=True).stdout.split()
+    rows = list(zip(listed[::3], listed[1::3], listed[2::3], strict=True))
+    return sorted(int(pid) for pid, parent, state in rows
+                  if int(parent) == process.pid and not state.startswith("Z"))
+
+
 def wait_for(condition, seconds=180):
     end = time.time() + seconds
     while not condition():

@@ -441,7 +441,7 @@ def spoil(kind, good, folder):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("folder", "is a folder"), ("picture", "is damaged"), ("whole model", "carries code"),
+    ("folder", "there is no file"), ("picture", "is damaged"), ("whole model", "carries code"),
     ("other model", "does not fit test_resnet"), ("other class count", "does not fit"),
     ("older format", "format 3"), ("bare weights", "no checkpoint of this project"),
     ("last.pth", "holds no model"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),

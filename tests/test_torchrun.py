@@ -19,7 +19,7 @@ import data_loader
 import models
 import train_baseline
 import utils
-from conftest import ROOT, SCRIPTS, ended, wait_for, write_pictures
+from conftest import ROOT, SCRIPTS, children_of, ended, wait_for, write_pictures
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torch for Windows has no torchrun to test")
 TOLERANCE = 2e-5
@@ -94,15 +94,6 @@ def test_several_processes_compute_what_one_does(tmp_path, alone, processes, scr
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def workers_of(torchrun):
-    """Numbers of the processes that torchrun has started, in their order."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,stat="], capture_output=True,
-                            text=True).stdout.split()
-    rows = list(zip(listed[::3], listed[1::3], listed[2::3], strict=True))
-    return sorted(int(pid) for pid, parent, state in rows
-                  if int(parent) == torchrun.pid and not state.startswith("Z"))
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_normalise_by_the_whole_batch(tmp_path):
@@ -124,7 +115,7 @@ def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
     on where two ended, to what one alone comes to."""
     process = start(2, "baseline", tmp_path)
     wait_for(lambda: last(tmp_path).exists() and utils.load_file(last(tmp_path))["history"])
-    workers = workers_of(process)
+    workers = children_of(process)
     assert len(workers) == 2
     if how == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)

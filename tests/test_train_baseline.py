@@ -26,6 +26,7 @@ from conftest import (
     ROOT,
     assert_equal_weights,
     assert_same_result,
+    children_of,
     ended,
     flags_of,
     result,
@@ -421,18 +422,34 @@ def test_signals_say_what_is_saved_and_how_to_go_on(tmp_path, number, code):
     assert err.strip().splitlines()[-1] == utils.STOPPED
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
-def test_ctrl_c_in_a_terminal_reaches_data_workers_too(tmp_path):
-    """The whole process group gets the signal; the workers leave it to the training process."""
+@pytest.fixture
+def on_photographs(tmp_path):
+    """A training with two data workers, a process group of its own, after its first epoch."""
     pictures = write_pictures(tmp_path / "pictures", counts=(("train", 40), ("test", 2)))
     process = start("baseline", tmp_path, "--dataset-name", "ImageFolder", "--dataset-dir",
                     pictures, "--batch-size", "4", "--num-epochs", "200", "--num-workers", "2",
                     own_group=True)
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
     wait_for(lambda: last.exists() and utils.load_file(last)["history"])
-    os.killpg(process.pid, signal.SIGINT)
-    status, out, err = ended(process, 120)
+    return process
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to signal")
+def test_ctrl_c_in_a_terminal_reaches_data_workers_too(on_photographs):
+    """The whole process group gets the signal; the workers leave it to the training process."""
+    os.killpg(on_photographs.pid, signal.SIGINT)
+    status, out, err = ended(on_photographs, 120)
     assert status == 130 and err.strip().splitlines()[-1].startswith("stopped; whole epochs")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_killed_data_worker_ends_training_with_one_sentence(on_photographs):
+    """As the kernel kills where memory is short. DataLoader itself may say more as it is closed."""
+    os.kill(children_of(on_photographs)[0], signal.SIGKILL)
+    _, err = on_photographs.communicate(timeout=120)
+    assert on_photographs.returncode == 1
+    assert err.startswith("error: a process that reads pictures was killed"), err
+    assert 'train_baseline.py", line' not in err
 
 
 def test_same_seed_gives_the_same_bits_in_two_processes(tmp_path):

@@ -10,6 +10,7 @@ import pickle
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,8 @@ TOO_LITTLE = "there is too little memory; close what else uses it, or halve --ba
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, TOO_LITTLE),
     (RuntimeError("GET was unable to find an engine to execute this computation"), 1,
      "where memory is not short, try another --amp-dtype"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                  "dataloader's workers are out of shared memory."), 1, "lower --num-workers"),
     (RuntimeError("x has no deterministic implementation"), 1, "--deterministic is not possible"),
     (ValueError("Expected more than 1 value per channel when training"), 2,
      "--batch-size 64 cannot be trained with"),
@@ -64,25 +67,50 @@ def test_bug_keeps_its_traceback(arguments, error):
         utils.run_script(main, arguments("baseline"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' own lock")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("flag, words", [("fresh", utils.STOPPED), ("quick", "stopped")])
-def test_signal_ends_a_script_that_waits_in_c_code(number, code, flag, words):
-    """As for a GPU or another process: for a lock that nobody frees, deaf to signals."""
-    script = f"""
-import argparse, ctypes, os, sys, threading
+WAITS_IN_C_CODE = """  # for a lock that nobody frees, deaf to signals, as for a GPU
+import argparse, ctypes, os, signal, sys, threading
 import utils
 def main(args):
-    print("begun")
-    threading.Timer(0.5, os.kill, (os.getpid(), {int(number)})).start()
+    print("begun", flush=True)
+    threading.Timer(0.5, os.kill, (os.getpid(), {number})).start()
     lock = ctypes.create_string_buffer(64)
     for _ in range(2):
         ctypes.CDLL(None).pthread_mutex_lock(lock)
 sys.exit(utils.run_script(main, argparse.Namespace({flag}=False)))
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' own lock")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("flag, words", [("fresh", utils.STOPPED), ("quick", "stopped")])
+def test_signal_ends_a_script_that_waits_in_c_code(number, code, flag, words):
+    script = WAITS_IN_C_CODE.format(number=int(number), flag=flag)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
                           timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (code, "begun\n", words + "\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux' own lock")
+@pytest.mark.parametrize("gone", ["reader", "torchrun"])
+def test_signal_ends_a_script_whose_reader_or_torchrun_has_gone(gone):
+    """As with `2>&1 | tee log`, which Ctrl-C ends first; or where torchrun was killed."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = str(unused.getsockname()[1])
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0",
+                "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    script = WAITS_IN_C_CODE.format(number=int(signal.SIGTERM), flag="fresh")
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,
+                               env=os.environ | (torchrun if gone == "torchrun" else {}))
+    assert process.stdout.readline() == "begun\n"
+    if gone == "reader":
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait(60) == 143
+    else:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 143 and err.splitlines()[-1] == utils.STOPPED
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a whole console")
