@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import difflib
 import math
-import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
 import timm
+
+import utils
 
 # Data
 DATASET_NAME = "CIFAR100"     # CIFAR100, CIFAR10, Flowers102, Digits or ImageFolder (own pictures)
@@ -23,7 +24,7 @@ TEACHER_IMAGE_SIZE = None     # px, None: the student's; larger: the same crop i
 AUGMENTATION = "auto"         # none, crop (digits), flip_crop (small), resized_crop (photos), auto
 VAL_FRACTION = 0.1            # share of the training images held out to choose the epoch, in (0, 1)
 SPLIT_SEED = 0                # chooses the held-out images; one teacher serves every SEED
-NUM_WORKERS = 2               # processes that decode photographs, 0 or more; small images need none
+NUM_WORKERS = 2               # processes that decode photographs, make resized crops, 0 or more
 
 # Models: any classifier of timm.list_models()
 TEACHER_MODEL = "efficientnet_b2"   # timm's name of the teacher
@@ -59,7 +60,7 @@ SEED = 42                     # weights of the new head, order of images, augmen
 DEVICE = "auto"               # auto, cuda, cuda:1, mps, cpu; auto takes the first there is
 DETERMINISTIC = False         # bit-identical runs on CUDA, slower; on CPUs equal threads suffice
 AMP_DTYPE = "auto"            # auto, bf16, fp16, fp32; auto: on CUDA bf16 or else fp16; else fp32
-CUDA_GRAPH = False            # on CUDA start a step's kernels as one graph; not tried on a GPU yet
+CUDA_GRAPH = False            # on CUDA start a model's kernels as one graph; not tried on a GPU yet
 CHECKPOINT_DIR = "checkpoints"   # folder of the checkpoints
 RESULTS_DIR = "results"       # folder of histories, report and figures
 
@@ -112,8 +113,8 @@ NOT_NEGATIVE = real("of at least 0", lambda x: x >= 0)
 BELOW_ONE = real("of at least 0 and below 1", lambda x: 0 <= x < 1)
 BOOL = value({"True": True, "False": False}.get, "True or False", lambda x: x is not None)
 PATH = value(str, "a path", bool)
-FILE = value(str, "an existing file", os.path.isfile, none=True)
-FOLDER = value(str, "an existing folder", os.path.isdir, none=True)
+FILE = value(str, "an existing file", lambda x: x and Path(x).is_file(), none=True)
+FOLDER = value(str, "an existing folder", lambda x: x and Path(x).is_dir(), none=True)
 MODELS = timm.list_models() + timm.list_pretrained()  # without and with a tag of weights
 MODEL = value(str, "a classifier from timm.list_models()",
               lambda x: x in MODELS or (timm.is_model(x) and "." not in x), MODELS)
@@ -138,14 +139,13 @@ TEACHER = {  # train_distillation.py; they matter to the student through its tea
     "TEACHER_MODEL": MODEL, "TEACHER_WEIGHTS": FILE, "TEACHER_CHECKPOINT": FILE,
     "TEACHER_EPOCHS": whole(1), "TEACHER_LEARNING_RATE": POSITIVE,
 }
-EVERYWHERE = {  # all three; a run goes on when they change, for they change nothing it computes
+EVERYWHERE = {  # all three; a run goes on when they change, if AMP_DTYPE "auto" stays the same
     "DATASET_DIR": FOLDER, "DATA_DIR": PATH, "CHECKPOINT_DIR": PATH, "RESULTS_DIR": PATH,
     "NUM_WORKERS": whole(0), "DEVICE": value(str, "one of auto, cuda, cuda:1, mps, cpu",
                                              re.compile(r"auto|cuda(:\d+)?|mps|cpu").fullmatch),
 }
 SETTINGS = TRAINING | DISTILLATION | TEACHER | EVERYWHERE
 FLAGS = {"baseline": TRAINING | EVERYWHERE, "distillation": SETTINGS, "evaluate": EVERYWHERE}
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 TEACHER_ONLY = {name.lower() for name in TEACHER}
 NEUTRAL = {*map(str.lower, EVERYWHERE), "argv", "quick", "fresh", "fresh_teacher", "seeds"}
 
@@ -158,14 +158,14 @@ def parse_args(script, description, argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(None, argparse.SUPPRESS, description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    if PROCESSES > 1 and os.environ["RANK"] != "0":
+    if utils.RANK:
         parser.error = parser.print_help = lambda *_: sys.exit()  # process 0 says it
     add_settings(parser, script, argv)
     add_other_flags(parser, script)
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
     for word in (*unknown, *(word for word in argv if word.split("=")[-1] == "--")):
         parser.error(unknown_argument(word, script, args))
-    if script == "evaluate" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if script == "evaluate" and utils.TORCHRUN:
         parser.error("evaluate.py runs as one process, without torchrun")
     if script != "evaluate":
         for conflict in conflicts(script, args, argv):
@@ -183,7 +183,7 @@ def add_settings(parser, script, argv):
     if not isinstance(quick, dict):
         parser.error(f"QUICK in config.py must be a dict of settings, not {quick!r}")
     texts = dict(re.findall(r"^(\w+) *[:=](?:.*?# *(.*)|.*)$", text, re.M))
-    for name in sorted(SETTINGS.keys() - {*texts} | {*texts, *quick} - {*SETTINGS, "QUICK"}):
+    for name in sorted((SETTINGS.keys() - texts) | ({*texts, *quick} - {*SETTINGS, "QUICK"})):
         wrong = "is missing" if name in SETTINGS else f"is no setting{closest(name, SETTINGS)}"
         parser.error(f"{name} in config.py {wrong}")
     of_checkpoint = {"DATASET_DIR": None} if script == "evaluate" else {}
@@ -247,9 +247,9 @@ def conflicts(script, args, argv):
         yield "--dataset-dir: DIR with train/ and test/<class>/*, only for and with ImageFolder"
     if args.num_epochs < args.warmup_epochs:
         yield f"--num-epochs: {args.num_epochs} is less than --warmup-epochs {args.warmup_epochs:g}"
-    if args.cuda_graph and args.accumulate_steps * PROCESSES > 1:
+    if args.cuda_graph and args.accumulate_steps * utils.WORLD_SIZE > 1:
         yield "--cuda-graph: a replay writes over gradients, so no --accumulate-steps, no torchrun"
-    unit = PROCESSES * (2 if args.mixup_alpha or args.cutmix_alpha else 1)
+    unit = utils.WORLD_SIZE * (2 if args.mixup_alpha or args.cutmix_alpha else 1)
     if args.batch_size % unit:
         yield f"--batch-size: must be a multiple of {unit}, which torchrun, mixup and cutmix share"
     yield from model_conflicts("student", args.image_size, args)
@@ -259,7 +259,7 @@ def conflicts(script, args, argv):
     loss = args.distillation_loss
     if args.teacher_epochs < args.warmup_epochs and not args.teacher_checkpoint:
         yield f"--teacher-epochs: less than --warmup-epochs {args.warmup_epochs:g}"
-    parts = args.accumulate_steps * PROCESSES > 1
+    parts = args.accumulate_steps * utils.WORLD_SIZE > 1
     if loss == "dist" and (args.batch_size < 3 or parts or args.kl_direction == "reverse"):
         yield "--distillation-loss: dist compares whole batches, 3 images or more, in no direction"
     if args.fresh_teacher and args.teacher_checkpoint:

@@ -3,7 +3,8 @@
 `open_dataset` gives training and validation images; of test images it sees but whether a folder's
 can be decoded. A loader yields images (B, 3, S, S) on the device, floats in [0, 1]; each model
 normalises them itself. Small square images of one size (CIFAR, digits) lie on the device as one
-uint8 tensor and are augmented there by the batch, photographs by worker processes.
+uint8 tensor and are augmented there by the batch; photographs, and resized crops of any image, by
+worker processes.
 """
 import contextlib
 import functools
@@ -60,7 +61,7 @@ class Dataset(NamedTuple):
     class_names: list
     train: Images
     val: Images
-    split_fingerprint: str  # SHA-256 of classes, training images and choice of validation images
+    split_fingerprint: str  # SHA-256 of classes, files' names, labels, choice of validation images
     augmentation: str       # none, crop, flip_crop or resized_crop
 
 
@@ -294,7 +295,7 @@ def picture(images, i, least=None):
 def size_of(images, i):
     """(width, height) of `picture(images, i)`, from the head of its file."""
     if images.pixels is not None:
-        return images.pixels.shape[:1:-1]
+        return images.pixels.shape[3], images.pixels.shape[2]
     with opened(images.files[i]) as image:
         return image.size[::-1] if image.getexif().get(TURNED, 1) > 4 else image.size
 
@@ -340,7 +341,7 @@ class SmallImages:
             columns = torch.where(flip, columns.flip(1), columns)
             image = torch.arange(len(pixels), device=self.device)[:, None, None, None]
             padded = F.pad(pixels, [self.margin] * 4)  # with black
-            crops = padded[image, channel, rows[:, None, :, None], columns[:, None, None]] / 255
+            crops = padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]] / 255
             views = [resize(crops, size, self.interpolation) for size in self.sizes]
             yield views, self.labels[chosen].to(self.device)
 
@@ -456,13 +457,13 @@ def seed_of(*numbers):
 class TrainingLoader:
     """Batches of data.train for a model of `info`. All that is random in an epoch follows from
     (args.seed, epoch) alone. args.accumulate_steps batches make one update, and the last one that
-    is not whole is dropped. Each of torchrun's processes takes whole pairs of what mixup mixes."""
+    is not whole is dropped. Mixup mixes image i with B-1-i: a process takes such pairs whole."""
     def __init__(self, data, info, args, device):
         self.seed, self.device, self.count = args.seed, device, len(data.train.labels)
         self.batch_size, self.accumulate_steps = args.batch_size, args.accumulate_steps
         pairs = sorted(range(self.batch_size), key=lambda i: min(i, self.batch_size - 1 - i))
         self.part, size = self.batch_size // utils.WORLD_SIZE, info["image_size"]
-        self.mine = torch.tensor(sorted(pairs[utils.RANK * self.part:][:self.part]))
+        self.places = torch.tensor(sorted(pairs[utils.RANK * self.part:][:self.part]))
         sizes = list(dict.fromkeys((size, getattr(args, "teacher_image_size", None) or size)))
         how = sizes, info["interpolation"], data.augmentation
         if data.train.pixels is None or data.augmentation == "resized_crop":
@@ -488,7 +489,7 @@ class TrainingLoader:
         own size; where the sizes are equal, the same tensor."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)[:len(self) * self.batch_size]
-        mine = torch.arange(len(order)).view(-1, self.batch_size)[:, self.mine].flatten()
+        mine = torch.arange(len(order)).view(-1, self.batch_size)[:, self.places].flatten()
         batches = self.source.batches(order, self.part, generator, mine)
         for number, (views, labels) in enumerate(batches):
             if self.mixup:
@@ -510,9 +511,6 @@ class EvaluationLoader:
             self.source = Photographs(images, view, device, args.num_workers)
         else:
             self.source = SmallImages(images, [size], info["interpolation"], "none", device)
-
-    def __len__(self):
-        return math.ceil(self.count / self.batch_size)
 
     def __iter__(self):
         order, nothing_random = torch.arange(self.count), torch.Generator()

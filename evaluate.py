@@ -104,10 +104,9 @@ def find_students(args):
     paths = {run: [seeds[run][seed] for seed in common] for run in STUDENTS}
     left_out = [f"the plain {run} run" for run in STUDENTS if plain[run].is_file()]
     if not common or any(given.values()):
-        for run, other in sorted((STUDENTS, STUDENTS[::-1]), key=lambda pair: len(seeds[pair[0]])):
+        for run in sorted(STUDENTS, key=lambda run: len(seeds[run])):  # that with fewer seeds
             if not plain[run].is_file():
-                how = how_to_make(run, folders[other], args)
-                raise UserError(f"there is no {plain[run]}; make it with: {how}")
+                raise UserError(f"there is no {plain[run]}; make it with: {how_to_make(run, args)}")
         paths, left_out, common = {run: [plain[run]] for run in STUDENTS}, [], []
     left_out += [f"{run} seed {seed}" for run in STUDENTS for seed in sorted(seeds[run])
                  if seed not in common]
@@ -116,8 +115,9 @@ def find_students(args):
     return paths, left_out
 
 
-def how_to_make(run, other, args):
-    """The command that trains the student `run` as a fair pair to those in the folder `other`."""
+def how_to_make(run, args):
+    """The command that trains the student `run` as a fair pair to those of the other run."""
+    other = Path(args.checkpoint_dir, "distilled" if run == "baseline" else "baseline")
     paths = models.student_checkpoints(other)
     seeded = [path for path in paths if path.parent != other]
     made = [models.load_model(path)[1]["config"]["argv"] for path in seeded or paths]
@@ -355,7 +355,7 @@ def training_hours(entries):
 # Report -------------------------------------------------------------------------------------------
 
 def write_report(numbers):
-    """The comparison as text of at most 100 columns, the verdict first, the timings last."""
+    """The comparison as text of at most 100 columns, the verdict first, the details last."""
     dataset, seeds = numbers["dataset"], ", ".join(map(str, numbers["seeds"]))
     names = {run: scores["model_name"] for run, scores in numbers["models"].items()}
     versions = [f"{name} {value}" for name, value in numbers["versions"].items() if value]

@@ -35,8 +35,8 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     except Exception as error:
         if not pretrained:
             raise
-        by_hand = (f"; fetch model.safetensors from https://huggingface.co/{hub} by hand for --"
-                   "student-weights, --teacher-weights, or take --no-pretrained, or --quick")
+        by_hand = (f"; fetch model.safetensors from https://huggingface.co/{hub} by hand for "
+                   "--student-weights, --teacher-weights, or take --no-pretrained, or --quick")
         raise utils.UserError(f"{weights or 'the weights of timm'} cannot be loaded into {name}: "
                               f"{utils.first_line(error)}{by_hand if hub else ''}") from None
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
@@ -60,7 +60,7 @@ def why_unfit(info, args, data):
 
 
 def least_accuracy(classes):
-    """Of a teacher, or it teaches noise: thrice chance, or half way to perfect where that is 1."""
+    """Below it a teacher teaches noise: thrice chance, from 50 classes on twice and 2 points."""
     return 0.5 + 0.5 / classes if classes < 4 else max(3 / classes, 2 / classes + 0.02)
 
 
@@ -163,8 +163,8 @@ def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
     the batch: torch's default "mean" divides by the number of classes too."""
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
-    first, second = (student, teacher) if direction == "forward" else (teacher, student)
-    return F.kl_div(first, second, reduction="batchmean", log_target=True) * temperature**2
+    q, p = (student, teacher) if direction == "forward" else (teacher, student)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2  # KL(p || q)
 
 
 def standardise(logits):

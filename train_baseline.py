@@ -56,14 +56,14 @@ def train(model, info, data, args):
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)
     run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    parallel = models.distribute(models.capture(model.train(), info["image_size"], args))
+    parallel = models.distribute(models.capture(model.train(), args.image_size, args))
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
-        model.train()  # with dropout from that seed
+        model.train()  # with dropout from that seed, unlike the images
         meter = utils.Meter(run, loader)
         for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
-            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # torchrun's
+            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # for DDP
             with utils.autocast(device, args):
                 logits = models.forward(parallel, images)
                 loss = models.cross_entropy(logits, labels, args.label_smoothing)
@@ -72,7 +72,7 @@ def train(model, info, data, args):
             meter.add(train_loss=loss, ce_loss=loss, train_accuracy=models.accuracy(logits, labels))
             if step % DIAGNOSE_EVERY == 1:
                 meter.add(entropy=models.entropy(logits))
-            if step % args.accumulate_steps:  # of which an epoch's number of batches is a multiple
+            if step % args.accumulate_steps:  # whose multiple an epoch's batches are
                 continue
 
             # One update: the fp16 scaler leaves it out where the gradient overflowed.

@@ -62,11 +62,11 @@ def train(student, teacher, info, data, args):
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
-        student.train()  # with dropout from that seed
+        student.train()  # with dropout from that seed, unlike the images
         meter = utils.Meter(run, loader)
         batches = meter.watch(loader.epoch_with_teacher(epoch))
         for step, (images, teacher_images, labels) in enumerate(batches, 1):
-            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # torchrun's
+            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # for DDP
             with utils.autocast(device, args):
                 with torch.no_grad():
                     teacher_logits = models.forward(teacher, teacher_images)
@@ -79,7 +79,7 @@ def train(student, teacher, info, data, args):
             if step % train_baseline.DIAGNOSE_EVERY == 1:
                 teacher_measured = models.diagnose_teacher(teacher_logits, labels, args)
                 meter.add(entropy=models.entropy(logits), **teacher_measured)
-            if step % args.accumulate_steps:  # of which an epoch's number of batches is a multiple
+            if step % args.accumulate_steps:  # whose multiple an epoch's batches are
                 continue
 
             # One update: the fp16 scaler leaves it out where the gradient overflowed.
@@ -107,10 +107,10 @@ def teacher_args(args):
     of which it is too sure. No label smoothing, which erases what the other classes have to say
     (Müller et al. 2019)."""
     unread = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
-              "kl_direction", *config.TEACHER_ONLY}
+              "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
     own = {name: value for name, value in vars(args).items() if name not in unread}
     own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate,
-            "image_size": args.teacher_image_size or args.image_size, "teacher_image_size": None,
+            "image_size": args.teacher_image_size or args.image_size,
             "seed": config.MAX_SEED - args.seed, "seeds": None, "fresh": args.fresh_teacher,
             "label_smoothing": 0.0}
     return argparse.Namespace(**own)
@@ -145,10 +145,10 @@ def load_teacher(path, args, data, device):
     if accuracy < least:
         raise utils.UserError(f"a teacher below {least:.1%} would teach noise; train it longer "
                               "(--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
-    split = "split_fingerprint"
     for baseline in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         rival = utils.load_file(baseline)
-        if rival[split] == info[split] and (score := rival["val_accuracy"]) >= accuracy:
+        score, same = rival["val_accuracy"], rival["split_fingerprint"] == info["split_fingerprint"]
+        if same and score >= accuracy:
             print(f"warning: {baseline} reaches {score:.2%} without a teacher; this may not help")
     about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
     frozen = models.freeze(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])

@@ -1,5 +1,5 @@
 """What every script needs: errors, start and end, processes, device, files, a run, its meter.
-Nothing here knows a model or a loop, and no flag but to name it in a message."""
+Nothing here builds a model or runs a loop."""
 import contextlib
 import csv
 import ctypes
@@ -46,8 +46,8 @@ class WrongUse(UserError):
 
 
 def run_script(main, args):
-    """Call `main(args)`; return the exit status: 0, 1 or 2 with one message, 130, 143. Of several
-    processes the first to fail says why, and torchrun ends the others."""
+    """Call `main(args)`; return the exit status: 0, or 1 or 2 with one message. A signal ends it
+    with 130 or 143. Of torchrun's processes the first to fail says why, and all end."""
     if RANK:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # process 0 alone prints
     for stream in (sys.stdout, sys.stderr):
@@ -73,8 +73,8 @@ def end_at_signals(message):
     whole. A thread does it, since the main one hears nothing while it waits for a GPU."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    def end(held=writer):
-        for number in iter(lambda: reader.recv(1)[0], None):
+    def end(held=writer):  # or it would be closed
+        while number := reader.recv(1)[0]:
             if number in (signal.SIGINT, signal.SIGTERM):  # others tell DataLoader of its workers
                 say_last(message)
                 os._exit(128 + number)
@@ -156,8 +156,8 @@ def process_0_first():
 # Device and precision -----------------------------------------------------------------------------
 
 def setup(args):
-    """Choose the device and return it; replace the "auto" of args.amp_dtype; print both.
-    Raises WrongUse where this machine lacks the device asked for."""
+    """Make ready what computes: the device, which is returned, precision (args.amp_dtype "auto" is
+    replaced), determinism, torchrun's group. WrongUse where the device asked for is not there."""
     there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     alone = WORLD_SIZE == 1  # else each of torchrun's processes has a GPU of its own
     kind = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
@@ -167,7 +167,7 @@ def setup(args):
     if name != "cpu" and (there[name] < needed or not alone and kind != "cuda"):
         raise WrongUse(f"argument --device: torch has no {kind} here{'' if alone else ' for each'} "
                        "(cuda needs an NVIDIA GPU and a CUDA build of torch, mps an Apple GPU)")
-    if getattr(args, "amp_dtype", "auto") == "auto":
+    if getattr(args, "amp_dtype", "fp32") == "auto":
         # Emulated bf16 (GPUs before Ampere) is slower than fp16, and both than fp32 elsewhere.
         native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp_dtype = "bf16" if native else "fp16" if name == "cuda" else "fp32"
@@ -179,7 +179,7 @@ def setup(args):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     elif name == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes never change within a pass
+        torch.backends.cudnn.benchmark = True  # shapes stay, but for a last batch
     if device.index:
         torch.cuda.set_device(device)
     if name == "cuda" and os.name == "nt":  # its driver would spill into system memory, and crawl
@@ -191,7 +191,7 @@ def setup(args):
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=9),
                                 device_id=device if name == "cuda" else None)
     slow = "; without a GPU large images take long (see README)" if name == "cpu" else ""
-    print(f"device: {device_name(device)}, {args.amp_dtype}{slow}")
+    print(f"device: {device_name(device)}, {getattr(args, 'amp_dtype', 'fp32')}{slow}")
     return device
 
 
@@ -324,16 +324,16 @@ class Run:
 
     def what_is_in_the_way(self, former, fresh):
         """Why the folder's `former` run cannot be gone on with, in a few words; "" where it can."""
-        if former:
-            before, now = former["identity"], self.identity
-            other = [name for name in before | now if before.get(name) != now.get(name)]
-            gone = former["history"] and not self.best.exists()
-            return f"other {', '.join(other)}" if other else "best_model.pth gone" if gone else ""
-        there = any(map(Path.exists, (self.best, self.last, self.history_file)))
-        return ("--fresh" if fresh else "of unknown settings") if there else ""
+        if not former:
+            there = any(map(Path.exists, (self.best, self.last, self.history_file)))
+            return "" if not there else "--fresh" if fresh else "of unknown settings"
+        before, now = former["identity"], self.identity
+        if other := [name for name in before | now if before.get(name) != now.get(name)]:
+            return f"other {', '.join(other)}"
+        return "best_model.pth gone" if former["history"] and not self.best.exists() else ""
 
     def keep(self, **parts):
-        """Set these `parts` (with a state_dict, or None) to a former run's, and save them."""
+        """Set these `parts` (with a state_dict, or None) to a former run's; epochs save them."""
         self.parts = {name: part for name, part in parts.items() if part is not None}
         for name in self.states:
             self.parts[name].load_state_dict(self.states[name])
@@ -366,8 +366,8 @@ class Run:
     def make_way(self):
         """Move what another run left aside, and say where."""
         if self.in_the_way:
-            aside = next(path for i in itertools.count(1) if not (
-                path := self.folder.with_name(f"{self.folder.name}.{i}")).exists())
+            beside = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
+            aside = next(path for path in beside if not path.exists())
             aside.mkdir(parents=True)
             for file in filter(Path.exists, (self.best, self.last, self.history_file)):
                 shutil.move(file, aside)
@@ -408,7 +408,7 @@ def lock_folder(folder):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"waiting for another process, which is training in {folder}", flush=True)
+        print(f"waiting for another process, which is at work in {folder}", flush=True)
         lock.acquire()
     return lock
 

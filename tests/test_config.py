@@ -498,7 +498,8 @@ def test_four_hundred_random_command_lines_meet_no_traceback(tmp_path, monkeypat
 def ended(folder, *command):
     """A Python process with `command` that has run in `folder`."""
     return subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True,
-                          text=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})
+                          text=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -509,7 +509,7 @@ def test_evaluation_yields_all_images_in_order_each_time(size):
     data = made_up(torch.randint(0, 256, (600, 3, 32, 32), dtype=torch.uint8), "none")
     args = types.SimpleNamespace(num_workers=0)
     loader = data_loader.EvaluationLoader(data.val, INFO | {"image_size": size}, args, CPU)
-    assert assert_equal_batches(loader, loader) == len(loader) == 2
+    assert assert_equal_batches(loader, loader) == 2
     images, labels = (torch.cat(tensors) for tensors in zip(*loader, strict=True))
     assert torch.equal(labels, data.val.labels)
     if size == 32:

@@ -179,8 +179,7 @@ sys.exit(utils.run_script(train_baseline.main, config.parse_args("baseline", "")
     ("distillation", "--distillation-loss dist", "dist compares whole batches")])
 def test_what_cannot_be_shared_is_wrong_use(arguments, monkeypatch, capsys, script, flags, words):
     assert arguments(script, *flags.split(), "--batch-size", "24")  # one process can
-    monkeypatch.setattr(config, "PROCESSES", 2)
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
     with pytest.raises(SystemExit) as ended_with:
         arguments(script, *flags.split())
     assert ended_with.value.code == 2 and words in capsys.readouterr().err
@@ -272,7 +271,7 @@ def test_processes_synchronise_once_an_update(train, monkeypatch, script):
 
 
 def test_evaluation_under_torchrun_is_wrong_use_with_one_process_too(monkeypatch, capsys):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(utils, "TORCHRUN", {"WORLD_SIZE": "1"})
     with pytest.raises(SystemExit) as ended_with:
         config.parse_args("evaluate", "", ["--quick"])
     assert ended_with.value.code == 2 and "without torchrun" in capsys.readouterr().err
