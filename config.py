@@ -50,10 +50,10 @@ WARMUP_EPOCHS = 1.0           # epochs of linear warm-up, 0 to NUM_EPOCHS, fract
 TEACHER_EPOCHS = 20           # epochs of the teacher's own fine-tuning
 TEACHER_LEARNING_RATE = 1e-3  # peak, above 0, of the teacher's own fine-tuning
 CLIP_GRAD = 1.0               # clip the gradient at this norm; 0: no clipping
-LABEL_SMOOTHING = 0.0         # 0 to below 1, of the students' labels, not of the teacher's
+LABEL_SMOOTHING = 0.1         # 0 to below 1, of the students' labels, not of the teacher's
 MIXUP_ALPHA = 0.0             # Beta(alpha, alpha) of mixup; 0: off
 CUTMIX_ALPHA = 0.0            # the same of cutmix; with mixup on too, each batch takes one of them
-EMA_DECAY = 0.0               # 0: off; 0.999, say: average of the weights, validated and kept
+EMA_DECAY = 0.999             # of the weights' average, which is validated and kept; 0: off
 
 # Run
 SEED = 42                     # weights of the new head, order of images, augmentation, dropout
@@ -69,9 +69,9 @@ QUICK = {
     "DATASET_NAME": "Digits", "DATASET_DIR": None, "IMAGE_SIZE": 32, "TEACHER_IMAGE_SIZE": None,
     "AUGMENTATION": "auto", "PRETRAINED": False, "STUDENT_WEIGHTS": None, "TEACHER_WEIGHTS": None,
     "TEACHER_CHECKPOINT": None, "BATCH_SIZE": 64, "NUM_EPOCHS": 10, "LEARNING_RATE": 3e-3,
-    "TEACHER_EPOCHS": 22, "TEACHER_LEARNING_RATE": 3e-3, "EMA_DECAY": 0.95, "ALPHA": 0.9,
+    "TEACHER_EPOCHS": 22, "TEACHER_LEARNING_RATE": 3e-3, "LABEL_SMOOTHING": 0.0, "EMA_DECAY": 0.95,
+    "ALPHA": 0.9,
 }
-
 
 # What a value may be ------------------------------------------------------------------------------
 

@@ -108,7 +108,7 @@ def settings_of(args, distil, folder="."):
     """The project's settings for this benchmark, from its own command line."""
     flags = ["--student-model", args.model, "--no-pretrained", "--image-size", args.image_size,
              "--batch-size", args.batch_size, "--learning-rate", "1e-4", "--num-epochs", "2",
-             "--checkpoint-dir", folder, "--results-dir", folder]
+             "--checkpoint-dir", folder, "--results-dir", folder, "--ema-decay", "0"]
     flags += ["--cuda-graph"] if args.cuda_graph else []
     if distil:
         flags += ["--teacher-model", args.teacher]

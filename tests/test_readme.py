@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import config
@@ -74,7 +75,7 @@ def run(text, folder, *flags):
 
 
 def test_recipes_are_short():
-    assert len(RECIPES) == 10
+    assert len(RECIPES) == 12
     assert all(len(text.strip().splitlines()) <= 11 for text in RECIPES)
 
 
@@ -133,6 +134,39 @@ def test_search_recipe(folder):
         best.append(utils.load_file(checkpoints / "distilled" / "best_model.pth")["val_accuracy"])
     assert [f"{accuracy:.2%}"[:-1] for accuracy in best] == [accuracy for accuracy, _ in ranked]
     assert best[0] >= best[1]
+
+
+def test_control_recipe_shuffles_the_wrong_classes_alone(monkeypatch):
+    """Each image keeps its true class's logit and, in another order, all the others."""
+    monkeypatch.setattr(sys, "argv", ["control.py", "--quick"])
+    monkeypatch.setattr(models, "distillation_loss", lambda student, teacher, *_: teacher)
+    monkeypatch.setattr(utils, "run_script", lambda main, args: None)
+    scope = {}
+    with pytest.raises(SystemExit):
+        exec(recipe("argsort"), scope)
+    assert models.distillation_loss is scope["shuffled"]
+    logits, labels = torch.randn(64, 10), torch.arange(64) % 10
+    seen = models.distillation_loss(torch.zeros(64, 10), logits, labels, None)
+    assert torch.equal(seen.gather(1, labels[:, None]), logits.gather(1, labels[:, None]))
+    assert torch.equal(seen.sort(1).values, logits.sort(1).values)
+    moved = (seen != logits).float().mean(1)  # of 9 wrong classes 8 on average, by chance
+    assert abs(moved.mean() - 0.8) < 0.1 and not torch.equal(seen, scope["shuffled"](
+        torch.zeros(64, 10), logits, labels, None))
+
+
+def test_figure_of_lengths_recipe(tmp_path):
+    """The dots lie where the three reports have them: higher gains, higher dots."""
+    example = json.loads((ROOT / "results/example/comparison.json").read_text(encoding="utf-8"))
+    for epochs in (10, 25, 50):
+        example["comparison"] |= {"difference": epochs / 1000, "interval_over_images": [0, 0.06]}
+        place = tmp_path / "results" / f"length_{epochs}"
+        place.mkdir(parents=True)
+        (place / "comparison.json").write_text(json.dumps(example), encoding="utf-8")
+    told = run(recipe("errorbar") + "print(*(bar[0].get_xydata() for bar in axes.containers))\n",
+               tmp_path)
+    assert re.findall(r"[\d.]+", told) == ["10.", "1.", "25.", "2.5", "50.", "5."]
+    with Image.open(tmp_path / "results" / "length.png") as image:
+        assert np.asarray(image.convert("L")).std() > 5
 
 
 def test_cifar_folder_recipe(folder, monkeypatch):
@@ -233,9 +267,10 @@ def test_flask_recipe(folder, monkeypatch):
 # Commands -----------------------------------------------------------------------------------------
 
 SCRIPTS = {"train_baseline.py": "baseline", "train_distillation.py": "distillation",
-           "evaluate.py": "evaluate", "search.py": "distillation"}  # search.py passes its flags on
+           "evaluate.py": "evaluate", "search.py": "distillation",
+           "control.py": "distillation"}  # search.py and control.py pass their flags on
 BENCHMARK = "tests/benchmark_training.py"
-CHECK = "tests/check_gpu.py"
+CHECK, FIGURE = "tests/check_gpu.py", "length.py"  # neither has a flag
 
 
 @pytest.fixture
@@ -264,9 +299,9 @@ def test_commands_of_the_scripts_parse(calls, tmp_path, monkeypatch):
                 Path(name).touch()
             if flag == "--dataset-dir":
                 Path(name).mkdir(parents=True, exist_ok=True)
-        if script not in ("-m", BENCHMARK, CHECK):
+        if script not in ("-m", BENCHMARK, CHECK, FIGURE):
             config.parse_args(SCRIPTS[script], "", flags)
-    assert {script for script, *_ in calls} == {*SCRIPTS, "-m", BENCHMARK, CHECK}
+    assert {script for script, *_ in calls} == {*SCRIPTS, "-m", BENCHMARK, CHECK, FIGURE}
 
 
 def test_commands_of_pytest_and_the_benchmark_exist(calls, request):
@@ -370,7 +405,8 @@ def test_structure_is_that_of_the_folder():
     told = [line.split()[0] for line in tree.splitlines()]
     assert all((ROOT / name).exists() for name in told)
     folders = {"tests/", "checkpoints/", "results/", "data/"}
-    assert {"config.py", "requirements.txt", *SCRIPTS, *folders} - {"search.py"} <= set(told)
+    recipes = {"search.py", "control.py"}
+    assert {"config.py", "requirements.txt", *SCRIPTS, *folders} - recipes <= set(told)
 
 
 def test_settings_are_those_of_config(capsys):
