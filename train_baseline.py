@@ -60,7 +60,7 @@ def train(model, info, data, args):
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
-        model.train()  # with dropout from that seed, unlike the images
+        model.train()  # dropout draws from that seed, images from another
         meter = utils.Meter(run, loader)
         for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
             parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # for DDP
@@ -72,7 +72,7 @@ def train(model, info, data, args):
             meter.add(train_loss=loss, ce_loss=loss, train_accuracy=models.accuracy(logits, labels))
             if step % DIAGNOSE_EVERY == 1:
                 meter.add(entropy=models.entropy(logits))
-            if step % args.accumulate_steps:  # whose multiple an epoch's batches are
+            if step % args.accumulate_steps:  # an epoch's batches are a multiple of it
                 continue
 
             # One update: the fp16 scaler leaves it out where the gradient overflowed.

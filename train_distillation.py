@@ -62,7 +62,7 @@ def train(student, teacher, info, data, args):
 
     for epoch in range(len(run.history), args.num_epochs):
         torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
-        student.train()  # with dropout from that seed, unlike the images
+        student.train()  # dropout draws from that seed, images from another
         meter = utils.Meter(run, loader)
         batches = meter.watch(loader.epoch_with_teacher(epoch))
         for step, (images, teacher_images, labels) in enumerate(batches, 1):
@@ -79,7 +79,7 @@ def train(student, teacher, info, data, args):
             if step % train_baseline.DIAGNOSE_EVERY == 1:
                 teacher_measured = models.diagnose_teacher(teacher_logits, labels, args)
                 meter.add(entropy=models.entropy(logits), **teacher_measured)
-            if step % args.accumulate_steps:  # whose multiple an epoch's batches are
+            if step % args.accumulate_steps:  # an epoch's batches are a multiple of it
                 continue
 
             # One update: the fp16 scaler leaves it out where the gradient overflowed.
