@@ -147,7 +147,7 @@ EVERYWHERE = {  # all three; a run goes on when they change, if AMP_DTYPE "auto"
 SETTINGS = TRAINING | DISTILLATION | TEACHER | EVERYWHERE
 FLAGS = {"baseline": TRAINING | EVERYWHERE, "distillation": SETTINGS, "evaluate": EVERYWHERE}
 TEACHER_ONLY = {name.lower() for name in TEACHER}
-NEUTRAL = {*map(str.lower, EVERYWHERE), "argv", "quick", "fresh", "fresh_teacher", "seeds"}
+MAY_CHANGE_ON_RESUME = {*map(str.lower, EVERYWHERE), "argv", "quick", "fresh", "fresh_teacher", "seeds"}
 
 
 # Command line -------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def unknown_argument(argument, script, args):
     return f"unknown argument {argument!r}{closest(flag, known)}; --help lists every flag"
 
 
-def command(script, argv):
+def format_command(script, argv):
     """What to type for `script` with those flags of `argv` that it has, each once, but --fresh."""
     training, flags = script != "evaluate", {}
     for word in argv:

@@ -31,7 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.contrib.concurrent import thread_map
 
 import utils
-from utils import UserError, WrongUse, first_line, load_file, save_file
+from utils import UserError, UsageError, first_line, load_checkpoint, save_checkpoint
 
 SMALL = 96                   # px: square images of one size up to this side are kept on the device
 CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in He et al. 2015
@@ -67,32 +67,32 @@ class Dataset(NamedTuple):
 
 # Datasets -----------------------------------------------------------------------------------------
 
-@utils.process_0_first()
+@utils.main_process_first()
 def open_dataset(args):
-    """The `Dataset` of args. Raises UserError if it cannot be had, WrongUse if args do not fit."""
+    """The `Dataset` of args. Raises UserError if it cannot be had, UsageError if args do not fit."""
     name, augmentation = args.dataset_name, args.augmentation
-    whole, class_names = read_part(name, "train", args)
+    whole, class_names = load_split(name, "train", args)
     others = ["val"] if name == "Flowers102" else []
     if name == "ImageFolder":  # a fault in test/ would else show after the training
         others = ["test", "val"] if Path(args.dataset_dir, "val").is_dir() else ["test"]
-    found = {part: read_part(name, part, args) for part in others}
+    found = {part: load_split(name, part, args) for part in others}
     for part, (_, names) in found.items():
-        if odd := odd_classes(names, class_names):
+        if odd := describe_class_mismatch(names, class_names):
             raise UserError(f"{part}/ and train/ must have the same class folders; {odd}")
     if "val" in found:
         train, (val, _) = whole, found["val"]
         chosen = {"val": val.labels.tolist(), "val_names": val.names}
     else:
-        train_indices, val_indices = split(whole.labels.numpy(), args.val_fraction, args.split_seed)
+        train_indices, val_indices = stratified_split(whole.labels.numpy(), args.val_fraction, args.split_seed)
         train, val = whole.select(train_indices), whole.select(val_indices)
         chosen = {"val_indices": val_indices.tolist()}
     content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names}
     fingerprint = sha256(json.dumps(content | chosen).encode()).hexdigest()
     if len(train.labels) < args.batch_size * args.accumulate_steps:
-        raise WrongUse(f"--batch-size {args.batch_size} --accumulate-steps {args.accumulate_steps} "
+        raise UsageError(f"--batch-size {args.batch_size} --accumulate-steps {args.accumulate_steps} "
                        f"is more than the {len(train.labels)} training images")
     if augmentation in ("crop", "flip_crop") and train.pixels is None:
-        raise WrongUse(f"--augmentation {augmentation} pads and crops small images; "
+        raise UsageError(f"--augmentation {augmentation} pads and crops small images; "
                        "photographs take resized_crop or none")
     if augmentation == "auto":
         for_small = "crop" if name == "Digits" else "flip_crop"  # a mirrored digit is no digit
@@ -102,42 +102,42 @@ def open_dataset(args):
     return Dataset(name, class_names, train, val, fingerprint, augmentation)
 
 
-def odd_classes(one, other):
+def describe_class_mismatch(one, other):
     """How two lists of class names differ, in a phrase; "" where they are alike."""
     odd = sorted(set(one) ^ set(other))
     return (f"{len(odd)} differ: {', '.join(odd[:10])}" if odd else
             "their order differs" if one != other else "")
 
 
-def repeated(test, data):
+def duplicates_of_training_images(test, data):
     """Names of the `test` images that training or validation images repeat to the bit."""
     as_files = all(images.files for images in (test, data.train, data.val))
     def digests(images):
         return [sha256(Path(images.files[i]).read_bytes() if as_files else
-                       picture(images, i).tobytes()).digest() for i in range(len(images.labels))]
+                       load_image(images, i).tobytes()).digest() for i in range(len(images.labels))]
     known = {*digests(data.train), *digests(data.val)}
     return [test.names[i] if test.names else f"number {i}"
             for i, digest in enumerate(digests(test)) if digest in known]
 
 
-def split(labels, fraction, seed):
+def stratified_split(labels, fraction, seed):
     """Indices of the larger and the smaller part of `labels` (N,), stratified, in their order."""
     try:
         parts = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels,
                                  random_state=seed)
     except ValueError as error:
-        raise WrongUse(f"the {len(labels)} training images cannot be split with --val-fraction "
+        raise UsageError(f"the {len(labels)} training images cannot be split with --val-fraction "
                        f"{fraction:g}, every class on both sides: {error}") from None
     return [np.sort(part) for part in parts]
 
 
-def read_part(name, part, args):
+def load_split(name, part, args):
     """The `part` (train, val or test) of dataset `name`: (Images, class names in its own order)."""
     if name == "ImageFolder":
         return read_folder(Path(args.dataset_dir, part), args.data_dir)
     if name == "Digits":
         digits = load_digits()
-        train, test = split(digits.target, fraction=0.2, seed=0)
+        train, test = stratified_split(digits.target, fraction=0.2, seed=0)
         chosen = test if part == "test" else train
         gray = torch.from_numpy(digits.images[chosen] * (255 / 16)).round().byte()  # of 0 to 16
         labels = torch.from_numpy(digits.target[chosen]).long()
@@ -194,14 +194,14 @@ def read_folder(folder, data_dir):
     place = sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     kept = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{place}.pth")
     try:
-        content = load_file(kept) if kept.exists() else {}
+        content = load_checkpoint(kept) if kept.exists() else {}
     except UserError:
         print(f"{kept} is damaged and will be made again")
         content = {}
     if content.get("signature") != signature:
         content = {"signature": signature, "pixels": decode(folder, files)}
         try:
-            save_file(content, kept)
+            save_checkpoint(content, kept)
         except OSError as error:
             print(f"the decoded pictures could not be kept in {kept} ({error.strerror}); "
                   "they will be decoded again next time")
@@ -225,9 +225,9 @@ def list_pictures(folder):
         labels += [label] * len(pictures)
         passed += len(paths) - len(pictures)
     if len(found) < 2:
-        raise WrongUse(f"{folder} must have two or more folders with pictures, one for each class")
+        raise UsageError(f"{folder} must have two or more folders with pictures, one for each class")
     if passed:
-        say_once(f"{folder}: {passed} files are no pictures or hidden, and are passed over")
+        print_once(f"{folder}: {passed} files are no pictures or hidden, and are passed over")
     return [entry.name for entry in found], files, torch.tensor(labels)
 
 
@@ -252,7 +252,7 @@ def decode(folder, files):
 
 
 @contextlib.contextmanager
-def opened(file):
+def open_image(file):
     """A picture (path or open file) as Pillow opens it; UserError for what its decoders raise."""
     try:
         with Image.open(file) as image:
@@ -266,7 +266,7 @@ def opened(file):
 def read_image(file, least=None):
     """A picture (path or open file) as an RGB PIL image; UserError where it cannot be read. A JPEG
     comes at a half, fourth or eighth of its size where both sides stay at `least` so many px."""
-    with opened(file) as image:
+    with open_image(file) as image:
         if least:  # skips most of the decoding of a large picture
             image.draft("RGB", (least, least))
         return to_rgb(image)
@@ -285,18 +285,18 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def picture(images, i, least=None):
+def load_image(images, i, least=None):
     """Image `i` of one part as a person sees it: an RGB PIL image, perhaps reduced (read_image)."""
     if images.pixels is None:
         return read_image(images.files[i], least)
     return transforms.functional.to_pil_image(images.pixels[i])
 
 
-def size_of(images, i):
+def image_dimensions(images, i):
     """(width, height) of `picture(images, i)`, from the head of its file."""
     if images.pixels is not None:
         return images.pixels.shape[3], images.pixels.shape[2]
-    with opened(images.files[i]) as image:
+    with open_image(images.files[i]) as image:
         return image.size[::-1] if image.getexif().get(TURNED, 1) > 4 else image.size
 
 
@@ -320,7 +320,7 @@ class SmallImages:
     `sizes` are those to crop them to: the student's and, where it is another, its teacher's."""
     def __init__(self, images, sizes, interpolation, augmentation, device):
         self.sizes, self.interpolation, self.device = sizes, interpolation, device
-        self.pixels = images.pixels.to(home_of(images.pixels, device))
+        self.pixels = images.pixels.to(storage_device(images.pixels, device))
         self.labels, side = images.labels.to(self.pixels.device), images.pixels.shape[-1]
         self.margin = 0 if augmentation == "none" else max(1, round(side * CROP_PADDING))
         self.flip_share = 0.5 if augmentation == "flip_crop" else 0
@@ -360,10 +360,10 @@ class Photographs:
         self.device, self.labels = device, images.labels.tolist()
         self.items = []  # refilled for each epoch, so that the DataLoader keeps its workers
         self.decoded = torch.utils.data.DataLoader(
-            Items(), batch_sampler=self.items, num_workers=num_workers,
+            EchoDataset(), batch_sampler=self.items, num_workers=num_workers,
             collate_fn=functools.partial(decode_batch, functools.partial(view, images)),
             persistent_workers=keep_workers and num_workers > 0,
-            worker_init_fn=leave_the_end_to_the_parent, pin_memory=device.type == "cuda",
+            worker_init_fn=init_worker, pin_memory=device.type == "cuda",
             generator=torch.Generator())  # or it would draw from the global one, as dropout does
 
     def batches(self, order, batch_size, generator, mine=slice(None)):
@@ -380,7 +380,7 @@ class Photographs:
                    for view in views], labels
 
 
-class Items:
+class EchoDataset:
     """A dataset of whatever it is asked for: here the sampler says it all."""
     def __getitem__(self, item):
         return item
@@ -396,15 +396,15 @@ def decode_batch(view, items):
     return torch.utils.data.default_collate(batch)
 
 
-def middle_view(info, images, i, seed):
+def center_crop_view(info, images, i, seed):
     """What evaluation sees of a photograph; nothing is random in it."""
-    return [crop_to_size(info)(picture(images, i))]
+    return [crop_to_size(info)(load_image(images, i))]
 
 
 def random_views(sizes, interpolation, augmentation, images, i, seed):
     """A random resized crop (Szegedy et al. 2015) of image `i`, mirrored or not, at each of the
     `sizes`. With augmentation "none" it is the whole image."""
-    width, height = size_of(images, i)
+    width, height = image_dimensions(images, i)
     top, left, h, w, flip = 0, 0, height, width, False
     if augmentation != "none":
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
@@ -417,7 +417,7 @@ def random_views(sizes, interpolation, augmentation, images, i, seed):
         least = math.ceil(size * max(width / w, height / h))  # so that no crop is enlarged for it
         shrink = next(s for s in (8, 4, 2, 1) if s == 1 or s * least <= min(width, height))
         if shrink not in decoded:
-            decoded[shrink] = picture(images, i, least)
+            decoded[shrink] = load_image(images, i, least)
         whole = decoded[shrink]
         x, y = whole.width / width, whole.height / height
         right, bottom = min((left + w) * x, whole.width), min((top + h) * y, whole.height)
@@ -427,29 +427,29 @@ def random_views(sizes, interpolation, augmentation, images, i, seed):
     return views
 
 
-def leave_the_end_to_the_parent(_):
+def init_worker(_):
     """Ctrl-C reaches workers too; one that died of it would end training before it is saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.excepthook = lambda *_: None  # of the thread that sends pictures, when the parent has ended
 
 
-def home_of(pixels, device):
+def storage_device(pixels, device):
     """Where images live: on the device, or on the host if they need over half its free memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what a model before this one has left would count as taken
         size, free = pixels.numel(), torch.cuda.mem_get_info(device)[0]
         if size > free / 2:
-            say_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has "
+            print_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has "
                      f"{free / 2**30:.1f} GB free")
             return torch.device("cpu")
     return device
 
 
-say_once = functools.cache(print)  # a line, however many loaders of the same images a run makes
+print_once = functools.cache(print)  # a line, however many loaders of the same images a run makes
 
 
-def seed_of(*numbers):
+def derive_seed(*numbers):
     """One 32-bit seed out of several numbers, well spread."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -487,7 +487,7 @@ class TrainingLoader:
     def epoch_with_teacher(self, epoch):
         """Yield (images, teacher_images, labels): the same crops of the same pictures, each at its
         own size; where the sizes are equal, the same tensor."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         order = torch.randperm(self.count, generator=generator)[:len(self) * self.batch_size]
         mine = torch.arange(len(order)).view(-1, self.batch_size)[:, self.places].flatten()
         batches = self.source.batches(order, self.part, generator, mine)
@@ -495,7 +495,7 @@ class TrainingLoader:
             if self.mixup:
                 mixed = []
                 for view in views:
-                    np.random.seed(seed_of(self.seed, epoch, number))  # for timm, all views alike
+                    np.random.seed(derive_seed(self.seed, epoch, number))  # for timm, all views alike
                     mixed.append(self.mixup(view, labels))
                 views, (labels, *_) = zip(*mixed, strict=True)
             yield views[0], views[-1], labels
@@ -507,7 +507,7 @@ class EvaluationLoader:
         size, self.count = info["image_size"], len(images.labels)
         self.batch_size = min(512, max(16, EVAL_PIXELS // size**2))
         if images.pixels is None:
-            view = functools.partial(middle_view, info)
+            view = functools.partial(center_crop_view, info)
             self.source = Photographs(images, view, device, args.num_workers)
         else:
             self.source = SmallImages(images, [size], info["interpolation"], "none", device)

@@ -64,12 +64,12 @@ def main(args):
     numbers = compare(entries, labels, len(data.val.labels) if data else None)
     numbers |= {"timings": {"training_hours": training_hours(entries)}, "notes": {
         "unfair": differences(entries), "no_teacher": no_teacher, "left_out": left_out,
-        "trained_on": data_loader.repeated(test, data) if data else [],
+        "trained_on": data_loader.duplicates_of_training_images(test, data) if data else [],
         "no_validation": no_validation}}
     write_figures(entries, labels, test, numbers, results)
     report = write_report(numbers)
     write_files(entries, labels, numbers, report, results)
-    models.choose_best(args.checkpoint_dir, first)
+    models.export_best_student(args.checkpoint_dir, first)
     then = "\nNext, the real thing: python train_baseline.py" if args.quick else ""
     print("\n" + report.partition("Details\n")[0] + f"Details: {results / 'comparison_report.txt'}"
           f", to show: {results / 'accuracy_comparison.png'}{then}")
@@ -122,7 +122,7 @@ def how_to_make(run, args):
     seeded = [path for path in paths if path.parent != other]
     made = [models.load_model(path)[1]["config"]["argv"] for path in seeded or paths]
     seeds = ["--seeds", *(path.parent.name.removeprefix("seed_") for path in seeded)]
-    return config.command("baseline" if run == "baseline" else "distillation",
+    return config.format_command("baseline" if run == "baseline" else "distillation",
                           [*sum(made, []), *args.argv, *(seeds if seeded else [])])
 
 
@@ -134,8 +134,8 @@ def open_images(info, args):
     if info["dataset"] == "ImageFolder" and not Path(settings.dataset_dir).is_dir():
         raise UserError(f"the pictures are no longer in {settings.dataset_dir}; "
                         "say where with --dataset-dir DIR")
-    test, class_names = data_loader.read_part(info["dataset"], "test", settings)
-    if odd := data_loader.odd_classes(class_names, info["class_names"]):
+    test, class_names = data_loader.load_split(info["dataset"], "test", settings)
+    if odd := data_loader.describe_class_mismatch(class_names, info["class_names"]):
         raise UserError(f"the test images have other classes than the checkpoints; {odd}")
     try:
         data = data_loader.open_dataset(settings)
@@ -150,7 +150,7 @@ def load_entry(path, first, test, data, args, device):
     """The Entry of a checkpoint. `first` is another's dict: the classes that this one must know,
     else UserError, and the split of `data` (or None)."""
     model, info = models.load_model(path, device)
-    odd = data_loader.odd_classes(info["class_names"], first["class_names"])
+    odd = data_loader.describe_class_mismatch(info["class_names"], first["class_names"])
     if odd or info["dataset"] != first["dataset"]:
         raise UserError(f"{path} cannot be compared with the distilled student: one is of "
                         f"{info['dataset']}, the other of {first['dataset']}{odd and '; ' + odd}")
@@ -162,7 +162,7 @@ def load_entry(path, first, test, data, args, device):
     if data and info["split_fingerprint"] == first["split_fingerprint"]:  # else it trained on some
         temperature = best_temperature(answer(data.val), data.val.labels.numpy())
     last = path.with_name("last.pth")
-    history = utils.load_file(last)["history"] if last.is_file() else []
+    history = utils.load_checkpoint(last)["history"] if last.is_file() else []
     return Entry(path, model, info, answer(test), temperature, history)
 
 
@@ -187,7 +187,7 @@ def differences(entries):
     may_differ = {"seed"} if len(students) > 2 else set()  # of many, both runs have the same seeds
     for info in (entry.info for entry in students):
         ours, theirs = info["config"], reference["config"]
-        shared = (ours.keys() & theirs.keys()) - config.NEUTRAL - may_differ
+        shared = (ours.keys() & theirs.keys()) - config.MAY_CHANGE_ON_RESUME - may_differ
         found += [f"{name} ({ours[name]} and {theirs[name]})"
                   for name in sorted(shared) if ours[name] != theirs[name]]
         phrases = {"model_name": "the model", "split_fingerprint": "the validation split"}
@@ -440,9 +440,9 @@ def cost_lines(numbers):
     if missing:
         return [alone, f"What training cost is not known of: {', '.join(missing)}."]
     baseline, student, teacher = (3600 * hours[run] for run in (*STUDENTS, "teacher"))
-    return [alone, f"Training took {utils.duration(baseline)} for the baseline and "
-                   f"{utils.duration(student + teacher)} for the distilled student, its teacher's "
-                   f"{utils.duration(teacher)} included."]
+    return [alone, f"Training took {utils.format_duration(baseline)} for the baseline and "
+                   f"{utils.format_duration(student + teacher)} for the distilled student, its teacher's "
+                   f"{utils.format_duration(teacher)} included."]
 
 
 def score_lines(numbers):
@@ -476,12 +476,12 @@ def write_files(entries, labels, numbers, report, results):
     """predictions.npz (the first seed's), comparison.json and comparison_report.txt."""
     probabilities = {run: np.exp(group[0].log_probs).astype(np.float32)
                      for run, group in entries.items()}
-    with utils.write_into_place(results / "predictions.npz", "wb") as file:
+    with utils.atomic_write(results / "predictions.npz", "wb") as file:
         np.savez_compressed(file, labels=labels, **probabilities,
                             class_names=entries["baseline"][0].info["class_names"])
-    with utils.write_into_place(results / "comparison.json") as file:
+    with utils.atomic_write(results / "comparison.json") as file:
         json.dump(numbers, file, indent=1, ensure_ascii=False, allow_nan=False)
-    with utils.write_into_place(results / "comparison_report.txt") as file:
+    with utils.atomic_write(results / "comparison_report.txt") as file:
         file.write(report)
 
 
@@ -514,7 +514,7 @@ def write_figures(entries, labels, test, numbers, results):
         figures[f"confusion_matrix_{run}"] = confusion_figure(entries[run][0], matrix, order)
     for name, figure in figures.items():
         for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
-            with utils.write_into_place(results / f"{name}.{kind}", "wb") as file:
+            with utils.atomic_write(results / f"{name}.{kind}", "wb") as file:
                 figure.savefig(file, format=kind, metadata=metadata)
         plt.close(figure)
 
@@ -677,7 +677,7 @@ def gallery_figure(entries, labels, test, most=8):
     for place, (change, i) in enumerate(shown, 1):
         axis = figure.add_subplot(math.ceil(len(shown) / 4), 4, place)
         axis.axis("off")
-        axis.imshow(data_loader.picture(test, i))
+        axis.imshow(data_loader.load_image(test, i))
         sure, newly_sure = (np.exp(entry.log_probs[i].max()) for entry in (baseline, distilled))
         axis.set_title(f"{change}: {names[labels[i]]!r}\nBaseline: {names[before[i]]!r} {sure:.0%}"
                        f"\nDistilled: {names[after[i]]!r} {newly_sure:.0%}", fontsize=8)

@@ -47,7 +47,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     return model.to(memory_format=torch.channels_last)
 
 
-def why_unfit(info, args, data):
+def teacher_mismatch(info, args, data):
     """How the teacher of `info` (a checkpoint's dict) is unfit to teach on `data`; "" if not."""
     wanted = {"dataset": data.name, "class_names": list(data.class_names),
               "split_fingerprint": data.split_fingerprint,
@@ -59,12 +59,12 @@ def why_unfit(info, args, data):
         for key, value in wanted.items() if info[key] != value)
 
 
-def least_accuracy(classes):
+def min_teacher_accuracy(classes):
     """Below it a teacher teaches noise: thrice chance, from 50 classes on twice and 2 points."""
     return 0.5 + 0.5 / classes if classes < 4 else max(3 / classes, 2 / classes + 0.02)
 
 
-def freeze(teacher, image_size, dtype=torch.float32):
+def freeze_teacher(teacher, image_size, dtype=torch.float32):
     """`teacher` (on the CPU) as it teaches: in eval mode whatever calls train(), without gradients,
     BatchNorms folded into convolutions, weights cast to `dtype` as autocast would in each step."""
     plain = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # others do more with their weights
@@ -86,7 +86,7 @@ def freeze(teacher, image_size, dtype=torch.float32):
     return teacher
 
 
-def capture(model, size, args):
+def capture_cuda_graph(model, size, args):
     """`model`; with --cuda-graph it replays CUDA graphs of forward and backward, in its present
     mode on whole batches: at batch 16 a GPU waits for Python. Elsewhere it runs as before."""
     if not args.cuda_graph:
@@ -107,7 +107,7 @@ def capture(model, size, args):
     return model
 
 
-def distribute(model):
+def wrap_ddp(model):
     """`model` as a loop calls it: as it is or, under torchrun, in DistributedDataParallel, on GPUs
     with BatchNorms that normalise by the whole batch."""
     if utils.WORLD_SIZE == 1:
@@ -196,7 +196,7 @@ def distillation_loss(student_logits, teacher_logits, labels, args):
     return args.alpha * soft + (1 - args.alpha) * ce, ce, soft
 
 
-def diagnose_teacher(teacher_logits, labels, args):
+def teacher_diagnostics(teacher_logits, labels, args):
     """How sure and how often right the teacher is, and how sure its targets are in the loss."""
     targets = standardise(teacher_logits) if args.distillation_loss == "lskd" else teacher_logits
     return {"teacher_entropy": entropy(teacher_logits),
@@ -213,7 +213,7 @@ CONFIG = {"dataset_name", "dataset_dir", "augmentation", "val_fraction", "split_
           "accumulate_steps", "num_epochs", "seed", "argv"}  # what evaluate.py needs of it
 
 
-def describe(run, model, name, data, args, **more):
+def build_info(run, model, name, data, args, **more):
     """What a checkpoint of `run` says of itself besides weights, epoch, accuracy: plain values."""
     cfg, small = model.pretrained_cfg, data.train.pixels is not None
     return {
@@ -247,7 +247,7 @@ def gradcam_layer(model, image_size):
 
 def load_model(path, device="cpu"):
     """(model in eval mode, info without weights) of a best_model.pth; UserError if it is none."""
-    info = utils.load_file(path)
+    info = utils.load_checkpoint(path)
     wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
     wrong = wrong or sorted(CONFIG - info["config"].keys())
     if wrong or not timm.is_model(info["model_name"]):  # timm would download what other names say
@@ -270,20 +270,20 @@ def student_checkpoints(folder):
     return sorted(file for path in [folder, *seeds] if (file := path / "best_model.pth").is_file())
 
 
-def choose_best(checkpoint_dir, like):
+def export_best_student(checkpoint_dir, like):
     """Copy the best student by validation accuracy, the baseline of equals, to best_model.pth and,
     as timm writes models, best_model/. Dataset, classes and split are those of `like` (an info)."""
     folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
     file, export, beside = (folder / name for name in ("best_model.pth", "best_model", ".new_best"))
     _lock = utils.lock_folder(export)  # while it lives no other script that ends writes there
-    infos = {path: utils.load_file(path) for run in ("baseline", "distilled")
+    infos = {path: utils.load_checkpoint(path) for run in ("baseline", "distilled")
              for path in student_checkpoints(folder / run)}
     rivals = {path: info["val_accuracy"] for path, info in infos.items()
               if all(info[key] == like[key] for key in same)}
     if utils.RANK or not rivals:
         return
     best = max(rivals, key=rivals.get)  # the first of equals
-    with utils.write_into_place(file, "wb") as copy_of_it:
+    with utils.atomic_write(file, "wb") as copy_of_it:
         copy_of_it.write(best.read_bytes())
     print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
           f"validation images; copied to {file}")

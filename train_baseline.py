@@ -38,30 +38,30 @@ def main(args):
         torch.manual_seed(run_args.seed)  # as in train_distillation.main: the same initial weights
         student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
                                      args.student_weights).to(device)
-        info = models.describe("baseline", student, args.student_model, data, run_args)
+        info = models.build_info("baseline", student, args.student_model, data, run_args)
         path = train(student, info, data, run_args)
-    models.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
+    models.export_best_student(args.checkpoint_dir, info)  # of all students on these images and this split
     print(f"the baseline is in {path}; next: {next_command(args, 'distillation', 'distilled')}")
 
 
 def train(model, info, data, args):
     """Train `model` on the labels for the args.num_epochs that are left; return best_model.pth.
-    `info` is what the checkpoint says of itself (models.describe). A former run in the same folder
+    `info` is what the checkpoint says of itself (models.build_info). A former run in the same folder
     is gone on with where it fits, else moved aside."""
-    run = utils.Run(info, must_match(info), args)
+    run = utils.Run(info, run_identity(info), args)
     if run.finished:
-        return run.best
+        return run.best_path
     device = model.pixel_scale.device
     loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)
-    run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    parallel = models.distribute(models.capture(model.train(), args.image_size, args))
+    run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    parallel = models.wrap_ddp(models.capture_cuda_graph(model.train(), args.image_size, args))
 
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
+        torch.manual_seed(data_loader.derive_seed(args.seed, args.num_epochs + epoch) + utils.RANK)
         model.train()  # dropout draws from that seed, images from another
-        meter = utils.Meter(run, loader)
+        meter = utils.EpochMetrics(run, loader)
         for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
             parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # for DDP
             with utils.autocast(device, args):
@@ -89,7 +89,7 @@ def train(model, info, data, args):
         # History, best_model.pth, last.pth: from here the next run goes on.
         validated = ema.module if ema else model
         run.finish_epoch(meter.row() | validate(validated, val_loader), validated)
-    return run.best
+    return run.best_path
 
 
 def validate(model, loader):
@@ -107,7 +107,7 @@ def is_finished(folder):
     """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
     done, last = True, folder / "last.pth"
     if last.is_file():
-        saved = utils.load_file(last)
+        saved = utils.load_checkpoint(last)
         done = len(saved["history"]) == saved["identity"]["num_epochs"]
     return done and (folder / "best_model.pth").is_file()
 
@@ -122,12 +122,12 @@ def next_command(args, script, run):
     """The command to type next, with this one's flags: `script`'s, which trains the other student,
     `run`, if there is none, else evaluate.py's."""
     there = models.student_checkpoints(Path(args.checkpoint_dir, run))
-    return config.command("evaluate" if there else script, args.argv)
+    return config.format_command("evaluate" if there else script, args.argv)
 
 
-def must_match(info):
+def run_identity(info):
     """What must be the same for a former run to be gone on with, of a checkpoint's `info`."""
-    same = {name: value for name, value in info["config"].items() if name not in config.NEUTRAL}
+    same = {name: value for name, value in info["config"].items() if name not in config.MAY_CHANGE_ON_RESUME}
     same |= {"model": info["model_name"], "images or split": info["split_fingerprint"]}
     if "teacher" in info:  # its file says all there is to say of it
         same = {name: value for name, value in same.items() if name not in config.TEACHER_ONLY}

@@ -32,38 +32,38 @@ def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
     if args.distillation_loss == "lskd" and len(data.class_names) == 2:
-        raise utils.WrongUse("with two classes --distillation-loss lskd has nothing to say")
+        raise utils.UsageError("with two classes --distillation-loss lskd has nothing to say")
     path = args.teacher_checkpoint or train_teacher(args, data, device)
     teacher, about_teacher = load_teacher(path, args, data, device)
     for run_args in train_baseline.each_seed(args):
         torch.manual_seed(run_args.seed)  # as in train_baseline.main: the same initial weights
         student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
                                      args.student_weights).to(device)
-        info = models.describe("distilled", student, args.student_model, data, run_args,
+        info = models.build_info("distilled", student, args.student_model, data, run_args,
                                teacher=about_teacher)
         path = train(student, teacher, info, data, run_args)
-    models.choose_best(args.checkpoint_dir, info)  # of all students on these images and this split
+    models.export_best_student(args.checkpoint_dir, info)  # of all students on these images and this split
     then = train_baseline.next_command(args, "baseline", "baseline")
     print(f"the distilled student is in {path}; next: {then}")
 
 
 def train(student, teacher, info, data, args):
     """As train_baseline.train, but also by the frozen `teacher`, which sees the same crops."""
-    run = utils.Run(info, train_baseline.must_match(info), args)
+    run = utils.Run(info, train_baseline.run_identity(info), args)
     if run.finished:
-        return run.best
+        return run.best_path
     device = student.pixel_scale.device
     loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     optimizer, scheduler, scaler, ema = train_baseline.optimization(student, len(loader), args)
-    run.keep(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    parallel = models.distribute(models.capture(student.train(), args.image_size, args))
-    models.capture(teacher, args.teacher_image_size or args.image_size, args)
+    run.restore(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    parallel = models.wrap_ddp(models.capture_cuda_graph(student.train(), args.image_size, args))
+    models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)
 
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.seed_of(args.seed, args.num_epochs + epoch) + utils.RANK)
+        torch.manual_seed(data_loader.derive_seed(args.seed, args.num_epochs + epoch) + utils.RANK)
         student.train()  # dropout draws from that seed, images from another
-        meter = utils.Meter(run, loader)
+        meter = utils.EpochMetrics(run, loader)
         batches = meter.watch(loader.epoch_with_teacher(epoch))
         for step, (images, teacher_images, labels) in enumerate(batches, 1):
             parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # for DDP
@@ -77,7 +77,7 @@ def train(student, teacher, info, data, args):
             meter.add(train_loss=loss, ce_loss=ce, kd_loss=soft,
                       train_accuracy=models.accuracy(logits, labels))
             if step % train_baseline.DIAGNOSE_EVERY == 1:
-                teacher_measured = models.diagnose_teacher(teacher_logits, labels, args)
+                teacher_measured = models.teacher_diagnostics(teacher_logits, labels, args)
                 meter.add(entropy=models.entropy(logits), **teacher_measured)
             if step % args.accumulate_steps:  # an epoch's batches are a multiple of it
                 continue
@@ -96,7 +96,7 @@ def train(student, teacher, info, data, args):
         # History, best_model.pth, last.pth: from here the next run goes on.
         validated = ema.module if ema else student
         run.finish_epoch(meter.row() | train_baseline.validate(validated, val_loader), validated)
-    return run.best
+    return run.best_path
 
 
 # The teacher --------------------------------------------------------------------------------------
@@ -123,14 +123,14 @@ def train_teacher(args, data, device):
     best = folder / "best_model.pth"
     with utils.lock_folder(folder):  # of several processes one trains it for all
         if train_baseline.is_finished(folder) and not args.fresh_teacher:
-            unfit = models.why_unfit(utils.load_file(best), args, data)
+            unfit = models.teacher_mismatch(utils.load_checkpoint(best), args, data)
             if not unfit:
                 return best
             print(f"the teacher in {folder} does not fit and will be moved aside: {unfit}")
         torch.manual_seed(own.seed)
         teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
                                      args.teacher_weights).to(device)
-        info = models.describe("teacher", teacher, args.teacher_model, data, own)
+        info = models.build_info("teacher", teacher, args.teacher_model, data, own)
         return train_baseline.train(teacher, info, data, own)
 
 
@@ -138,20 +138,20 @@ def load_teacher(path, args, data, device):
     """The frozen teacher of `path`, and what a student's checkpoint says about it. Raises UserError
     where it was trained on something else or knows too little to teach."""
     teacher, info = models.load_model(path)
-    if unfit := models.why_unfit(info, args, data):
+    if unfit := models.teacher_mismatch(info, args, data):
         raise utils.UserError(f"{path} cannot teach here: {unfit}")
-    accuracy, least = info["val_accuracy"], models.least_accuracy(info["num_classes"])
+    accuracy, least = info["val_accuracy"], models.min_teacher_accuracy(info["num_classes"])
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
     if accuracy < least:
         raise utils.UserError(f"a teacher below {least:.1%} would teach noise; train it longer "
                               "(--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
     for baseline in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
-        rival = utils.load_file(baseline)
+        rival = utils.load_checkpoint(baseline)
         score, same = rival["val_accuracy"], rival["split_fingerprint"] == info["split_fingerprint"]
         if same and score >= accuracy:
             print(f"warning: {baseline} reaches {score:.2%} without a teacher; this may not help")
     about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
-    frozen = models.freeze(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
+    frozen = models.freeze_teacher(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
     return frozen.to(device), about
 
 

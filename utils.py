@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-FORMAT_VERSION = 3  # of every checkpoint; raised when an older reader could misread a new one
+FORMAT_VERSION = 4  # of every checkpoint; raised when an older reader could misread a new one
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
 STOPPED = "stopped; whole epochs are saved: the same command, without --fresh, goes on after them"
@@ -40,7 +40,7 @@ class UserError(Exception):
     code = 1  # exit status
 
 
-class WrongUse(UserError):
+class UsageError(UserError):
     """Settings that cannot work, found before any work."""
     code = 2
 
@@ -60,7 +60,7 @@ def run_script(main, args):
             dist.destroy_process_group()
         return 0
     except Exception as error:
-        if not (known := explanation(error, args)):
+        if not (known := user_message(error, args)):
             raise
         say_last(f"error: {known}")
         if WORLD_SIZE > 1:
@@ -103,7 +103,7 @@ BAD_FOLDER = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDI
               errno.EISDIR, errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-def explanation(error, args):
+def user_message(error, args):
     """A UserError or a sentence on what a person can put right of an `error`, else None."""
     text = str(error)
     if isinstance(error, UserError):
@@ -117,7 +117,7 @@ def explanation(error, args):
     if "deterministic" in text:
         return f"--deterministic is not possible with this model: {first_line(error)}"
     if "more than 1 value per channel" in text:  # BatchNorm's
-        return WrongUse(f"--batch-size {args.batch_size} cannot be trained with: {text}")
+        return UsageError(f"--batch-size {args.batch_size} cannot be trained with: {text}")
     if isinstance(error, BrokenPipeError):  # of `| head`, say; Python would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "what read this script's output has gone away; the same command goes on"
@@ -137,14 +137,14 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def duration(seconds):
+def format_duration(seconds):
     """Seconds as a person says them: '45 s', '12 min', '3.4 h'."""
     return (f"{seconds:.0f} s" if seconds < 90 else
             f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h")
 
 
 @contextlib.contextmanager
-def process_0_first():
+def main_process_first():
     """As a decorator: process 0, which alone downloads, locks and writes, goes first."""
     if RANK:
         dist.barrier()
@@ -157,7 +157,7 @@ def process_0_first():
 
 def setup(args):
     """Make ready what computes: the device, which is returned, precision (args.amp_dtype "auto" is
-    replaced), determinism, torchrun's group. WrongUse where the device asked for is not there."""
+    replaced), determinism, torchrun's group. UsageError where the device asked for is not there."""
     there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
     alone = WORLD_SIZE == 1  # else each of torchrun's processes has a GPU of its own
     kind = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
@@ -165,17 +165,17 @@ def setup(args):
     name = device.type
     needed = (device.index or 0) + 1 if alone else int(TORCHRUN["LOCAL_WORLD_SIZE"])
     if name != "cpu" and (there[name] < needed or not alone and kind != "cuda"):
-        raise WrongUse(f"argument --device: torch has no {kind} here{'' if alone else ' for each'} "
+        raise UsageError(f"argument --device: torch has no {kind} here{'' if alone else ' for each'} "
                        "(cuda needs an NVIDIA GPU and a CUDA build of torch, mps an Apple GPU)")
     if getattr(args, "amp_dtype", "fp32") == "auto":
         # Emulated bf16 (GPUs before Ampere) is slower than fp16, and both than fp32 elsewhere.
         native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp_dtype = "bf16" if native else "fp16" if name == "cuda" else "fp32"
     if getattr(args, "cuda_graph", False) and name != "cuda":
-        raise WrongUse("argument --cuda-graph: needs an NVIDIA GPU")
+        raise UsageError("argument --cuda-graph: needs an NVIDIA GPU")
     if getattr(args, "deterministic", False):
         if name == "mps":
-            raise WrongUse("argument --deterministic: torch promises no such runs on Apple GPUs")
+            raise UsageError("argument --deterministic: torch promises no such runs on Apple GPUs")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     elif name == "cuda":
@@ -186,7 +186,7 @@ def setup(args):
         free, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(free / total)
     if name == "cpu":
-        keep_freed_memory()
+        reuse_freed_memory()
     if not alone:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=9),
                                 device_id=device if name == "cuda" else None)
@@ -201,7 +201,7 @@ def autocast(device, args):
     return torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)
 
 
-def keep_freed_memory():
+def reuse_freed_memory():
     """Tell glibc to keep freed blocks above 32 MB, which it would get anew from the system for each
     tensor: a step at 224 px would take a seventh longer, evaluation half as long again."""
     if platform.libc_ver()[0] == "glibc":
@@ -225,7 +225,7 @@ def versions(device):
 # Files --------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def write_into_place(target, mode="w"):
+def atomic_write(target, mode="w"):
     """Open a file beside `target` to write (text as UTF-8) and move it there when it is whole."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -250,15 +250,15 @@ def replace(source, target):
     return os.replace(source, target)
 
 
-def save_file(checkpoint, target):
+def save_checkpoint(checkpoint, target):
     """Write a checkpoint into place; through memory, since torch hides a full disk's own error."""
     buffer = io.BytesIO()
     torch.save({"format_version": FORMAT_VERSION, **checkpoint}, buffer)
-    with write_into_place(target, "wb") as file:
+    with atomic_write(target, "wb") as file:
         file.write(buffer.getbuffer())
 
 
-def load_file(target):
+def load_checkpoint(target):
     """Load a checkpoint onto the CPU without running any code it may carry, or raise UserError."""
     target = Path(target)
     if not target.is_file():
@@ -293,7 +293,7 @@ def sha256(target):
 
 # A run's folder -----------------------------------------------------------------------------------
 
-HISTORY = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss",
+HISTORY_COLUMNS = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss",
            "val_accuracy", "learning_rate", "images_per_second", "seconds", "peak_memory_mb",
            "entropy", "teacher_entropy", "target_entropy", "teacher_accuracy")
 
@@ -305,13 +305,13 @@ class Run:
     def __init__(self, info, identity, args):
         self.info, self.identity, self.name = info, identity, info["run"]
         self.num_epochs, self.folder = args.num_epochs, run_folder(self.name, args)
-        self.best, self.last = self.folder / "best_model.pth", self.folder / "last.pth"
+        self.best_path, self.last_path = self.folder / "best_model.pth", self.folder / "last.pth"
         results = Path(args.results_dir, self.folder.name if args.seeds else "")
         self.history_file = results / f"{self.name}_history.csv"
         self.lock = lock_folder(self.folder)
-        former = load_file(self.last) if self.last.exists() and not args.fresh else {}
-        self.in_the_way = self.what_is_in_the_way(former, args.fresh)
-        kept = {} if self.in_the_way else former
+        former = load_checkpoint(self.last_path) if self.last_path.exists() and not args.fresh else {}
+        self.why_not_resumed = self.reason_not_to_resume(former, args.fresh)
+        kept = {} if self.why_not_resumed else former
         self.history, self.states = kept.get("history", []), kept.get("states", {})
         self.parts, self.estimated, self.since = {}, False, time.perf_counter()
         for half in (*self.folder.glob("*.tmp"), *results.glob(f"{self.name}_history.csv.*.tmp")):
@@ -322,82 +322,82 @@ class Run:
         if self.finished:
             print(f"{self.name}: already trained with these settings; --fresh trains it anew")
 
-    def what_is_in_the_way(self, former, fresh):
+    def reason_not_to_resume(self, former, fresh):
         """Why the folder's `former` run cannot be gone on with, in a few words; "" where it can."""
         if not former:
-            there = any(map(Path.exists, (self.best, self.last, self.history_file)))
+            there = any(map(Path.exists, (self.best_path, self.last_path, self.history_file)))
             return "" if not there else "--fresh" if fresh else "of unknown settings"
         before, now = former["identity"], self.identity
         if other := [name for name in before | now if before.get(name) != now.get(name)]:
             return f"other {', '.join(other)}"
-        return "best_model.pth gone" if former["history"] and not self.best.exists() else ""
+        return "best_model.pth gone" if former["history"] and not self.best_path.exists() else ""
 
-    def keep(self, **parts):
+    def restore(self, **parts):
         """Set these `parts` (with a state_dict, or None) to a former run's; epochs save them."""
         self.parts = {name: part for name, part in parts.items() if part is not None}
         for name in self.states:
             self.parts[name].load_state_dict(self.states[name])
         self.states = {}
 
-    @process_0_first()
+    @main_process_first()
     def finish_epoch(self, row, model):
         """Save a whole epoch: best_model.pth of `model` if it is the best, last.pth, the history.
-        `row` has what was measured of HISTORY. Raises UserError where its loss is not finite."""
+        `row` has what was measured of HISTORY_COLUMNS. Raises UserError where its loss is not finite."""
         if RANK:
             self.history.append(row)
             return
         now, epoch = time.perf_counter(), len(self.history) + 1
         if not math.isfinite(row["val_loss"]):
             raise diverged(f"on the validation images after epoch {epoch}")
-        row = dict.fromkeys(HISTORY) | row | {"epoch": epoch, "seconds": now - self.since}
+        row = dict.fromkeys(HISTORY_COLUMNS) | row | {"epoch": epoch, "seconds": now - self.since}
         self.since = now
         if not self.history:
-            self.make_way()
+            self.move_previous_run_aside()
         best = all(row["val_accuracy"] > former["val_accuracy"] for former in self.history)
         self.history.append(row)
         if best:
             weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
             kept = {"state_dict": weights, "epoch": epoch, "val_accuracy": row["val_accuracy"]}
-            save_file({**self.info, **kept}, self.best)
+            save_checkpoint({**self.info, **kept}, self.best_path)
         self.save_last({name: part.state_dict() for name, part in self.parts.items()})
         self.write_history()
-        self.say(row, best)
+        self.print_epoch(row, best)
 
-    def make_way(self):
+    def move_previous_run_aside(self):
         """Move what another run left aside, and say where."""
-        if self.in_the_way:
+        if self.why_not_resumed:
             beside = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
             aside = next(path for path in beside if not path.exists())
             aside.mkdir(parents=True)
-            for file in filter(Path.exists, (self.best, self.last, self.history_file)):
+            for file in filter(Path.exists, (self.best_path, self.last_path, self.history_file)):
                 shutil.move(file, aside)
-            print(f"the former {self.name} run ({self.in_the_way}) is now in {aside}")
+            print(f"the former {self.name} run ({self.why_not_resumed}) is now in {aside}")
         self.save_last({})  # a best_model.pth without would be taken for one put there by hand
 
     def save_last(self, states):
-        save_file({"identity": self.identity, "history": self.history, "states": states}, self.last)
+        save_checkpoint({"identity": self.identity, "history": self.history, "states": states}, self.last_path)
 
     def write_history(self):
         try:
-            with write_into_place(self.history_file) as file:
-                writer = csv.DictWriter(file, HISTORY, extrasaction="ignore")
+            with atomic_write(self.history_file) as file:
+                writer = csv.DictWriter(file, HISTORY_COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.history)
         except PermissionError as error:  # last.pth has it too
-            print(f"warning: {explanation(error, None)}; the next epoch or start writes it again")
+            print(f"warning: {user_message(error, None)}; the next epoch or start writes it again")
 
-    def say(self, row, best):
+    def print_epoch(self, row, best):
         """The epoch in one line, a star where it is the best so far, and the time left."""
         accuracy, left = row["train_accuracy"], self.num_epochs - row["epoch"]
         train = "" if accuracy is None else f"train {accuracy:6.2%}  "
-        to_go = f", {duration(row['seconds'] * left)} to go" if left else ""
+        to_go = f", {format_duration(row['seconds'] * left)} to go" if left else ""
         print(f"{self.name} epoch {row['epoch']:>3}/{self.num_epochs}  loss {row['train_loss']:.4f}"
               f"  {train}val {row['val_accuracy']:6.2%}{' *' if best else '  '}"
               f"  lr {row['learning_rate']:.1e}  {row['images_per_second']:.0f} images/s"
               f"  {row['seconds']:.0f} s{to_go}", flush=True)
 
 
-@process_0_first()
+@main_process_first()
 def lock_folder(folder):
     """Keep other processes out of a run's folder while what is returned lives; wait for one."""
     if RANK:
@@ -421,7 +421,7 @@ def run_folder(name, args):
 
 # A run's meter ------------------------------------------------------------------------------------
 
-class Meter:
+class EpochMetrics:
     """What an epoch of `run` measures: sums that stay on the device, a clock, a progress bar."""
     def __init__(self, run, loader):
         self.run, self.loader, self.sums, self.steps = run, loader, {}, 0
@@ -451,7 +451,7 @@ class Meter:
                         self.estimate(now)
 
     def add(self, **values):
-        """Add what a step measured, 0-d tensors by column of HISTORY; two kernels a call."""
+        """Add what a step measured, 0-d tensors by column of HISTORY_COLUMNS; two kernels a call."""
         names = tuple(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
         if WORLD_SIZE > 1:
@@ -483,7 +483,7 @@ class Meter:
         run, batches = self.run, len(self.loader)
         run.estimated, epochs = True, run.num_epochs - len(run.history)
         left = (epochs * batches - self.steps) * (now - self.first) / (self.steps - 1)
-        tqdm.write(f"{run.name}: {epochs} epochs of {batches} steps, about {duration(left)} to go")
+        tqdm.write(f"{run.name}: {epochs} epochs of {batches} steps, about {format_duration(left)} to go")
 
     def row(self):
         """The epoch's row of the history but for validation. Raises UserError as `means` does."""

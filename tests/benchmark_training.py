@@ -130,7 +130,7 @@ def project_loop(args, device, pixels, labels, distil):
     """(b): a function that trains two epochs as the scripts do; the second one's images/s."""
     data = made_up(pixels, labels)
     student = models.build_model(args.model, CLASSES).to(device)
-    teacher = models.freeze(models.build_model(args.teacher, CLASSES), args.image_size,
+    teacher = models.freeze_teacher(models.build_model(args.teacher, CLASSES), args.image_size,
                             utils.DTYPES[args.amp_dtype]).to(device)
 
     def run():
@@ -138,13 +138,13 @@ def project_loop(args, device, pixels, labels, distil):
         with tempfile.TemporaryDirectory() as folder, quiet:
             settings = settings_of(args, distil, folder)
             name = "distilled" if distil else "baseline"
-            info = models.describe(name, student, args.model, data, settings)
+            info = models.build_info(name, student, args.model, data, settings)
             if distil:
                 info["teacher"] = {"sha256": ""}
                 train_distillation.train(student, teacher, info, data, settings)
             else:
                 train_baseline.train(student, info, data, settings)
-            last = utils.load_file(utils.run_folder(name, settings) / "last.pth")
+            last = utils.load_checkpoint(utils.run_folder(name, settings) / "last.pth")
         return last["history"][1]["images_per_second"]
     return run
 
@@ -175,7 +175,7 @@ def ceiling_loop(args, device, distil):
     """(c): a function that makes as many steps on one resident batch and returns its images/s."""
     settings = settings_of(args, distil)
     student = models.build_model(args.model, CLASSES).to(device).train()
-    teacher = models.freeze(models.build_model(args.teacher, CLASSES), args.image_size,
+    teacher = models.freeze_teacher(models.build_model(args.teacher, CLASSES), args.image_size,
                             utils.DTYPES[args.amp_dtype]).to(device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True,
                                   capturable=device.type == "cuda")

@@ -75,7 +75,7 @@ def arguments(tmp_path):
 @pytest.fixture
 def train(arguments, monkeypatch):
     """A function that trains as a script does, two short epochs; it returns the folder."""
-    monkeypatch.setattr("models.least_accuracy", lambda classes: 0.0)  # two epochs teach little
+    monkeypatch.setattr("models.min_teacher_accuracy", lambda classes: 0.0)  # two epochs teach little
     mains = {"baseline": train_baseline.main, "distillation": train_distillation.main}
 
     def call(script, *flags):
@@ -125,7 +125,7 @@ def weights(folder):
 
 def save_best(target, model, info, val_accuracy=0.5):
     """A best_model.pth as a run writes it."""
-    utils.save_file({**info, "state_dict": model.state_dict(), "epoch": 1,
+    utils.save_checkpoint({**info, "state_dict": model.state_dict(), "epoch": 1,
                      "val_accuracy": val_accuracy}, target)
 
 
@@ -141,7 +141,7 @@ def untimed(history):
 
 def result(folder):
     """All that a run came to: its best weights, its last states, its history but for timings."""
-    last = utils.load_file(folder / "last.pth")
+    last = utils.load_checkpoint(folder / "last.pth")
     return weights(folder), last["states"], untimed(last["history"])
 
 

@@ -188,7 +188,7 @@ def test_a_run_goes_on_when_these_change():
     """And a student whose teacher's file is the same, when settings of that teacher change."""
     neutral = {name.lower() for name in EVERYWHERE}
     about_teacher = {name.lower() for name in ABOUT_TEACHER}
-    assert neutral | {"argv", "quick", "fresh", "seeds", "fresh_teacher"} == config.NEUTRAL
+    assert neutral | {"argv", "quick", "fresh", "seeds", "fresh_teacher"} == config.MAY_CHANGE_ON_RESUME
     assert about_teacher == config.TEACHER_ONLY
 
 
@@ -513,7 +513,7 @@ def test_cuda_without_cuda_is_wrong_use(tmp_path):
 def test_deterministic_runs_on_apple_gpus_are_wrong_use(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     args = config.parse_args("baseline", "", ["--deterministic", "--device", "mps"])
-    with pytest.raises(utils.WrongUse, match="--deterministic"):  # exit status 2
+    with pytest.raises(utils.UsageError, match="--deterministic"):  # exit status 2
         utils.setup(args)
 
 

@@ -97,7 +97,7 @@ def test_split_is_stratified_and_follows_split_seed_alone(arguments):
 
 def test_digits_test_part_is_a_fixed_fifth_that_training_does_not_hold(arguments):
     args = arguments("baseline")
-    test, names = data_loader.read_part("Digits", "test", args)
+    test, names = data_loader.load_split("Digits", "test", args)
     data = data_loader.open_dataset(args)
     assert len(test.labels) == 360 and names == [str(i) for i in range(10)]
     seen = {image.numpy().tobytes() for image in torch.cat([data.train.pixels, data.val.pixels])}
@@ -110,14 +110,14 @@ def test_augmentation_suits_the_images(arguments, tmp_path):
     assert data_loader.open_dataset(arguments("baseline")).augmentation == "crop"
     for folder, wanted in ((photographs, "resized_crop"), (small, "flip_crop")):
         assert data_loader.open_dataset(folder_args(arguments, folder)).augmentation == wanted
-    with pytest.raises(utils.WrongUse, match="--augmentation crop .* take resized_crop or none"):
+    with pytest.raises(utils.UsageError, match="--augmentation crop .* take resized_crop or none"):
         data_loader.open_dataset(folder_args(arguments, photographs, "--augmentation", "crop"))
 
 
 @pytest.mark.parametrize("flags", [["--batch-size", "1294", "--accumulate-steps", "1"],
                                    ["--batch-size", "432", "--accumulate-steps", "3"]])
 def test_an_update_of_more_images_than_there_are_is_refused(arguments, flags):
-    with pytest.raises(utils.WrongUse, match=f"^{' '.join(flags)} is more than the 1293 training"):
+    with pytest.raises(utils.UsageError, match=f"^{' '.join(flags)} is more than the 1293 training"):
         data_loader.open_dataset(arguments("baseline", *flags))
 
 
@@ -284,11 +284,11 @@ def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch, capsys, free, h
     monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0 if cached else free, 2**33))
     pixels = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
-    data_loader.say_once.cache_clear()
+    data_loader.print_once.cache_clear()
     for _ in range(2):
-        assert data_loader.home_of(pixels, torch.device("cuda")).type == home
+        assert data_loader.storage_device(pixels, torch.device("cuda")).type == home
     assert capsys.readouterr().out.count("stay in host memory") == (home == "cpu")
-    assert data_loader.home_of(pixels, CPU) == CPU
+    assert data_loader.storage_device(pixels, CPU) == CPU
 
 
 def test_device_without_its_number_is_the_same_device(arguments):
@@ -437,10 +437,10 @@ def test_repeated_images_are_found_where_one_part_is_kept_as_pixels_alone(argume
     shutil.copy(folder / "train" / "dog" / "001.png", folder / "test" / "cat" / "b.png")
     Image.new("RGB", (50, 40)).save(folder / "train" / "cat" / "large.png")
     args = folder_args(arguments, folder)
-    data, (test, _) = data_loader.open_dataset(args), data_loader.read_part("ImageFolder", "test",
+    data, (test, _) = data_loader.open_dataset(args), data_loader.load_split("ImageFolder", "test",
                                                                             args)
     assert data.train.pixels is None and test.pixels is not None
-    assert data_loader.repeated(test, data) == ["cat/b.png"]
+    assert data_loader.duplicates_of_training_images(test, data) == ["cat/b.png"]
 
 
 @pytest.mark.parametrize("size", [32, 60])
@@ -448,17 +448,17 @@ def test_images_that_training_repeats_are_named(arguments, tmp_path, size):
     """To the bit, as pixels or as files, whether they train or validate."""
     folder = write_pictures(tmp_path / "pictures", sizes=((size, size), (size, size + size // 50)))
     args = folder_args(arguments, folder)
-    data, (test, _) = data_loader.open_dataset(args), data_loader.read_part("ImageFolder", "test",
+    data, (test, _) = data_loader.open_dataset(args), data_loader.load_split("ImageFolder", "test",
                                                                             args)
     assert (data.train.pixels is None) == (size == 60)
-    assert data_loader.repeated(test, data) == []
+    assert data_loader.duplicates_of_training_images(test, data) == []
     for i in range(8):  # of which some are held out to validate
         picture = folder / "train" / "dog" / f"{i:03d}.png"
         shutil.copy(picture, folder / "test" / "cat" / f"b{i}.png")
-    test, _ = data_loader.read_part("ImageFolder", "test", args)
-    assert data_loader.repeated(test, data) == [f"cat/b{i}.png" for i in range(8)]
+    test, _ = data_loader.load_split("ImageFolder", "test", args)
+    assert data_loader.duplicates_of_training_images(test, data) == [f"cat/b{i}.png" for i in range(8)]
     no_names = test._replace(names=[])
-    assert data_loader.repeated(no_names, data) == [f"number {3 + i}" for i in range(8)]
+    assert data_loader.duplicates_of_training_images(no_names, data) == [f"number {3 + i}" for i in range(8)]
 
 
 def test_an_epoch_left_early_does_not_disturb_the_next(arguments, tmp_path):
@@ -477,7 +477,7 @@ def test_worker_says_nothing_of_a_parent_that_ended(is_worker, capfd):
     ConnectionResetError in a thread of the worker. The control without the hook is told of it."""
     def worker(connection):
         if is_worker:
-            data_loader.leave_the_end_to_the_parent(0)
+            data_loader.init_worker(0)
         connection.send(resource_sharer.DupFd(os.pipe()[0])._id[0])
         connection.recv()
     fork = multiprocessing.get_context("fork")
@@ -523,7 +523,7 @@ def test_evaluation_loader_agrees_with_build_transform(
     """Photographs to the bit; small images within 1.5/255 of PIL's bytes before normalising."""
     folder = write_pictures(tmp_path / "pictures", sizes=sizes)
     args = folder_args(arguments, folder)
-    test, _ = data_loader.read_part("ImageFolder", "test", args)
+    test, _ = data_loader.load_split("ImageFolder", "test", args)
     info = {"image_size": size, "crop_pct": 1.0 if tolerance else 0.875,
             "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     loader = data_loader.EvaluationLoader(test, info, args, CPU)
@@ -619,7 +619,7 @@ def test_cifar100_is_downloaded_checked_and_opened(arguments, tmp_path, monkeypa
                      for part in ("train", "test"))
     seen = {image.numpy().tobytes() for image in torch.cat([data.train.pixels, data.val.pixels])}
     assert seen == {image.tobytes() for image in whole}
-    test, _ = data_loader.read_part("CIFAR100", "test", args)
+    test, _ = data_loader.load_split("CIFAR100", "test", args)
     assert np.array_equal(test.pixels.numpy(), wanted)
 
 
@@ -719,10 +719,10 @@ def test_flowers102_keeps_its_own_split(arguments, tmp_path, monkeypatch, serve)
     assert data.class_names[0] == "pink primrose" and data.augmentation == "resized_crop"
     images, labels = next(loader_of(data, args).epoch(0))
     assert images.shape == (8, 3, 32, 32) and labels.max() < 102
-    test, _ = data_loader.read_part("Flowers102", "test", args)
+    test, _ = data_loader.load_split("Flowers102", "test", args)
     assert test.labels.tolist() == list(range(102))
     wanted = Image.open(tmp_path / "data" / "flowers-102" / "jpg" / "image_00208.jpg")
-    assert np.array_equal(np.asarray(data_loader.picture(test, 3)), np.asarray(wanted))
+    assert np.array_equal(np.asarray(data_loader.load_image(test, 3)), np.asarray(wanted))
 
 
 # Folders of pictures ------------------------------------------------------------------------------
@@ -753,7 +753,7 @@ def test_what_is_no_picture_is_passed_over_and_counted(arguments, tmp_path, caps
     (cat / "dangling.png").symlink_to(tmp_path / "nowhere.png")
     (cat / "circle").symlink_to(folder / "train")
     capsys.readouterr()
-    data_loader.say_once.cache_clear()
+    data_loader.print_once.cache_clear()
     after = data_loader.open_dataset(folder_args(arguments, folder))
     assert after.split_fingerprint == before.split_fingerprint
     out = capsys.readouterr().out
@@ -944,9 +944,9 @@ def test_pictures_of_many_bits_are_as_bright_as_they_are(scale):
 def test_a_person_sees_the_images_of_a_part(arguments, tmp_path):
     for name, sizes in (("small", ((32, 32),)), ("photographs", ((40, 60), (70, 50)))):
         folder = write_pictures(tmp_path / name, sizes=sizes)
-        test, _ = data_loader.read_part("ImageFolder", "test", folder_args(arguments, folder))
+        test, _ = data_loader.load_split("ImageFolder", "test", folder_args(arguments, folder))
         for i, file in enumerate(sorted((folder / "test").glob("*/*.png"))):
-            seen = np.asarray(data_loader.picture(test, i))
+            seen = np.asarray(data_loader.load_image(test, i))
             assert np.array_equal(seen, np.asarray(Image.open(file)))
 
 

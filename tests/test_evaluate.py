@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     common = [*flags_of(folder), *STUDENT, "--num-epochs", "4"]
     train_baseline.main(config.parse_args("baseline", "", common))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "least_accuracy", lambda classes: 0.0)  # four epochs teach little
+        patch.setattr(models, "min_teacher_accuracy", lambda classes: 0.0)  # four epochs teach little
         train_distillation.main(config.parse_args(
             "distillation", "", [*common, *TEACHER, "--teacher-epochs", "3"]))
     run_again(folder, folder / "r")
@@ -85,7 +85,7 @@ def test_numbers_agree_with_an_independent_reading_of_the_checkpoints(trained):
     results = trained / "r" / "quick"
     numbers, saved = numbers_in(results), np.load(results / "predictions.npz")
     assert set(saved) == {"labels", "class_names", *RUNS}
-    test, names = data_loader.read_part("Digits", "test", None)
+    test, names = data_loader.load_split("Digits", "test", None)
     labels = test.labels.numpy()
     assert np.array_equal(saved["labels"], labels) and saved["class_names"].tolist() == names
     for run in RUNS:
@@ -94,7 +94,7 @@ def test_numbers_agree_with_an_independent_reading_of_the_checkpoints(trained):
         model = timm.create_model(checkpoint["model_name"], num_classes=10)
         model.load_state_dict(checkpoint["state_dict"])
         transform = data_loader.build_transform(checkpoint)
-        images = torch.stack([transform(data_loader.picture(test, i)) for i in range(360)])
+        images = torch.stack([transform(data_loader.load_image(test, i)) for i in range(360)])
         with torch.inference_mode():
             probabilities = model.eval()(images).softmax(1).numpy()
         assert saved[run].dtype == np.float32 and saved[run].shape == (360, 10)
@@ -105,7 +105,7 @@ def test_numbers_agree_with_an_independent_reading_of_the_checkpoints(trained):
         assert scores["parameters"] == sum(p.numel() for p in model.parameters())
         assert scores["val_accuracy"] == checkpoint["val_accuracy"]
         assert scores["calibration_scaled"]["temperature"] > 0
-        history = utils.load_file(path.with_name("last.pth"))["history"]
+        history = utils.load_checkpoint(path.with_name("last.pth"))["history"]
         hours = sum(row["seconds"] for row in history) / 3600
         assert numbers["timings"]["training_hours"][run] == pytest.approx(hours)
 
@@ -180,15 +180,15 @@ def test_the_same_checkpoint_twice_is_no_comparison(copied):
 
 
 def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
-    read_part = data_loader.read_part
+    load_split = data_loader.load_split
 
     def leaky(name, part, args):
-        images, names = read_part(name, part, args)
+        images, names = load_split(name, part, args)
         if part == "test":
-            pixels = torch.cat([read_part(name, "train", args)[0].pixels[:6], images.pixels[6:]])
+            pixels = torch.cat([load_split(name, "train", args)[0].pixels[:6], images.pixels[6:]])
             images = images._replace(pixels=pixels)
         return images, names
-    monkeypatch.setattr(data_loader, "read_part", leaky)
+    monkeypatch.setattr(data_loader, "load_split", leaky)
     results = run_again(copied, copied / "r")
     report = report_in(results).replace("\n", " ")
     assert numbers_in(results)["notes"]["trained_on"] == [f"number {i}" for i in range(6)]
@@ -229,7 +229,7 @@ def test_fair_pair_is_not_blamed(trained):
 
 def test_unfinished_run_is_named(copied):
     last = copied / "c" / "quick" / "distilled" / "last.pth"
-    content = utils.load_file(last)
+    content = utils.load_checkpoint(last)
     content["history"].pop()
     torch.save(content, last)
     head = report_in(run_again(copied, copied / "r")).replace("\n", " ")

@@ -270,7 +270,7 @@ def test_weight_download_without_network_ends_in_seconds(tmp_path):
 
 
 def test_frozen_teacher_stays_in_eval_mode():
-    teacher = models.freeze(models.build_model("test_efficientnet", 5), 32)
+    teacher = models.freeze_teacher(models.build_model("test_efficientnet", 5), 32)
     before = copy.deepcopy(teacher.state_dict())
     teacher.train()
     torch.nn.Sequential(teacher).train()
@@ -298,14 +298,14 @@ def test_folded_teacher_answers_as_before(name, left):
     teacher, images = seen_digits(models.build_model(name, 10))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=False):
         wanted = models.forward(teacher, images)
-        folded = models.freeze(copy.deepcopy(teacher), 32)
+        folded = models.freeze_teacher(copy.deepcopy(teacher), 32)
         logits = models.forward(folded, images)
     assert (logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
     norms = [module for module in folded.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert len(norms) == left
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         usual = models.forward(teacher, images).float()
-        ours = models.forward(models.freeze(teacher, 32, torch.bfloat16), images).float()
+        ours = models.forward(models.freeze_teacher(teacher, 32, torch.bfloat16), images).float()
     assert (ours - wanted).pow(2).mean() < 2 * (usual - wanted).pow(2).mean()
 
 
@@ -335,14 +335,14 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
     args = arguments("baseline", "--cuda-graph", "--amp-dtype", "bf16", "--batch-size", "4")
     model, images = seen_digits(models.build_model("test_efficientnet", 10))
     before = copy.deepcopy(model.train(training).state_dict())
-    models.capture(model, 32, args)
+    models.capture_cuda_graph(model, 32, args)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert models.forward(model, images).dtype == torch.bfloat16
     assert models.forward(model.train(not training), images).dtype == torch.float32
     assert replays == [True, False]
     replays.clear()  # a second capture, of another seed's run, is not made of the first
-    models.capture(model.train(training), 32, args)
+    models.capture_cuda_graph(model.train(training), 32, args)
     models.forward(model, images)
     assert replays == [True]
 
@@ -353,14 +353,14 @@ def test_failed_capture_is_one_sentence(arguments, monkeypatch, fault):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
     model = models.build_model("test_efficientnet", 10)
     with pytest.raises(utils.UserError) as error:
-        models.capture(model.train(), 32, arguments("baseline", "--cuda-graph"))
+        models.capture_cuda_graph(model.train(), 32, arguments("baseline", "--cuda-graph"))
     assert str(error.value) == f"--cuda-graph failed: {str(fault).splitlines()[0]}"
 
 
 @pytest.mark.parametrize("classes, least", [(10, 0.3), (100, 0.04), (2, 0.75), (3, 2 / 3),
                                             (102, 2 / 102 + 0.02)])
 def test_least_accuracy_of_a_teacher(classes, least):
-    assert models.least_accuracy(classes) == pytest.approx(least)
+    assert models.min_teacher_accuracy(classes) == pytest.approx(least)
 
 
 # Checkpoints --------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_checkpoint_is_plain_safe_and_usable_without_the_project(arguments):
     args = arguments("baseline", "--num-epochs", "1", "--seed", "3")
     data = data_loader.open_dataset(args)
     model = models.build_model("test_efficientnet", 10)
-    info = models.describe("baseline", model, "test_efficientnet", data, args)
+    info = models.build_info("baseline", model, "test_efficientnet", data, args)
     path = train_baseline.train(model, info, data, args)
 
     checkpoint = torch.load(path, weights_only=True)
@@ -425,16 +425,16 @@ def spoil(kind, good, folder):
         file.write_bytes(content)
     elif kind == "packed":  # 100 MB of zeros in 100 kB
         checkpoint["state_dict"]["zeros"] = torch.zeros(25_000_000)
-        utils.save_file(checkpoint, folder / "large.pth")
+        utils.save_checkpoint(checkpoint, folder / "large.pth")
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed, \
                 zipfile.ZipFile(folder / "large.pth") as large:
             for name in large.namelist():
                 packed.writestr(name, large.read(name))
     elif kind == "not finite":
         checkpoint["state_dict"]["classifier.bias"][0] = float("nan")
-        utils.save_file(checkpoint, file)
+        utils.save_checkpoint(checkpoint, file)
     elif kind == "keys missing":
-        utils.save_file({"state_dict": checkpoint["state_dict"]}, file)
+        utils.save_checkpoint({"state_dict": checkpoint["state_dict"]}, file)
     else:
         torch.save({**checkpoint, **changes[kind]}, file)
     return file
@@ -457,7 +457,7 @@ def test_hostile_and_damaged_models_are_one_sentence(tmp_path, kind, words):
             "std": [0.5] * 3, "versions": {}}
     model = models.build_model("test_efficientnet", 5)
     save_best(good, model, info)
-    utils.save_file({"history": [], "states": {}}, good.with_name("last.pth"))
+    utils.save_checkpoint({"history": [], "states": {}}, good.with_name("last.pth"))
     assert models.load_model(good)[1]["epoch"] == 1
     with pytest.raises(utils.UserError, match=words) as error:
         models.load_model(spoil(kind, good, tmp_path))
@@ -470,7 +470,7 @@ def student(folder, run, accuracy, model=None, **more):
     args = config.parse_args("baseline", "", ["--quick", "--image-size", "48"])
     data = data_loader.Dataset("Digits", list("0123456789"), pixels(), pixels(), "f", "crop")
     model = model or models.build_model("test_efficientnet", 10)
-    info = models.describe(run, model, "test_efficientnet", data, args) | more
+    info = models.build_info(run, model, "test_efficientnet", data, args) | more
     save_best(folder / run / "best_model.pth", model, info, accuracy)
     return info
 
@@ -486,8 +486,8 @@ def test_best_student_is_chosen_on_validation_and_a_tie_goes_to_the_baseline(
     like = student(tmp_path, "baseline", baseline)
     student(tmp_path, "distilled", distilled)
     student(tmp_path, "teacher", 0.99)
-    models.choose_best(tmp_path, like)
-    assert utils.load_file(tmp_path / "best_model.pth")["run"] == chosen
+    models.export_best_student(tmp_path, like)
+    assert utils.load_checkpoint(tmp_path / "best_model.pth")["run"] == chosen
     assert f"best student so far: {chosen}" in capsys.readouterr().out
 
 
@@ -495,8 +495,8 @@ def test_best_student_is_chosen_on_validation_and_a_tie_goes_to_the_baseline(
                                  {"class_names": list("abcdefghij")}])
 def test_students_on_other_data_are_no_rivals(tmp_path, odd):
     student(tmp_path, "baseline", 0.9, **odd)
-    models.choose_best(tmp_path, student(tmp_path, "distilled", 0.5))
-    assert utils.load_file(tmp_path / "best_model.pth")["run"] == "distilled"
+    models.export_best_student(tmp_path, student(tmp_path, "distilled", 0.5))
+    assert utils.load_checkpoint(tmp_path / "best_model.pth")["run"] == "distilled"
 
 
 @pytest.mark.parametrize("crop_pct, interpolation", [(1.0, "bicubic"), (0.875, "bilinear")])
@@ -505,10 +505,10 @@ def test_best_student_in_timms_own_layout(tmp_path, crop_pct, interpolation):
     torch.manual_seed(0)
     model = models.build_model("test_efficientnet", 10)
     like = student(tmp_path, "baseline", 0.5)
-    models.choose_best(tmp_path, like)  # what lies there is replaced
+    models.export_best_student(tmp_path, like)  # what lies there is replaced
     more = {"crop_pct": crop_pct, "interpolation": interpolation, "mean": [0.1, 0.2, 0.3]}
     student(tmp_path, "distilled", 0.6, model, **more)
-    models.choose_best(tmp_path, like)
+    models.export_best_student(tmp_path, like)
     folder, file = tmp_path / "best_model", tmp_path / "best_model.pth"
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == [

@@ -56,9 +56,9 @@ def folder(tmp_path_factory):
     data = data_loader.open_dataset(args)
     model = models.build_model("efficientnet_b0", 10)
     model.classifier.weight.data *= 3e5  # untrained, it is as sure of what it sees as a trained one
-    info = models.describe("baseline", model, "efficientnet_b0", data, args)
+    info = models.build_info("baseline", model, "efficientnet_b0", data, args)
     save_best(folder / "checkpoints" / "baseline" / "best_model.pth", model, info)
-    models.choose_best(folder / "checkpoints", info)
+    models.export_best_student(folder / "checkpoints", info)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
     return folder
@@ -131,7 +131,7 @@ def test_search_recipe(folder):
     best = []
     for _, place in ranked:
         checkpoints = folder / place.replace("results", "checkpoints", 1)
-        best.append(utils.load_file(checkpoints / "distilled" / "best_model.pth")["val_accuracy"])
+        best.append(utils.load_checkpoint(checkpoints / "distilled" / "best_model.pth")["val_accuracy"])
     assert [f"{accuracy:.2%}"[:-1] for accuracy in best] == [accuracy for accuracy, _ in ranked]
     assert best[0] >= best[1]
 
@@ -440,13 +440,13 @@ def test_numbers_at_the_top_are_the_examples():
 
 
 def test_keys_of_a_checkpoint(folder):
-    checkpoint = utils.load_file(folder / "checkpoints" / "best_model.pth")
+    checkpoint = utils.load_checkpoint(folder / "checkpoints" / "best_model.pth")
     told = names(rows(CHECKPOINTS, "What best_model.pth holds"))
     assert set(told) == set(checkpoint) | {"teacher"} and len(told) == len(set(told))
 
 
 def test_columns_of_a_history():
-    assert names(rows(RESULTS, "What a history holds")) == list(utils.HISTORY)
+    assert names(rows(RESULTS, "What a history holds")) == list(utils.HISTORY_COLUMNS)
 
 
 def test_sections_of_the_comparison():

@@ -47,7 +47,7 @@ def last(folder, run="baseline"):
 
 def assert_alike(one, other, run):
     """The last weights, their average, AdamW's moments, and all that is in the history."""
-    one, other = (utils.load_file(last(folder, run)) for folder in (one, other))
+    one, other = (utils.load_checkpoint(last(folder, run)) for folder in (one, other))
     for identity in (one["identity"], other["identity"]):
         identity.pop("teacher", None)  # a checksum, and teachers differ by as much as students
     assert one["identity"] == other["identity"]
@@ -103,7 +103,7 @@ def test_two_gpus_normalise_by_the_whole_batch(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         assert ended(start(processes, "baseline", folder, *flags))[0] == 0
-        histories.append(utils.load_file(last(folder))["history"])
+        histories.append(utils.load_checkpoint(last(folder))["history"])
     one, two = (history[0] for history in histories)
     assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02)
@@ -114,7 +114,7 @@ def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
     """One is killed, or all meet Ctrl-C: one message, none is left; then, after the kill, three go
     on where two ended, to what one alone comes to."""
     process = start(2, "baseline", tmp_path)
-    wait_for(lambda: last(tmp_path).exists() and utils.load_file(last(tmp_path))["history"])
+    wait_for(lambda: last(tmp_path).exists() and utils.load_checkpoint(last(tmp_path))["history"])
     workers = children_of(process)
     assert len(workers) == 2
     if how == "Ctrl-C":
@@ -129,7 +129,7 @@ def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
     for worker in workers:
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
-    assert len(utils.load_file(last(tmp_path))["history"]) == 1
+    assert len(utils.load_checkpoint(last(tmp_path))["history"]) == 1
     if how == "kill one":
         assert ended(start(3, "baseline", tmp_path))[0] == 0
         assert_alike(tmp_path, alone("baseline"), "baseline")
@@ -235,7 +235,7 @@ def test_synchronised_batchnorms_keep_timms_names(monkeypatch):
         scale = model.pixel_scale
         del model.pixel_scale
         model.pixel_scale = types.SimpleNamespace(is_cuda=True, device=scale.device)
-        parallel = models.distribute(model)
+        parallel = models.wrap_ddp(model)
         found = [module for module in model.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
         assert len(found) == norms > 0 and parallel.module is model
         assert all(module.num_batches_tracked is not None for module in found)
@@ -252,7 +252,7 @@ def test_fewer_gpus_than_processes_are_wrong_use_for_each(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(utils, "WORLD_SIZE", 2)
     monkeypatch.setattr(utils, "TORCHRUN", {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
-    with pytest.raises(utils.WrongUse, match=f"torch has no {device} here for each"):
+    with pytest.raises(utils.UsageError, match=f"torch has no {device} here for each"):
         utils.setup(arguments("baseline", "--device", device))
 
 

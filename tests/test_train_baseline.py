@@ -42,11 +42,11 @@ def whole_run(args, name="test_efficientnet", seed=None):
     data = data_loader.open_dataset(args)
     torch.manual_seed(args.seed if seed is None else seed)
     model = models.build_model(name, len(data.class_names))
-    return model, models.describe("baseline", model, name, data, args), data
+    return model, models.build_info("baseline", model, name, data, args), data
 
 
 def last_of(args, run="baseline"):
-    return utils.load_file(utils.run_folder(run, args) / "last.pth")
+    return utils.load_checkpoint(utils.run_folder(run, args) / "last.pth")
 
 
 # What the loop computes ---------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def test_skipped_fp16_steps_are_no_divergence(arguments, device):
     model, info, data = whole_run(args)
     train_baseline.train(model.to(device), info, data, args)
     file = utils.run_folder("baseline", args) / "last.pth"
-    last = utils.load_file(file)
+    last = utils.load_checkpoint(file)
     del last["history"][1]
     last["states"]["scaler"]["scale"] = 2.0**26
     torch.save(last, file)
@@ -186,7 +186,7 @@ def test_skipped_fp16_steps_are_no_divergence(arguments, device):
 
 def test_mixed_labels_have_no_training_accuracy(train):
     folder = train("baseline", "--mixup-alpha", "0.4", "--num-epochs", "1")
-    row, = utils.load_file(folder / "baseline" / "last.pth")["history"]
+    row, = utils.load_checkpoint(folder / "baseline" / "last.pth")["history"]
     assert row["train_accuracy"] is None and row["train_loss"] > 0 and row["entropy"] > 0
 
 
@@ -219,7 +219,7 @@ def test_best_epoch_is_not_forgotten_when_a_run_goes_on(arguments, monkeypatch):
     with pytest.raises(Interrupted):
         train_baseline.train(model, info, data, args)
     best = train_baseline.train(*whole_run(args), args)
-    assert len(last_of(args)["history"]) == 3 and utils.load_file(best)["epoch"] == 1
+    assert len(last_of(args)["history"]) == 3 and utils.load_checkpoint(best)["epoch"] == 1
 
 
 def test_run_of_other_images_is_not_gone_on_with(train, tmp_path, capsys):
@@ -269,7 +269,7 @@ def test_diverging_run_keeps_what_was_saved(tmp_path):
     for word in ("training diverged", "learning rate", "--learning-rate", "--amp-dtype fp32"):
         assert word in err
     for path in tmp_path.rglob("*.pth"):
-        states = utils.load_file(path)
+        states = utils.load_checkpoint(path)
         saved = states.get("state_dict") or states["states"].get("model", {})
         assert all(torch.isfinite(value).all() for value in saved.values())
 
@@ -336,7 +336,7 @@ def test_killed_between_two_files_of_an_epoch(train, tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         train("baseline", *flags)
     second = {file: file.read_bytes() for file in (folder / "last.pth", csv_file)}
-    assert len(utils.load_file(folder / "last.pth")["history"]) == 2
+    assert len(utils.load_checkpoint(folder / "last.pth")["history"]) == 2
     monkeypatch.undo()
     train("baseline", *flags)
     whole, table = result(folder), csv_file.read_text(encoding="utf-8")
@@ -357,9 +357,9 @@ def test_killed_within_the_first_epoch_is_not_finished(train, tmp_path):
     folder = tmp_path / "checkpoints" / "quick" / "baseline"
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        save_file = utils.save_file
-        patch.setattr(utils, "save_file", lambda content, target: (
-            save_file(content, target), seen.append(train_baseline.is_finished(folder))))
+        save_checkpoint = utils.save_checkpoint
+        patch.setattr(utils, "save_checkpoint", lambda content, target: (
+            save_checkpoint(content, target), seen.append(train_baseline.is_finished(folder))))
         train("baseline", "--num-epochs", "1")
     assert seen == [False, False, True]  # a mark without an epoch, best_model.pth, last.pth
 
@@ -414,10 +414,10 @@ def stop_after(calls, function):
 def test_signals_say_what_is_saved_and_how_to_go_on(tmp_path, number, code):
     process = start("baseline", tmp_path, "--num-epochs", "200")
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
-    wait_for(lambda: last.exists() and utils.load_file(last)["history"])
+    wait_for(lambda: last.exists() and utils.load_checkpoint(last)["history"])
     process.send_signal(number)
     status, out, err = ended(process, 120)
-    epochs = len(utils.load_file(last)["history"])
+    epochs = len(utils.load_checkpoint(last)["history"])
     assert status == code and epochs > 0
     assert err.strip().splitlines()[-1] == utils.STOPPED
 
@@ -430,7 +430,7 @@ def on_photographs(tmp_path):
                     pictures, "--batch-size", "4", "--num-epochs", "200", "--num-workers", "2",
                     own_group=True)
     last = tmp_path / "checkpoints" / "quick" / "baseline" / "last.pth"
-    wait_for(lambda: last.exists() and utils.load_file(last)["history"])
+    wait_for(lambda: last.exists() and utils.load_checkpoint(last)["history"])
     return process
 
 
@@ -457,7 +457,7 @@ def test_same_seed_gives_the_same_bits_in_two_processes(tmp_path):
     assert all(ended(process)[0] == 0 for process in processes)
     folders = [tmp_path / name / "checkpoints" / "quick" / "baseline" for name in ("a", "b")]
     assert_same_result(*map(result, folders))
-    versions = utils.load_file(folders[0] / "best_model.pth")["versions"]
+    versions = utils.load_checkpoint(folders[0] / "best_model.pth")["versions"]
     assert versions["device"].startswith("CPU") and versions["torch"] == torch.__version__
     assert versions["timm"] == timm.__version__
 
@@ -565,7 +565,7 @@ def test_nothing_in_the_loop_would_wait(arguments, flags):
         args = arguments("distillation", "--batch-size", batch, "--num-epochs", "1", "--fresh",
                          "--val-fraction", "0.8", "--distillation-loss", "kd", *flags)
         student, info, data = whole_run(args)
-        teacher = models.freeze(models.build_model("test_resnet", 10), 32)
+        teacher = models.freeze_teacher(models.build_model("test_resnet", 10), 32)
         info |= {"run": "distilled", "teacher": {"sha256": "x"}}
         with Waits() as waits:
             train_distillation.train(student, teacher, info, data, args)
@@ -593,7 +593,7 @@ def fake_training(args, names, device, mode, monkeypatch):
     `names` are the models', a teacher's second. Returns how many steps were made till then.
     """
     student, info, data = whole_run(args, names[0])
-    teachers = [models.freeze(models.build_model(name, len(data.class_names)), args.image_size,
+    teachers = [models.freeze_teacher(models.build_model(name, len(data.class_names)), args.image_size,
                               utils.DTYPES[args.amp_dtype]) for name in names[1:]]
     ticks = iter(range(10**9))
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-6 * next(ticks))  # so that no look is due
@@ -747,7 +747,7 @@ def test_loop_never_waits_for_the_device(arguments, home, precision, flags, monk
             torch.cuda.set_sync_debug_mode("default")
     monkeypatch.setattr(data_loader.TrainingLoader, "epoch_with_teacher", watched)
     student, info, data = whole_run(args)
-    teacher = models.freeze(models.build_model("test_resnet", len(data.class_names)), 64,
+    teacher = models.freeze_teacher(models.build_model("test_resnet", len(data.class_names)), 64,
                             utils.DTYPES[precision]).cuda()
     info |= {"run": "distilled", "teacher": {"sha256": "x"}}
     train_distillation.train(student.cuda(), teacher, info, data, args)
@@ -762,7 +762,7 @@ def test_peak_memory_at_the_default_batch(arguments, names, limit, monkeypatch):
                      "2", "--amp-dtype", "bf16", "--val-fraction", "0.8")
     student, info, data = whole_run(args, names[0])
     if len(names) == 2:
-        teacher = models.freeze(models.build_model(names[1], 10), 224, torch.bfloat16).cuda()
+        teacher = models.freeze_teacher(models.build_model(names[1], 10), 224, torch.bfloat16).cuda()
         info |= {"run": "distilled", "teacher": {"sha256": "x"}}
         train_distillation.train(student.cuda(), teacher, info, data, args)
     else:
@@ -780,7 +780,7 @@ def test_graphs_train_as_single_kernels_do(train, script, precision):
     for flags in ([], ["--cuda-graph", "--fresh"]):
         folder = train(script, "--device", "cuda", "--amp-dtype", precision, "--learning-rate",
                        "1e-4", "--seeds", "0", "1", *flags)  # the second seed captures again
-        histories.append(utils.load_file(folder / run / "seed_1" / "last.pth")["history"])
+        histories.append(utils.load_checkpoint(folder / run / "seed_1" / "last.pth")["history"])
     for one, other in zip(*histories, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.01)
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=0.01)

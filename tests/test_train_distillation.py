@@ -72,10 +72,10 @@ def test_loop_is_the_one_one_would_write(arguments, train):
                      "--num-epochs", "2", "--batch-size", "128")
     data = data_loader.open_dataset(args)
     teacher, _ = models.load_model(folder / "teacher" / "best_model.pth")
-    teacher = models.freeze(teacher, 48)  # which rounds otherwise, and two epochs make much of that
+    teacher = models.freeze_teacher(teacher, 48)  # which rounds otherwise, and two epochs make much of that
     torch.manual_seed(args.seed)
     student = models.build_model("test_efficientnet", 10)
-    info = models.describe("distilled", student, "test_efficientnet", data, args)
+    info = models.build_info("distilled", student, "test_efficientnet", data, args)
     loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
     groups = [{"params": [p for p in student.parameters() if p.ndim <= 1], "weight_decay": 0.0},
               {"params": [p for p in student.parameters() if p.ndim > 1], "weight_decay": 0.05}]
@@ -98,7 +98,7 @@ def test_loop_is_the_one_one_would_write(arguments, train):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), 0.5)
             optimizer.step()
-    trained = utils.load_file(folder / "distilled" / "last.pth")["states"]["model"]
+    trained = utils.load_checkpoint(folder / "distilled" / "last.pth")["states"]["model"]
     plain = student.state_dict()
     for name, value in trained.items():
         torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-5)
@@ -117,7 +117,7 @@ def test_diagnosis_is_of_the_teacher_and_of_what_the_loss_compares(arguments, lo
     """By scipy from the teacher's logits, by counting, and from the loss itself."""
     args = arguments("distillation", "--distillation-loss", loss, "--temperature", temperature)
     logits, labels = 3 * torch.randn(64, 10), torch.arange(64) % 10
-    measured = models.diagnose_teacher(logits, labels, args)
+    measured = models.teacher_diagnostics(logits, labels, args)
     exact = logits.double().numpy()
     assert measured["teacher_entropy"].item() == pytest.approx(
         scipy.stats.entropy(scipy.special.softmax(exact, axis=1), axis=1).mean(), rel=1e-5)
@@ -147,7 +147,7 @@ def test_diagnostics_are_of_the_batches_they_name(arguments, train):
     looked = [batch for number, batch in batches if number % 10 == 0]
     right = [models.accuracy(models.forward(teacher, images), labels).item()
              for _, images, labels in looked]
-    row = utils.load_file(folder / "distilled" / "last.pth")["history"][0]
+    row = utils.load_checkpoint(folder / "distilled" / "last.pth")["history"][0]
     assert row["teacher_accuracy"] == pytest.approx(sum(right) / len(right), abs=1e-6)
 
 
@@ -163,7 +163,7 @@ def test_label_smoothing_is_the_students_alone(train):
 def test_two_classes_are_too_few_for_lskd(train, tmp_path):
     pictures = write_pictures(tmp_path / "pictures", classes=("cat", "dog"),
                               counts=(("train", 40), ("test", 3)), sizes=((32, 32),))
-    with pytest.raises(utils.WrongUse, match="lskd"):
+    with pytest.raises(utils.UsageError, match="lskd"):
         train("distillation", "--dataset-name", "ImageFolder", "--dataset-dir", pictures,
               "--distillation-loss", "lskd", "--batch-size", "16")
     assert not list((tmp_path / "checkpoints").rglob("*.pth"))
@@ -186,10 +186,10 @@ def test_outputs_of_a_run(train, tmp_path, capsys):
             assert 0 < float(row[name]) < math.log(10)
         for name in ("train_accuracy", "teacher_accuracy", "val_accuracy"):
             assert 0 <= float(row[name]) <= 1
-    info = utils.load_file(folder / "distilled" / "best_model.pth")
+    info = utils.load_checkpoint(folder / "distilled" / "best_model.pth")
     teacher = folder / "teacher" / "best_model.pth"
     assert info["teacher"] == {"path": teacher.as_posix(), "sha256": utils.sha256(teacher),
-                               "val_accuracy": utils.load_file(teacher)["val_accuracy"]}
+                               "val_accuracy": utils.load_checkpoint(teacher)["val_accuracy"]}
     assert not any(name.startswith("teacher") for name in info["state_dict"])
     assert max(float(row["val_accuracy"]) for row in rows) == info["val_accuracy"]
 
@@ -229,7 +229,7 @@ def test_fresh_teacher_alone_trains_it_again(train, capsys):
 def test_teacher_of_a_run_that_is_not_finished_is_trained_on(train, capsys):
     """Its best_model.pth of the first epoch is there, and does not teach yet."""
     folder = train("distillation", "--teacher-epochs", "3")
-    last = utils.load_file(folder / "teacher" / "last.pth")
+    last = utils.load_checkpoint(folder / "teacher" / "last.pth")
     last["history"] = last["history"][:2]
     torch.save(last, folder / "teacher" / "last.pth")
     capsys.readouterr()
@@ -239,7 +239,7 @@ def test_teacher_of_a_run_that_is_not_finished_is_trained_on(train, capsys):
 
 
 def test_teacher_that_knows_nothing_is_refused(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "least_accuracy", lambda classes: 1.1)
+    monkeypatch.setattr(models, "min_teacher_accuracy", lambda classes: 1.1)
     with pytest.raises(utils.UserError, match="would teach noise"):
         train("distillation")
     assert not (tmp_path / "checkpoints" / "quick" / "distilled").exists()
@@ -259,7 +259,7 @@ def test_given_teacher_must_fit(train, tmp_path):
     (folder / "teacher" / "best_model.pth").rename(given)
     folder = train("distillation", "--teacher-checkpoint", given, "--teacher-model",
                    "efficientnet_b2", "--fresh")
-    info = utils.load_file(folder / "distilled" / "best_model.pth")
+    info = utils.load_checkpoint(folder / "distilled" / "best_model.pth")
     assert info["teacher"]["path"] == given.as_posix()
     for flags, reason in ((["--split-seed", "1"], "split_fingerprint differs, so it may have"),
                           (["--teacher-image-size", "64"], "its image_size is 32, not 64$")):
@@ -270,15 +270,15 @@ def test_given_teacher_must_fit(train, tmp_path):
 def test_teacher_has_an_image_size_of_its_own(train):
     folder = train("distillation", "--teacher-image-size", "48", "--num-epochs", "1",
                    "--teacher-epochs", "1")
-    assert utils.load_file(folder / "teacher" / "best_model.pth")["image_size"] == 48
-    assert utils.load_file(folder / "distilled" / "best_model.pth")["image_size"] == 32
+    assert utils.load_checkpoint(folder / "teacher" / "best_model.pth")["image_size"] == 48
+    assert utils.load_checkpoint(folder / "distilled" / "best_model.pth")["image_size"] == 32
 
 
 def test_teachers_settings_are_its_own(train):
     """Learning rate, epochs and seed are the teacher's; so its run is no student's by accident."""
     folder = train("distillation", "--teacher-learning-rate", "0.002", "--learning-rate", "0.001",
                    "--teacher-epochs", "3", "--seed", "5", "--warmup-epochs", "0")
-    last = {run: utils.load_file(folder / run / "last.pth") for run in ("teacher", "distilled")}
+    last = {run: utils.load_checkpoint(folder / run / "last.pth") for run in ("teacher", "distilled")}
     assert [len(last[run]["history"]) for run in last] == [3, 2]
     assert last["teacher"]["identity"]["seed"] == config.MAX_SEED - 5
     first = [last[run]["history"][0]["learning_rate"] for run in last]
@@ -289,13 +289,13 @@ def test_teacher_is_frozen_while_it_teaches(arguments, train):
     """What train() was given is what it was: weights, statistics, eval mode, no gradient."""
     folder = train("distillation")
     teacher, _ = models.load_model(folder / "teacher" / "best_model.pth")
-    teacher = models.freeze(teacher, 32)
+    teacher = models.freeze_teacher(teacher, 32)
     before = copy.deepcopy(teacher.state_dict())
     args = arguments("distillation", "--num-epochs", "1", "--fresh")
     data = data_loader.open_dataset(args)
     student = models.build_model("test_efficientnet", 10)
     about = {"path": "x", "sha256": "x", "val_accuracy": 0.5}
-    info = models.describe("distilled", student, "test_efficientnet", data, args, teacher=about)
+    info = models.build_info("distilled", student, "test_efficientnet", data, args, teacher=about)
     train_distillation.train(student, teacher, info, data, args)
     assert_equal_weights(before, teacher.state_dict())
     assert not any(module.training for module in teacher.modules())
@@ -348,12 +348,12 @@ def operations_of_a_step(arguments, script, *flags):
         data = data._replace(train=data.train.select(range(2 * steps)),
                              val=data.val.select(range(16)))
         student = models.build_model(args.student_model, 10)
-        info = models.describe("baseline", student, args.student_model, data, args)
+        info = models.build_info("baseline", student, args.student_model, data, args)
         with Operations() as counter:
             if script == "baseline":
                 train_baseline.train(student, info, data, args)
             else:
-                teacher = models.freeze(models.build_model("efficientnet_b2", 10), 32,
+                teacher = models.freeze_teacher(models.build_model("efficientnet_b2", 10), 32,
                                         torch.bfloat16)
                 info |= {"run": "distilled", "teacher": {"sha256": "x"}}
                 train_distillation.train(student, teacher, info, data, args)
@@ -392,7 +392,7 @@ def test_operations_of_a_step(arguments):
     bare = operations(bare_step())
     teacher = models.build_model("efficientnet_b2", 10)
     plain = operations(teachers_pass(teacher.eval()))
-    folded = operations(teachers_pass(models.freeze(teacher, 32, torch.bfloat16)))
+    folded = operations(teachers_pass(models.freeze_teacher(teacher, 32, torch.bfloat16)))
     ce = operations_of_a_step(arguments, "baseline")
     kd = operations_of_a_step(arguments, "distillation")
     lskd = operations_of_a_step(arguments, "distillation", "--distillation-loss", "lskd")

@@ -40,7 +40,7 @@ TOO_LITTLE = "there is too little memory; close what else uses it, or halve --ba
 
 @pytest.mark.parametrize("error, code, words", [
     (utils.UserError("one sentence"), 1, "error: one sentence\n"),
-    (utils.WrongUse("no"), 2, "error: no"),
+    (utils.UsageError("no"), 2, "error: no"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, TOO_LITTLE), (MemoryError(), 1, TOO_LITTLE),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, TOO_LITTLE),
     (RuntimeError("GET was unable to find an engine to execute this computation"), 1,
@@ -152,7 +152,7 @@ def test_what_only_the_work_can_tell_is_one_sentence(tmp_path, flags, code, word
 
 @pytest.mark.parametrize("seconds, text", [(45, "45 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_durations_read_well(seconds, text):
-    assert utils.duration(seconds) == text
+    assert utils.format_duration(seconds) == text
 
 
 # Device -------------------------------------------------------------------------------------------
@@ -180,12 +180,12 @@ print(faults * resource.getpagesize())
 
 def test_reader_never_meets_half_a_file(tmp_path):
     target = tmp_path / "ünter" / "file.txt"
-    with utils.write_into_place(target) as file:
+    with utils.atomic_write(target) as file:
         file.write("whole ü")
         file.flush()
         assert not target.exists()
     assert target.read_text(encoding="utf-8") == "whole ü"
-    with pytest.raises(RuntimeError), utils.write_into_place(target) as file:
+    with pytest.raises(RuntimeError), utils.atomic_write(target) as file:
         file.write("half")
         raise RuntimeError
     assert target.read_text(encoding="utf-8") == "whole ü"
@@ -202,8 +202,8 @@ class Payload:
 def test_damaged_and_hostile_checkpoints_are_one_sentence(tmp_path, monkeypatch, fault):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "best_model.pth"
-    utils.save_file({"x": torch.rand(1000)}, file)
-    assert utils.load_file(file)["x"].shape == (1000,)
+    utils.save_checkpoint({"x": torch.rand(1000)}, file)
+    assert utils.load_checkpoint(file)["x"].shape == (1000,)
     if fault == "missing":
         file.unlink()
     elif fault == "truncated":
@@ -215,7 +215,7 @@ def test_damaged_and_hostile_checkpoints_are_one_sentence(tmp_path, monkeypatch,
     else:
         torch.save({"format_version": 99} if fault == "newer" else [1], file)
     with pytest.raises(utils.UserError, match="best_model.pth") as error:
-        utils.load_file(file)
+        utils.load_checkpoint(file)
     assert "\n" not in str(error.value) and not (tmp_path / "mark").exists()
 
 
@@ -223,7 +223,7 @@ def test_checkpoint_cut_anywhere_or_with_any_byte_changed_is_one_sentence_or_who
     """Cuts between 4 and 70 kB make torch raise an OSError with a number, as a broken disk does."""
     file = tmp_path / "last.pth"
     more = {str(i): torch.rand(30) for i in range(50)}
-    utils.save_file({"weights": torch.rand(10_000), "more": more}, file)
+    utils.save_checkpoint({"weights": torch.rand(10_000), "more": more}, file)
     whole = file.read_bytes()
     contents = [whole[:length] for length in range(1000, len(whole), 500)]
     contents += [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1:]
@@ -232,7 +232,7 @@ def test_checkpoint_cut_anywhere_or_with_any_byte_changed_is_one_sentence_or_who
     for content in contents:
         file.write_bytes(content)
         try:
-            utils.load_file(file)
+            utils.load_checkpoint(file)
         except utils.UserError as error:
             assert "\n" not in str(error) and "last.pth" in str(error)
             refused += 1
@@ -247,21 +247,21 @@ def run_of(args, name="baseline", **identity):
     model = models.build_model("test_efficientnet", 10)
     optimizer, scheduler, scaler, _ = train_baseline.optimization(model, 2, args)
     run = utils.Run(info, {"num_epochs": args.num_epochs, **identity}, args)
-    run.keep(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=None)
+    run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=None)
     return run, model
 
 
 def row_of(accuracy, **more):
-    return dict.fromkeys(utils.HISTORY, 0.0) | {"val_accuracy": accuracy, **more}
+    return dict.fromkeys(utils.HISTORY_COLUMNS, 0.0) | {"val_accuracy": accuracy, **more}
 
 
 def test_best_epoch_is_kept_by_validation_accuracy_the_earlier_of_equals(arguments):
     run, model = run_of(arguments("baseline"))
     for accuracy in (0.5, 0.7, 0.7, 0.6):
         run.finish_epoch(row_of(accuracy), model)
-    kept = utils.load_file(run.best)
+    kept = utils.load_checkpoint(run.best_path)
     assert (kept["epoch"], kept["val_accuracy"]) == (2, 0.7)
-    assert [row["epoch"] for row in utils.load_file(run.last)["history"]] == [1, 2, 3, 4]
+    assert [row["epoch"] for row in utils.load_checkpoint(run.last_path)["history"]] == [1, 2, 3, 4]
 
 
 def test_best_accuracy_is_remembered_when_a_run_goes_on(arguments):
@@ -271,14 +271,14 @@ def test_best_accuracy_is_remembered_when_a_run_goes_on(arguments):
     run.finish_epoch(row_of(0.7), model)
     again, model = run_of(args)
     again.finish_epoch(row_of(0.6), model)
-    assert len(again.history) == 2 and utils.load_file(run.best)["epoch"] == 1
+    assert len(again.history) == 2 and utils.load_checkpoint(run.best_path)["epoch"] == 1
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_epoch_that_diverged_is_not_saved(arguments, loss):
     run, model = run_of(arguments("baseline"))
     run.finish_epoch(row_of(0.5), model)
-    before = {path: path.read_bytes() for path in (run.best, run.last, run.history_file)}
+    before = {path: path.read_bytes() for path in (run.best_path, run.last_path, run.history_file)}
     with pytest.raises(utils.UserError, match="diverged.*after epoch 2.*--learning-rate"):
         run.finish_epoch(row_of(0.9, val_loss=loss), model)
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -289,21 +289,21 @@ def test_former_run_is_moved_aside_once_there_is_something_to_save(arguments, ca
     run, model = run_of(args, learning_rate=1)
     run.finish_epoch(row_of(0.5), model)
     other, model = run_of(args, learning_rate=2)
-    assert other.history == [] and run.best.is_file()
+    assert other.history == [] and run.best_path.is_file()
     assert not run.folder.with_name("baseline.1").exists()
     other.finish_epoch(row_of(0.4), model)
     aside = run.folder.with_name("baseline.1")
     assert f"(other learning_rate) is now in {aside}" in capsys.readouterr().out
-    assert utils.load_file(aside / "best_model.pth")["val_accuracy"] == 0.5
+    assert utils.load_checkpoint(aside / "best_model.pth")["val_accuracy"] == 0.5
     assert (aside / "baseline_history.csv").is_file()
-    assert utils.load_file(other.best)["val_accuracy"] == 0.4
+    assert utils.load_checkpoint(other.best)["val_accuracy"] == 0.4
 
 
 def test_damaged_run_is_one_sentence_and_moved_aside_with_fresh(arguments):
     args = arguments("baseline")
     run, model = run_of(args)
     run.finish_epoch(row_of(0.5), model)
-    run.last.write_bytes(run.last.read_bytes()[:-5000])
+    run.last_path.write_bytes(run.last_path.read_bytes()[:-5000])
     with pytest.raises(utils.UserError, match="last.pth is damaged"):
         run_of(args)
     args.fresh = True
@@ -348,7 +348,7 @@ def test_second_process_waits_while_the_first_lives_and_a_kill_leaves_no_lock(tm
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_graphs_without_a_gpu_are_wrong_use(arguments, device):
     """Also where there is one but the CPU is asked for: nothing would be computed by replays."""
-    with pytest.raises(utils.WrongUse, match="--cuda-graph: needs an NVIDIA GPU"):
+    with pytest.raises(utils.UsageError, match="--cuda-graph: needs an NVIDIA GPU"):
         utils.setup(arguments("baseline", "--cuda-graph", "--device", device))
 
 
@@ -365,17 +365,17 @@ def test_any_gpu_can_be_asked_for(arguments, monkeypatch, capsys, asked, chosen)
     assert utils.setup(args) == torch.device("cuda" if asked == "auto" else asked)
     assert numbers == chosen and args.amp_dtype == "bf16"
     assert "device: a GPU, bf16" in capsys.readouterr().out
-    with pytest.raises(utils.WrongUse, match="has no cuda:2"):
+    with pytest.raises(utils.UsageError, match="has no cuda:2"):
         utils.setup(arguments("baseline", "--device", "cuda:2"))
 
 
 def test_two_processes_can_write_the_same_file_at_once(tmp_path):
     """checkpoints/best_model.pth, say: each has a temporary file of its own; the last one stays."""
-    with utils.write_into_place(tmp_path / "file") as ours:
+    with utils.atomic_write(tmp_path / "file") as ours:
         ours.write("ours")
         child = os.fork()
         if not child:
-            with utils.write_into_place(tmp_path / "file") as theirs:
+            with utils.atomic_write(tmp_path / "file") as theirs:
                 theirs.write("theirs")
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0 and (tmp_path / "file").read_text() == "theirs"
@@ -390,11 +390,11 @@ def test_seeds_of_two_processes_share_folders_and_teacher(tmp_path):
     assert [code for code, _, _ in results] == [0, 0], results
     assert sum("teacher epoch" in out for _, out, _ in results) == 1
     checkpoints = tmp_path / "checkpoints" / "quick"
-    taught = [utils.load_file(checkpoints / "distilled" / f"seed_{seed}" / "best_model.pth")
+    taught = [utils.load_checkpoint(checkpoints / "distilled" / f"seed_{seed}" / "best_model.pth")
               for seed in (0, 1)]
     assert taught[0]["teacher"] == taught[1]["teacher"]
     assert not list(checkpoints.glob("teacher.*")) and not list(tmp_path.rglob("*.tmp"))
-    utils.load_file(checkpoints / "best_model.pth")
+    utils.load_checkpoint(checkpoints / "best_model.pth")
 
 
 def held(file, seconds=0.0):
@@ -417,7 +417,7 @@ def test_history_that_is_open_elsewhere_costs_no_epoch(train, tmp_path, monkeypa
         folder = train("baseline") / "baseline"
     out = capsys.readouterr().out
     assert out.count("baseline_history.csv cannot be replaced, since another program") == 2
-    assert len(utils.load_file(folder / "last.pth")["history"]) == 2 and not table.exists()
+    assert len(utils.load_checkpoint(folder / "last.pth")["history"]) == 2 and not table.exists()
     train("baseline")
     assert len(table.read_text(encoding="utf-8").splitlines()) == 3
 
@@ -451,7 +451,7 @@ def test_full_disk_ends_with_one_message_and_the_last_good_checkpoint(small_disk
     process = start("baseline", small_disk, "--num-epochs", "200")
     run = small_disk / "checkpoints" / "quick" / "baseline"
     wait_for((run / "last.pth").exists)
-    wait_for(lambda: utils.load_file(run / "last.pth")["history"])
+    wait_for(lambda: utils.load_checkpoint(run / "last.pth")["history"])
     with open(small_disk / "filler", "wb") as file:
         try:
             while True:
@@ -461,12 +461,12 @@ def test_full_disk_ends_with_one_message_and_the_last_good_checkpoint(small_disk
             pass
     code, _, err = ended(process, 180)
     assert code == 1 and "No space left on device" in err and err.count("\n") == 1
-    epochs = len(utils.load_file(run / "last.pth")["history"])
-    assert epochs >= 1 and utils.load_file(run / "best_model.pth")
+    epochs = len(utils.load_checkpoint(run / "last.pth")["history"])
+    assert epochs >= 1 and utils.load_checkpoint(run / "best_model.pth")
     assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "filler").unlink()
     process = start("baseline", small_disk, "--num-epochs", "200")
-    wait_for(lambda: len(utils.load_file(run / "last.pth")["history"]) > epochs)
+    wait_for(lambda: len(utils.load_checkpoint(run / "last.pth")["history"]) > epochs)
     process.kill()
     process.communicate()
 
@@ -503,7 +503,7 @@ class Batches:
 
 def measure(args, losses, accuracy=0.5):
     """The meter of an epoch with these losses."""
-    meter = utils.Meter(run_of(args)[0], Batches(len(losses)))
+    meter = utils.EpochMetrics(run_of(args)[0], Batches(len(losses)))
     for number in meter.watch(meter.loader):
         meter.add(train_loss=torch.tensor(losses[number]), train_accuracy=torch.tensor(accuracy))
         if number % 2 == 0:
@@ -537,7 +537,7 @@ def test_diverged_run_does_not_go_on_for_hours(arguments, monkeypatch):
 def test_gradient_that_overflows_at_any_scale_is_a_divergence(arguments):
     run, _ = run_of(arguments("baseline", "--amp-dtype", "fp16"))
     run.parts["scaler"].load_state_dict(run.parts["scaler"].state_dict() | {"scale": 0.5})
-    meter = utils.Meter(run, Batches(1))
+    meter = utils.EpochMetrics(run, Batches(1))
     for _ in meter.watch(meter.loader):
         meter.add(train_loss=torch.tensor(1.0))
     with pytest.raises(utils.UserError, match="fp16"):
@@ -549,7 +549,7 @@ def test_time_to_go_comes_from_batches_as_they_arrive(arguments, monkeypatch, ca
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     args = arguments("baseline", "--num-epochs", "10")
-    meter = utils.Meter(run_of(args)[0], Batches(20))
+    meter = utils.EpochMetrics(run_of(args)[0], Batches(20))
 
     def arriving():
         for number in range(20):
