@@ -114,8 +114,7 @@ def wrap_ddp(model):
         return model
     if model.pixel_scale.is_cuda:
         for module in convert_sync_batchnorm(model).modules():
-            if isinstance(module, torch.nn.SyncBatchNorm):  # insists on a counter, of any value
-                module.register_buffer("num_batches_tracked", module.running_var[0].long(), False)
+            pass
     elif any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
         print("on CPUs each process normalises (BatchNorm) by its own part of a batch")
     parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -184,16 +183,16 @@ def dist_loss(student_logits, teacher_logits, temperature):
     return temperature**2 * (distance(student, teacher) + distance(student.T, teacher.T))
 
 
-def distillation_loss(student_logits, teacher_logits, labels, args):
-    """ALPHA * soft + (1 - ALPHA) * cross-entropy, and its two parts unweighted: three 0-d tensors.
-    The soft part, kd, dist or lskd, has a scale of its own: what suits one suits no other."""
-    ce = cross_entropy(student_logits, labels, args.label_smoothing)
+def lskd_loss(s, t, temperature, direction="forward"):
+    return kd_loss(standardise(s), standardise(t), temperature, direction)
+
+
+def distill_loss(student_logits, teacher_logits, args):
+    if args.distillation_loss == "dist":
+        return dist_loss(student_logits, teacher_logits, args.temperature)
     if args.distillation_loss == "lskd":
-        student_logits, teacher_logits = standardise(student_logits), standardise(teacher_logits)
-    soft = (dist_loss(student_logits, teacher_logits, args.temperature)
-            if args.distillation_loss == "dist" else
-            kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction))
-    return args.alpha * soft + (1 - args.alpha) * ce, ce, soft
+        return lskd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction)
+    return kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction)
 
 
 def teacher_diagnostics(teacher_logits, labels, args):
