@@ -576,7 +576,7 @@ def diagnostics_figure(entries):
     if info.get("teacher"):  # --distilled-checkpoint may name a student that had none
         alpha, soft = info["config"]["alpha"], info["config"]["distillation_loss"]
         orange, grey = STYLES["distilled"]["color"], STYLES["teacher"]["color"]
-        draw(parts, distilled, "kd_loss", alpha, color=orange, linestyle="-",
+        draw(parts, distilled, "distill_loss", alpha, color=orange, linestyle="-",
              label=f"{alpha:g} × soft part ({soft})")
         draw(parts, distilled, "ce_loss", 1 - alpha, color=orange, linestyle=":",
              label=f"{1 - alpha:.3g} × cross-entropy")
