@@ -4,17 +4,21 @@ Shapes: images (B, 3, H, W), floats in [0, 1]; labels (B,) int64 or, under mixup
 probabilities; logits (B, C). Every loss is a mean over the batch, computed in float32 also under
 autocast.
 """
+import argparse
 import copy
+import functools
 import gc
 import itertools
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.layers import Conv2dSame, convert_sync_batchnorm
 
 import utils
@@ -116,40 +120,48 @@ def entropy(logits):
 def build_model(name, num_classes, pretrained=False, weights=None):
     """A timm classifier in channels_last; a new head is drawn from torch's global generator.
 
-    `weights` is a local file instead of timm's download. UserError where weights cannot be had.
-    The buffers `pixel_scale` and `pixel_shift` (3, 1, 1), with which `forward` normalises, are not
-    in the state_dict, which stays timm's own.
+    `weights` is a local file instead of timm's download; one line says what was loaded of it.
+    UserError where weights cannot be had. The buffers `pixel_scale` and `pixel_shift` (3, 1, 1),
+    with which `forward` normalises, are not in the state_dict, which stays timm's own.
     """
-    if pretrained:
-        model = create_pretrained(name, num_classes, weights)
+    if pretrained and weights:
+        model = timm.create_model(name, num_classes=num_classes)
+        num_tensors, has_head = load_weights(model, weights)
+        head = "the head is new"
+        if has_head:
+            head = f"its head too, since it has {num_classes} classes as here"
+        print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {head}")
+    elif pretrained:
+        model = download_model(name, num_classes)
     else:
         model = timm.create_model(name, num_classes=num_classes)
 
-    mean = torch.tensor(model.pretrained_cfg["mean"])[:, None, None]
-    std = torch.tensor(model.pretrained_cfg["std"])[:, None, None]
-    model.register_buffer("pixel_scale", 1 / std, persistent=False)
-    model.register_buffer("pixel_shift", -mean / std, persistent=False)
-
+    set_normalisation(model)
     for module in model.modules():
         if isinstance(module, torch.nn.SiLU):
             module.inplace = False  # in place autograd clones the input first: one more kernel
     return model.to(memory_format=torch.channels_last)
 
 
-def create_pretrained(name, num_classes, weights):
-    """A timm model with ImageNet weights, from a file or from timm's download."""
+print_once = functools.cache(print)  # the same line once, however many seeds are trained
+
+
+def set_normalisation(model):
+    """Give `model` the buffers of `forward`, from the mean and std of its pretrained_cfg."""
+    mean = torch.tensor(model.pretrained_cfg["mean"])[:, None, None]
+    std = torch.tensor(model.pretrained_cfg["std"])[:, None, None]
+    model.register_buffer("pixel_scale", 1 / std, persistent=False)
+    model.register_buffer("pixel_shift", -mean / std, persistent=False)
+
+
+def download_model(name, num_classes):
+    """A timm model with the ImageNet weights of timm's download, or of its cache."""
     cfg = timm.get_pretrained_cfg(name)
-    overlay = None
-    if weights:
-        overlay = {"file": str(weights)}
     try:
-        if not weights:
-            check_download(cfg)
-        return timm.create_model(
-            name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # of the file, the network or the hub: they take any form
-        message = f"{weights or 'the weights of timm'} cannot be loaded into {name}: "
-        message += utils.first_line(error)
+        check_download(cfg)
+        return timm.create_model(name, pretrained=True, num_classes=num_classes)
+    except Exception as error:  # of the network or the hub: they take any form
+        message = f"the weights of {name} cannot be had: {utils.first_line(error)}"
         if cfg.hf_hub_id:
             message += (f"; fetch model.safetensors from https://huggingface.co/{cfg.hf_hub_id} by "
                         "hand for --student-weights, --teacher-weights, or take --no-pretrained, "
@@ -166,6 +178,131 @@ def check_download(cfg):
     cached = huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, filename)
     if not isinstance(cached, str):
         huggingface_hub.model_info(cfg.hf_hub_id, timeout=10)
+
+
+# Weight files -------------------------------------------------------------------------------------
+
+# Under these keys training scripts save a state_dict, EMA weights first.
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# Before the names DataParallel, torch.compile and Lightning put these.
+PREFIXES = r"(?:module\.|_orig_mod\.|model\.)*"
+
+
+def load_weights(model, path):
+    """Load a weight file into a fresh timm `model`; return the number of tensors and whether the
+    classifier is among them, which alone may be missing or of another shape. UserError where
+    anything else does not fit."""
+    state_dict = find_state_dict(read_weight_file(path), path)
+    state_dict = strip_prefixes(state_dict, model)
+    state_dict = convert_names(state_dict, model)
+    misfit = describe_misfit(state_dict, model)
+    if misfit:
+        raise utils.UserError(
+            f"{path} does not fit {model.pretrained_cfg['architecture']}: {misfit}")
+
+    expected = model.state_dict()
+    head = head_names(model)
+    has_head = all(name in state_dict and state_dict[name].shape == expected[name].shape
+                   for name in head)
+    fitting = {}
+    for name, tensor in state_dict.items():
+        if name in expected and (has_head or name not in head):
+            fitting[name] = tensor
+    model.load_state_dict(fitting, strict=False)  # a new head stays as it is
+    return len(fitting), has_head
+
+
+def read_weight_file(path):
+    """The content of a .safetensors file or of what torch.save wrote, without running code. Which
+    of them it is the content says, whatever the name."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # after the length of its header, which is JSON
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError:
+            raise utils.UserError(f"{path} is damaged, or no weight file at all") from None
+    # timm's training script saves its arguments too, as a Namespace, which is plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return utils.load_torch_file(path)
+
+
+def find_state_dict(content, path):
+    """The tensors by name in the `content` of a weight file, also where a dict surrounds them."""
+    for key in STATE_DICT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict):
+        raise utils.UserError(f"{path} holds no state_dict but a {type(content).__name__}")
+    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def strip_prefixes(state_dict, model):
+    """`state_dict` without a wrapper's prefix, and without what is not below it, where that makes
+    the names fit."""
+    anchor = next(iter(model.state_dict()))
+    for name in state_dict:
+        match = re.fullmatch(f"({PREFIXES}){re.escape(anchor)}", name)
+        if match:
+            prefix = match[1]
+            return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
+                    if name.startswith(prefix)}
+    return state_dict
+
+
+def convert_names(state_dict, model):
+    """`state_dict` under the names of today's timm, for models of which it also reads the original
+    authors' files."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state_dict
+    try:
+        return convert(dict(state_dict), model)
+    except Exception:  # made for files of this model, it takes others in any way
+        return state_dict
+
+
+def describe_misfit(state_dict, model):
+    """Why `state_dict` is not the body of `model`, with the first names at fault; "" if it is."""
+    if not state_dict:
+        return "it holds no tensors"
+    expected = model.state_dict()
+    if not expected.keys() & state_dict.keys():
+        return f"none of its names is the model's: {', '.join(list(state_dict)[:3])}"
+
+    misfits = []
+    head = head_names(model)
+    for name, tensor in expected.items():
+        is_counter = name.endswith("num_batches_tracked")  # some files leave them out
+        if name in head or (is_counter and name not in state_dict):
+            continue
+        if name not in state_dict:
+            misfits.append(f"{name} is missing")
+        elif state_dict[name].shape != tensor.shape:
+            shape = tuple(state_dict[name].shape)
+            misfits.append(f"{name} is {shape}, not {tuple(tensor.shape)}")
+
+    # More blocks than the model has belong to a deeper one. Parts that it lacks altogether, as an
+    # auxiliary classifier, do no harm.
+    parts = {name.split(".")[0] for name in expected}
+    for name in state_dict:
+        if name not in expected and name not in head and name.split(".")[0] in parts:
+            misfits.append(f"{name} is unknown")
+
+    text = "; ".join(misfits[:3])
+    if len(misfits) > 3:
+        text += f"; and {len(misfits) - 3} more"
+    return text
+
+
+def head_names(model):
+    """Names of the classifier's tensors, those that depend on the number of classes."""
+    classifiers = model.pretrained_cfg["classifier"] or []
+    if isinstance(classifiers, str):
+        classifiers = [classifiers]
+    prefixes = tuple(f"{classifier}." for classifier in classifiers)
+    return [name for name in model.state_dict() if name.startswith(prefixes)]
 
 
 # Forward and inference ----------------------------------------------------------------------------
@@ -509,5 +646,6 @@ def export_timm_folder(file, folder):
         model = model.to(memory_format=torch.contiguous_format)
         timm.models.save_for_hf(model, beside, model_config=more, safe_serialization=True)
         utils.replace(beside, folder)
-    except (SafetensorError, RuntimeError, OSError) as error:  # tensors shared, the disk full
+    except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+        # Tensors that share memory, a full disk.
         print(f"warning: {folder}/ could not be written: {utils.first_line(error)}")

@@ -15,10 +15,12 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import scipy.stats
 import sklearn.metrics
 import timm
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -268,27 +270,142 @@ def test_no_activation_clones_its_input():
         assert torch.equal(ours_grad, timms_grad)
 
 
-def test_local_weights_are_loaded_but_for_the_head(tmp_path):
-    file = tmp_path / "weights.pth"
+# Weight files -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def source():
+    """A model of 1000 classes whose weights are in a file."""
     torch.manual_seed(0)
-    source = models.build_model("test_efficientnet", 1000)
-    torch.save(source.state_dict(), file)
+    return timm.create_model("test_efficientnet")
+
+
+def from_file(file, num_classes=5, name="test_efficientnet"):
+    torch.manual_seed(1)
+    return models.build_model(name, num_classes, pretrained=True, weights=file)
+
+
+def with_prefix(prefix, state_dict):
+    return {f"{prefix}{name}": tensor for name, tensor in state_dict.items()}
+
+
+WEIGHT_FILES = {  # what people save, made of a state_dict
+    "bare": lambda state_dict: state_dict,
+    "timm's train.py": lambda state_dict: {
+        "state_dict": dict.fromkeys(state_dict, torch.zeros(1)), "state_dict_ema": state_dict,
+        "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}, "epoch": 3},
+    "model": lambda state_dict: {"model": state_dict, "epoch": 3},
+    "net": lambda state_dict: {"net": state_dict, "acc": 0.9},
+    "model_state_dict": lambda state_dict: {"model_state_dict": state_dict},
+    "DataParallel": lambda state_dict: with_prefix("module.", state_dict),
+    "torch.compile": lambda state_dict: with_prefix("_orig_mod.", state_dict),
+    "both": lambda state_dict: with_prefix("module._orig_mod.", state_dict),
+    "Lightning": lambda state_dict: {
+        "state_dict": {**with_prefix("model.", state_dict), "criterion.weight": torch.ones(5)}},
+    "no counters": lambda state_dict: {
+        name: tensor for name, tensor in state_dict.items() if "num_batches" not in name},
+    "no head": lambda state_dict: {
+        name: tensor for name, tensor in state_dict.items() if "classifier" not in name},
+    "half precision": lambda state_dict: {
+        name: tensor.half() for name, tensor in state_dict.items()},
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHT_FILES)
+def test_weight_files_as_people_have_them_are_loaded_but_for_the_head(tmp_path, source, kind):
+    file = tmp_path / "weights.pth"
+    torch.save(WEIGHT_FILES[kind](source.state_dict()), file)
+    model = from_file(file)
 
     torch.manual_seed(1)
-    model = models.build_model("test_efficientnet", 5, pretrained=True, weights=file)
+    fresh = models.build_model("test_efficientnet", 5)
+    assert torch.equal(model.classifier.weight, fresh.classifier.weight)
+    for name, tensor in source.state_dict().items():
+        if "classifier" in name:
+            continue
+        if kind == "half precision":
+            tensor = tensor.half().to(tensor.dtype)
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
+def test_safetensors_are_known_by_their_content(tmp_path, source, name):
+    safetensors.torch.save_file(source.state_dict(), tmp_path / name)
+    model = from_file(tmp_path / name)
     assert torch.equal(model.conv_stem.weight, source.conv_stem.weight)
-    assert model.classifier.out_features == 5
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", None])
-def test_bad_weight_file_is_one_sentence(tmp_path, content):
+def test_torchs_files_are_known_by_their_content(tmp_path, source):
+    torch.save(source.state_dict(), tmp_path / "weights.safetensors")
+    model = from_file(tmp_path / "weights.safetensors")
+    assert torch.equal(model.conv_stem.weight, source.conv_stem.weight)
+
+
+def test_head_is_kept_where_it_has_the_same_classes(tmp_path, source, capsys):
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    kept = from_file(tmp_path / "weights.pth", num_classes=1000)
+    assert torch.equal(kept.classifier.weight, source.classifier.weight)
+    line = capsys.readouterr().out
+    assert f"{len(source.state_dict())} tensors" in line
+    assert "head too" in line
+
+    from_file(tmp_path / "weights.pth")
+    line = capsys.readouterr().out
+    assert f"{len(source.state_dict()) - 2} tensors" in line
+    assert "head is new" in line
+    from_file(tmp_path / "weights.pth")  # another seed: the line is printed once
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [
+    "test_resnet", "test_vit", "test_convnext", "test_nfnet",
+    pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+    pytest.param("inception_v3", marks=pytest.mark.slow)])
+def test_timms_own_state_dict_fits_every_family(tmp_path, name):
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "weights.pth")
+    from_file(tmp_path / "weights.pth", name=name)
+
+
+MISFITS = {  # state_dicts that are not test_efficientnet's, and a word of the message
+    "empty": (lambda state_dict: {}, "no tensors"),
+    "ten of all tensors": (lambda state_dict: dict(list(state_dict.items())[:10]), "missing"),
+    "torchvision's": (lambda state_dict: torchvision.models.efficientnet_b0().state_dict(),
+                      "features.0.0.weight"),
+    "other model": (lambda state_dict: timm.create_model("test_resnet").state_dict(), "conv_stem"),
+    "unknown prefix": (lambda state_dict: with_prefix("backbone.", state_dict), "backbone."),
+    "another layer's shape": (
+        lambda state_dict: {**state_dict, "conv_stem.weight": torch.ones(3, 3, 3, 3)}, "(3, 3"),
+    "one more block": (
+        lambda state_dict: {**state_dict, "blocks.0.9.conv.weight": torch.ones(1)}, "blocks.0.9"),
+    "no dict": (lambda state_dict: [1, 2], "list"),
+    "numbers for names": (lambda state_dict: {0: torch.ones(2)}, "names"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_weight_file_that_does_not_fit_is_refused(tmp_path, source, kind):
+    change, word = MISFITS[kind]
     file = tmp_path / "weights.pth"
-    if content is None:
-        torch.save(timm.create_model("test_resnet").state_dict(), file)
-    else:
-        file.write_bytes(content)
-    with pytest.raises(utils.UserError, match=r"weights\.pth"):
-        models.build_model("test_efficientnet", 5, pretrained=True, weights=file)
+    torch.save(change(source.state_dict()), file)
+    with pytest.raises(utils.UserError) as error:
+        from_file(file)
+    assert str(file) in str(error.value)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"12345678{ no safetensors"])
+def test_damaged_weight_file_is_one_sentence(tmp_path, content):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content)
+    with pytest.raises(utils.UserError, match="damaged"):
+        from_file(file)
+
+
+def test_weight_file_with_code_is_refused_with_a_way_out(tmp_path, source):
+    torch.save(source, tmp_path / "weights.pth")  # the whole model: only code brings it back
+    with pytest.raises(utils.UserError, match="state_dict") as error:
+        from_file(tmp_path / "weights.pth")
+    assert "safetensors" in str(error.value)
 
 
 @pytest.mark.slow
@@ -445,8 +562,8 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
     replays = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture(replays))
     args = arguments("baseline", "--cuda-graph", "--amp-dtype", "bf16", "--batch-size", "4")
-    model, images = with_digits_statistics(models.build_model("test_efficientnet", 10))
-    images = images[:4]
+    model = models.build_model("test_efficientnet", 10)
+    images = torch.rand(4, 3, 32, 32)
     state = copy.deepcopy(model.train(training).state_dict())
 
     models.capture_cuda_graph(model, 32, args)
@@ -556,8 +673,8 @@ def spoil(kind, good, folder):
         content = bytearray(good.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    elif kind == "packed":  # 100 MB of zeros in 100 kB
-        checkpoint["state_dict"]["zeros"] = torch.zeros(25_000_000)
+    elif kind == "packed":  # 10 MB of zeros in 10 kB
+        checkpoint["state_dict"]["zeros"] = torch.zeros(2_500_000)
         utils.save_checkpoint(checkpoint, folder / "large.pth")
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed, \
                 zipfile.ZipFile(folder / "large.pth") as large:
