@@ -9,6 +9,7 @@ import copy
 import functools
 import gc
 import itertools
+import json
 import re
 import shutil
 import sys
@@ -357,6 +358,56 @@ def min_teacher_accuracy(num_classes):
     if num_classes <= 3:
         return 0.5 + 0.5 / num_classes
     return max(3 / num_classes, 2 / num_classes + 0.02)
+
+
+def load_teacher_model(path, name, num_classes):
+    """(model in eval mode, info) of a checkpoint of this project, or (model, None) of weights of
+    the timm model `name` that were trained elsewhere, with their head as it is.
+
+    `path` is a weight file (see load_weights) or a folder in timm's layout. UserError where its
+    classifier is not one of `num_classes` classes. That these are the same classes in the same
+    order no file says: measure the model before it teaches.
+    """
+    file = weight_file(path)
+    content = read_weight_file(file)
+    if isinstance(content, dict) and "format_version" in content:
+        return load_model(file)
+
+    model = build_model(name, num_classes)
+    if Path(path).is_dir():
+        use_timm_config(model, Path(path, "config.json"))
+    num_tensors, has_head = load_weights(model, file)
+    if not has_head:
+        raise utils.UserError(f"{path} cannot teach here: it has no classifier of {num_classes} "
+                              "classes, the number of this dataset")
+    print_once(f"{name}: {num_tensors} tensors loaded from {path}, its head included")
+    return model.eval(), None
+
+
+def weight_file(path):
+    """The file that holds the weights of `path`: itself, or in a folder the one timm looks for."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise utils.UserError(f"{path} is no folder in timm's layout, which holds config.json and "
+                          "model.safetensors")
+
+
+def use_timm_config(model, file):
+    """Normalise as the config.json of a timm folder says; UserError if it is of another model."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        architecture = config["architecture"]
+        cfg = config.get("pretrained_cfg", config)  # older versions of timm have one level alone
+        model.pretrained_cfg |= {"mean": cfg["mean"], "std": cfg["std"]}
+        set_normalisation(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise utils.UserError(f"{file} is missing, or no config.json of timm") from None
+    if architecture != model.pretrained_cfg["architecture"]:
+        raise utils.UserError(f"{file} is of the model {architecture}; give it as --teacher-model")
 
 
 FOLDABLE = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # subclasses do more with their weights
