@@ -34,7 +34,8 @@ def main(args):
         torch.manual_seed(run_args.seed)
         student = models.build_model(args.student_model, num_classes, args.pretrained,
                                      args.student_weights).to(device)
-        info = models.build_info("baseline", student, args.student_model, data, run_args)
+        info = models.build_info("baseline", student, args.student_model, data, run_args,
+                                 gradcam_layer=models.gradcam_layer(student, args.image_size))
         best_path = train(student, info, data, run_args)
 
     models.export_best_student(args.checkpoint_dir, info)

@@ -37,6 +37,7 @@ def main(args):
         student = models.build_model(args.student_model, num_classes, args.pretrained,
                                      args.student_weights).to(device)
         info = models.build_info("distilled", student, args.student_model, data, run_args,
+                                 gradcam_layer=models.gradcam_layer(student, args.image_size),
                                  teacher=about_teacher)
         best_path = train(student, teacher, info, data, run_args)
 
@@ -155,7 +156,8 @@ def train_teacher(args, data, device):
         torch.manual_seed(run_args.seed)
         teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
                                      args.teacher_weights).to(device)
-        info = models.build_info("teacher", teacher, args.teacher_model, data, run_args)
+        info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
+                                 gradcam_layer=models.gradcam_layer(teacher, run_args.image_size))
         return train_baseline.train(teacher, info, data, run_args)
 
 
