@@ -818,6 +818,28 @@ def test_students_on_other_data_do_not_compete(tmp_path, changes):
     assert utils.load_checkpoint(tmp_path / "best_model.pth")["run"] == "distilled"
 
 
+def test_best_student_says_from_which_run_and_when(tmp_path, capsys):
+    info = save_student(tmp_path, "baseline/seed_1", 0.9)
+    os.utime(tmp_path / "baseline" / "seed_1" / "best_model.pth", (0, 1_600_000_000))
+    models.export_best_student(tmp_path, info)
+    out = capsys.readouterr().out
+    for word in ("baseline/seed_1", "90.00%", "epoch 1", "2020-09-1"):
+        assert word in out
+    config_json = json.loads((tmp_path / "best_model" / "config.json").read_text())
+    assert config_json["origin"]["run"] == "baseline/seed_1"
+    assert config_json["origin"]["saved"].startswith("2020-09-1")
+
+
+def test_best_model_of_other_images_is_left_and_said(tmp_path, capsys):
+    info = save_student(tmp_path, "baseline", 0.9)
+    models.export_best_student(tmp_path, info)
+    content = (tmp_path / "best_model.pth").read_bytes()
+    capsys.readouterr()
+    models.export_best_student(tmp_path, {**info, "split_fingerprint": "another"})
+    assert "best_model.pth" in capsys.readouterr().out
+    assert (tmp_path / "best_model.pth").read_bytes() == content
+
+
 @pytest.mark.parametrize("crop_pct, interpolation", [(1.0, "bicubic"), (0.875, "bilinear")])
 def test_best_student_in_timms_own_layout(tmp_path, crop_pct, interpolation):
     """Folder and file give timm the same model, and its transform is the project's."""
