@@ -1,127 +1,308 @@
-"""Students and teachers from timm, forward and inference, the losses, and checkpoints as models.
+"""The losses; students and teachers from timm, forward and inference; checkpoints as models.
 
-Shapes: images (B, 3, H, W) floats in [0, 1], labels (B,) int64 or, mixed, (B, C) probabilities,
-logits (B, C). Losses are means over the batch, in float32 also under autocast.
+Shapes: images (B, 3, H, W), floats in [0, 1]; labels (B,) int64 or, under mixup and cutmix, (B, C)
+probabilities; logits (B, C). Every loss is a mean over the batch, computed in float32 also under
+autocast.
 """
+import argparse
 import copy
+import functools
 import gc
 import itertools
+import re
 import shutil
-from contextlib import nullcontext
+import sys
 from pathlib import Path
 
-import huggingface_hub as hf
+import huggingface_hub
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.layers import Conv2dSame, convert_sync_batchnorm
 
 import utils
 
+# Losses -------------------------------------------------------------------------------------------
+
+def cross_entropy(logits, labels, label_smoothing=0.0):
+    """Cross-entropy in nats."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
+    """T^2 * KL of the softened outputs, in nats (Hinton et al. 2015).
+
+    forward: KL(teacher || student), Hinton's; reverse: KL(student || teacher). Gradients of the KL
+    fall off with 1 / T^2, which T^2 undoes. "batchmean" is the mean over images; torch's default,
+    "mean", would divide by the number of classes too.
+    """
+    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
+
+    # kl_div(q, p) is KL(p || q).
+    if direction == "forward":
+        kl = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    else:
+        kl = F.kl_div(log_teacher, log_student, reduction="batchmean", log_target=True)
+    return kl * temperature**2
+
+
+def lskd_loss(student_logits, teacher_logits, temperature, direction="forward"):
+    """kd_loss of standardised logits (Sun et al. 2024, who train with ALPHA = 0.989)."""
+    student_logits = standardise(student_logits)
+    teacher_logits = standardise(teacher_logits)
+    return kd_loss(student_logits, teacher_logits, temperature, direction)
+
+
+def standardise(logits):
+    """Logits with mean 0 and standard deviation 1 in each image."""
+    std, mean = torch.std_mean(logits.float(), dim=1, keepdim=True)
+    return (logits.float() - mean) / (std + 1e-7)
+
+
+def dist_loss(student_logits, teacher_logits, temperature):
+    """T^2 * (inter + intra) (Huang et al. 2022, who train with ALPHA = 0.67 and T = 4 on CIFAR).
+
+    inter compares the softened probabilities of each image over the classes, intra those of each
+    class over the images of the batch. The factor T^2 is that of the authors' code.
+    """
+    student = F.softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.softmax(teacher_logits.detach().float() / temperature, dim=1)
+    inter = correlation_distance(student, teacher)
+    intra = correlation_distance(student.T, teacher.T)
+    return temperature**2 * (inter + intra)
+
+
+def correlation_distance(a, b):
+    """1 - Pearson's correlation of the rows of `a` and `b`, the mean over rows."""
+    a = a - a.mean(1, keepdim=True)
+    b = b - b.mean(1, keepdim=True)
+    return 1 - F.cosine_similarity(a, b, dim=1).mean()
+
+
+def distill_loss(student_logits, teacher_logits, args):
+    """The distillation loss that args.distillation_loss names, unweighted."""
+    if args.distillation_loss == "dist":
+        return dist_loss(student_logits, teacher_logits, args.temperature)
+    if args.distillation_loss == "lskd":
+        return lskd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction)
+    return kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction)
+
+
+def teacher_diagnostics(teacher_logits, labels, args):
+    """How sure and how accurate the teacher is, and the entropy of its targets in the loss."""
+    targets = teacher_logits
+    if args.distillation_loss == "lskd":
+        targets = standardise(teacher_logits)
+    return {
+        "teacher_entropy": entropy(teacher_logits),
+        "target_entropy": entropy(targets / args.temperature),
+        "teacher_accuracy": accuracy(teacher_logits, labels),
+    }
+
+
+def accuracy(logits, labels):
+    """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C)."""
+    if labels.ndim == 2:
+        return torch.full((), torch.nan, device=logits.device)
+    return (logits.detach().argmax(1) == labels).float().mean()
+
+
+def entropy(logits):
+    """Mean entropy in nats of the softmax of `logits`, a 0-d tensor: 0 is sure, ln C undecided."""
+    probabilities = F.softmax(logits.detach().float(), 1)
+    return torch.special.entr(probabilities).sum(1).mean()
+
+
 # Building -----------------------------------------------------------------------------------------
 
 def build_model(name, num_classes, pretrained=False, weights=None):
-    """A timm classifier in channels_last with a new head, drawn from torch's global generator.
-    `weights` is a local file instead of timm's download; UserError where they cannot be had. With
-    `pixel_scale` and `pixel_shift` (3, 1, 1), not in the state_dict, `forward` normalises."""
-    cfg, hub = timm.get_pretrained_cfg(name), None
-    try:
-        if pretrained and not weights and (hub := cfg.hf_hub_id) and not isinstance(
-                hf.try_to_load_from_cache(hub, cfg.hf_hub_filename or "model.safetensors"), str):
-            hf.model_info(hub, timeout=10)  # asks once, where timm's download would for a minute
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes,
-                                  pretrained_cfg_overlay=weights and {"file": str(weights)})
-    except Exception as error:
-        if not pretrained:
-            raise
-        by_hand = (f"; fetch model.safetensors from https://huggingface.co/{hub} by hand for "
-                   "--student-weights, --teacher-weights, or take --no-pretrained, or --quick")
-        raise utils.UserError(f"{weights or 'the weights of timm'} cannot be loaded into {name}: "
-                              f"{utils.first_line(error)}{by_hand if hub else ''}") from None
-    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
-    model.register_buffer("pixel_scale", 1 / std, persistent=False)
-    model.register_buffer("pixel_shift", -mean / std, persistent=False)
-    for silu in (module for module in model.modules() if isinstance(module, torch.nn.SiLU)):
-        silu.inplace = False  # in place autograd would clone its input first: a kernel more
+    """A timm classifier in channels_last; a new head is drawn from torch's global generator.
+
+    `weights` is a local file instead of timm's download; one line says what was loaded of it.
+    UserError where weights cannot be had. The buffers `pixel_scale` and `pixel_shift` (3, 1, 1),
+    with which `forward` normalises, are not in the state_dict, which stays timm's own.
+    """
+    if pretrained and weights:
+        model = timm.create_model(name, num_classes=num_classes)
+        num_tensors, has_head = load_weights(model, weights)
+        head = "the head is new"
+        if has_head:
+            head = f"its head too, since it has {num_classes} classes as here"
+        print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {head}")
+    elif pretrained:
+        model = download_model(name, num_classes)
+    else:
+        model = timm.create_model(name, num_classes=num_classes)
+
+    set_normalisation(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.SiLU):
+            module.inplace = False  # in place autograd clones the input first: one more kernel
     return model.to(memory_format=torch.channels_last)
 
 
-def teacher_mismatch(info, args, data):
-    """How the teacher of `info` (a checkpoint's dict) is unfit to teach on `data`; "" if not."""
-    wanted = {"dataset": data.name, "class_names": list(data.class_names),
-              "split_fingerprint": data.split_fingerprint,
-              "image_size": args.teacher_image_size or args.image_size,
-              "model_name": info["model_name"] if args.teacher_checkpoint else args.teacher_model}
-    return ", ".join(
-        f"its {key} " + (f"is {info[key]}, not {value}" if len(str(value)) < 60 else "differs")
-        + (", so it may have seen the validation images" if key == "split_fingerprint" else "")
-        for key, value in wanted.items() if info[key] != value)
+print_once = functools.cache(print)  # the same line once, however many seeds are trained
 
 
-def min_teacher_accuracy(classes):
-    """Below it a teacher teaches noise: thrice chance, from 50 classes on twice and 2 points."""
-    return 0.5 + 0.5 / classes if classes < 4 else max(3 / classes, 2 / classes + 0.02)
+def set_normalisation(model):
+    """Give `model` the buffers of `forward`, from the mean and std of its pretrained_cfg."""
+    mean = torch.tensor(model.pretrained_cfg["mean"])[:, None, None]
+    std = torch.tensor(model.pretrained_cfg["std"])[:, None, None]
+    model.register_buffer("pixel_scale", 1 / std, persistent=False)
+    model.register_buffer("pixel_shift", -mean / std, persistent=False)
 
 
-def freeze_teacher(teacher, image_size, dtype=torch.float32):
-    """`teacher` (on the CPU) as it teaches: in eval mode whatever calls train(), without gradients,
-    BatchNorms folded into convolutions, weights cast to `dtype` as autocast would in each step."""
-    plain = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # others do more with their weights
-    folded = copy.deepcopy(teacher.requires_grad_(False).eval())
-    for parent in list(folded.modules()):
-        for (name, conv), (after, norm) in itertools.pairwise(list(parent.named_children())):
-            if (type(conv) in plain and isinstance(norm, torch.nn.BatchNorm2d)
-                    and len(conv.weight) == norm.num_features):
-                setattr(parent, name, torch.nn.utils.fuse_conv_bn_eval(conv, norm))
-                setattr(parent, after, getattr(norm, "act", torch.nn.Identity()))  # timm's has one
-    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        right, ours = forward(teacher, images), forward(folded, images)
-    if (ours - right).abs().max() < 0.01 * right.abs().max():  # or these are no pairs, as in RepViT
-        teacher = folded.eval()
-    for module in filter(lambda module: type(module) in plain, teacher.modules()):
-        module.to(dtype)
-    teacher.train = lambda mode=True: teacher
-    return teacher
-
-
-def capture_cuda_graph(model, size, args):
-    """`model`; with --cuda-graph it replays CUDA graphs of forward and backward, in its present
-    mode on whole batches: at batch 16 a GPU waits for Python. Elsewhere it runs as before."""
-    if not args.cuda_graph:
-        return model
-    vars(model).pop("forward", None)  # of a former capture
-    gc.collect()  # graphs hold their models, and these their graphs
-    plain, mode, kept = model.forward, model.training, copy.deepcopy(model.state_dict())
-    images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
-    def forward(images):  # autocast belongs inside (pytorch #71631, #120930); evaluation has none
-        with utils.autocast(images.device, args) if model.training == mode else nullcontext():
-            return plain(images)
-    model.forward = forward
+def download_model(name, num_classes):
+    """A timm model with the ImageNet weights of timm's download, or of its cache."""
+    cfg = timm.get_pretrained_cfg(name)
     try:
-        torch.cuda.make_graphed_callables(model, (images.to(memory_format=torch.channels_last),))
-    except (RuntimeError, AssertionError) as error:  # after which CUDA may be of no more use
-        raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
-    model.load_state_dict(kept)  # warming up has moved BatchNorm's statistics
-    return model
+        check_download(cfg)
+        return timm.create_model(name, pretrained=True, num_classes=num_classes)
+    except Exception as error:  # of the network or the hub: they take any form
+        message = f"the weights of {name} cannot be had: {utils.first_line(error)}"
+        if cfg.hf_hub_id:
+            message += (f"; fetch model.safetensors from https://huggingface.co/{cfg.hf_hub_id} by "
+                        "hand for --student-weights, --teacher-weights, or take --no-pretrained, "
+                        "or --quick")
+        raise utils.UserError(message) from None
 
 
-def wrap_ddp(model):
-    """`model` as a loop calls it: as it is or, under torchrun, in DistributedDataParallel, on GPUs
-    with BatchNorms that normalise by the whole batch."""
-    if utils.WORLD_SIZE == 1:
-        return model
-    if model.pixel_scale.is_cuda:
-        for module in convert_sync_batchnorm(model).modules():
-            if isinstance(module, torch.nn.SyncBatchNorm):  # insists on a counter, of any value
-                module.register_buffer("num_batches_tracked", module.running_var[0].long(), False)
-    elif any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        print("on CPUs each process normalises (BatchNorm) by its own part of a batch")
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    parallel.broadcast_buffers = False  # in each step; process 0 alone keeps them
-    parallel.pixel_scale, parallel.pixel_shift = model.pixel_scale, model.pixel_shift
-    return parallel
+def check_download(cfg):
+    """Ask the hub once for weights that are not in its cache: it raises within seconds, where the
+    download itself would try for a minute."""
+    if not cfg.hf_hub_id:
+        return
+    filename = cfg.hf_hub_filename or "model.safetensors"
+    cached = huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, filename)
+    if not isinstance(cached, str):
+        huggingface_hub.model_info(cfg.hf_hub_id, timeout=10)
+
+
+# Weight files -------------------------------------------------------------------------------------
+
+# Under these keys training scripts save a state_dict, EMA weights first.
+STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# Before the names DataParallel, torch.compile and Lightning put these.
+PREFIXES = r"(?:module\.|_orig_mod\.|model\.)*"
+
+
+def load_weights(model, path):
+    """Load a weight file into a fresh timm `model`; return the number of tensors and whether the
+    classifier is among them, which alone may be missing or of another shape. UserError where
+    anything else does not fit."""
+    state_dict = find_state_dict(read_weight_file(path), path)
+    state_dict = strip_prefixes(state_dict, model)
+    state_dict = convert_names(state_dict, model)
+    misfit = describe_misfit(state_dict, model)
+    if misfit:
+        raise utils.UserError(
+            f"{path} does not fit {model.pretrained_cfg['architecture']}: {misfit}")
+
+    expected = model.state_dict()
+    head = head_names(model)
+    has_head = all(name in state_dict and state_dict[name].shape == expected[name].shape
+                   for name in head)
+    fitting = {}
+    for name, tensor in state_dict.items():
+        if name in expected and (has_head or name not in head):
+            fitting[name] = tensor
+    model.load_state_dict(fitting, strict=False)  # a new head stays as it is
+    return len(fitting), has_head
+
+
+def read_weight_file(path):
+    """The content of a .safetensors file or of what torch.save wrote, without running code. Which
+    of them it is the content says, whatever the name."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # after the length of its header, which is JSON
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError:
+            raise utils.UserError(f"{path} is damaged, or no weight file at all") from None
+    # timm's training script saves its arguments too, as a Namespace, which is plain data.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return utils.load_torch_file(path)
+
+
+def find_state_dict(content, path):
+    """The tensors by name in the `content` of a weight file, also where a dict surrounds them."""
+    for key in STATE_DICT_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict):
+        raise utils.UserError(f"{path} holds no state_dict but a {type(content).__name__}")
+    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def strip_prefixes(state_dict, model):
+    """`state_dict` without a wrapper's prefix, and without what is not below it, where that makes
+    the names fit."""
+    anchor = next(iter(model.state_dict()))
+    for name in state_dict:
+        match = re.fullmatch(f"({PREFIXES}){re.escape(anchor)}", name)
+        if match:
+            prefix = match[1]
+            return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
+                    if name.startswith(prefix)}
+    return state_dict
+
+
+def convert_names(state_dict, model):
+    """`state_dict` under the names of today's timm, for models of which it also reads the original
+    authors' files."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return state_dict
+    try:
+        return convert(dict(state_dict), model)
+    except Exception:  # made for files of this model, it takes others in any way
+        return state_dict
+
+
+def describe_misfit(state_dict, model):
+    """Why `state_dict` is not the body of `model`, with the first names at fault; "" if it is."""
+    if not state_dict:
+        return "it holds no tensors"
+    expected = model.state_dict()
+    if not expected.keys() & state_dict.keys():
+        return f"none of its names is the model's: {', '.join(list(state_dict)[:3])}"
+
+    misfits = []
+    head = head_names(model)
+    for name, tensor in expected.items():
+        is_counter = name.endswith("num_batches_tracked")  # some files leave them out
+        if name in head or (is_counter and name not in state_dict):
+            continue
+        if name not in state_dict:
+            misfits.append(f"{name} is missing")
+        elif state_dict[name].shape != tensor.shape:
+            shape = tuple(state_dict[name].shape)
+            misfits.append(f"{name} is {shape}, not {tuple(tensor.shape)}")
+
+    # More blocks than the model has belong to a deeper one. Parts that it lacks altogether, as an
+    # auxiliary classifier, do no harm.
+    parts = {name.split(".")[0] for name in expected}
+    for name in state_dict:
+        if name not in expected and name not in head and name.split(".")[0] in parts:
+            misfits.append(f"{name} is unknown")
+
+    text = "; ".join(misfits[:3])
+    if len(misfits) > 3:
+        text += f"; and {len(misfits) - 3} more"
+    return text
+
+
+def head_names(model):
+    """Names of the classifier's tensors, those that depend on the number of classes."""
+    classifiers = model.pretrained_cfg["classifier"] or []
+    if isinstance(classifiers, str):
+        classifiers = [classifiers]
+    prefixes = tuple(f"{classifier}." for classifier in classifiers)
+    return [name for name in model.state_dict() if name.startswith(prefixes)]
 
 
 # Forward and inference ----------------------------------------------------------------------------
@@ -135,166 +316,336 @@ def forward(model, images):
 def infer(model, loader):
     """Logits (N, C) float32 and labels (N,) on the CPU, in the order of `loader`; in eval mode."""
     model.eval()
-    batches = [(forward(model, images).float(), labels) for images, labels in loader]
-    return [torch.cat(parts).cpu() for parts in zip(*batches, strict=True)]
+    all_logits = []
+    all_labels = []
+    for images, labels in loader:
+        all_logits.append(forward(model, images).float())
+        all_labels.append(labels)
+    return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()
 
 
-def accuracy(logits, labels):
-    """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C)."""
-    return (torch.full((), torch.nan, device=logits.device) if labels.ndim == 2
-            else (logits.detach().argmax(1) == labels).float().mean())
+# The teacher: whether it may teach, and how it is frozen ------------------------------------------
+
+def teacher_mismatch(info, args, data):
+    """Why the teacher of `info` (a checkpoint's dict) cannot teach on `data`; "" where it can."""
+    expected = {
+        "dataset": data.name,
+        "class_names": list(data.class_names),
+        "split_fingerprint": data.split_fingerprint,
+        "image_size": args.teacher_image_size or args.image_size,
+    }
+    if not args.teacher_checkpoint:  # which may hold any architecture
+        expected["model_name"] = args.teacher_model
+
+    mismatches = []
+    for key, value in expected.items():
+        if info[key] == value:
+            continue
+        if len(str(value)) < 60:
+            mismatch = f"its {key} is {info[key]}, not {value}"
+        else:
+            mismatch = f"its {key} differs"
+        if key == "split_fingerprint":
+            mismatch += ", so it may have seen the validation images"
+        mismatches.append(mismatch)
+    return ", ".join(mismatches)
 
 
-def entropy(logits):
-    """Mean entropy in nats of the softmax of `logits`, a 0-d tensor: how sure the model is."""
-    return torch.special.entr(F.softmax(logits.detach().float(), 1)).sum(1).mean()
+def min_teacher_accuracy(num_classes):
+    """The validation accuracy below which a teacher teaches noise: three times chance level, from
+    50 classes on twice and 2 points; with two or three classes half-way from chance level to 1."""
+    if num_classes <= 3:
+        return 0.5 + 0.5 / num_classes
+    return max(3 / num_classes, 2 / num_classes + 0.02)
 
 
-# Losses -------------------------------------------------------------------------------------------
-
-def cross_entropy(logits, labels, label_smoothing=0.0):
-    """Cross-entropy in nats."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+FOLDABLE = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # subclasses do more with their weights
 
 
-def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """T^2 * KL of the softened outputs (Hinton et al. 2015), forward: KL(teacher || student),
-    reverse: KL(student || teacher). T^2 undoes the 1 / T^2 by which gradients fall off. A mean over
-    the batch: torch's default "mean" divides by the number of classes too."""
-    student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
-    q, p = (student, teacher) if direction == "forward" else (teacher, student)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2  # KL(p || q)
+def freeze_teacher(teacher, image_size, dtype=torch.float32):
+    """`teacher` (on the CPU) as it teaches: without gradients, its BatchNorms folded, its weights
+    cast to `dtype` as autocast would in each step, and in eval mode whatever calls train()."""
+    teacher = fold_batch_norms(teacher.requires_grad_(False).eval(), image_size)
+    for module in teacher.modules():
+        if type(module) in FOLDABLE:
+            module.to(dtype)
+    teacher.train = lambda mode=True: teacher
+    return teacher
 
 
-def standardise(logits):
-    """Logits with mean 0, deviation 1 in each image, for lskd (Sun et al. 2024: ALPHA = 0.989)."""
-    std, mean = torch.std_mean(logits.float(), 1, keepdim=True)
-    return (logits.float() - mean) / (std + 1e-7)
+def fold_batch_norms(model, image_size):
+    """A copy of `model` (in eval mode, on the CPU) with BatchNorms folded into the convolutions
+    before them, which halves the operations of its forward pass.
+
+    A convolution and a BatchNorm that follow each other as children need not follow each other in
+    the forward pass (RepViT). So the copy is tried, and where its logits differ `model` itself is
+    returned.
+    """
+    folded = copy.deepcopy(model)
+    for parent in list(folded.modules()):
+        children = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
+            if not isinstance(norm, torch.nn.BatchNorm2d) or type(conv) not in FOLDABLE:
+                continue
+            if len(conv.weight) != norm.num_features:
+                continue
+            setattr(parent, conv_name, torch.nn.utils.fuse_conv_bn_eval(conv, norm))
+            activation = getattr(norm, "act", torch.nn.Identity())  # timm's norms hold their own
+            setattr(parent, norm_name, activation)
+    folded.eval()
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, image_size, image_size, generator=generator)
+    with torch.no_grad():
+        logits = forward(model, images)
+        folded_logits = forward(folded, images)
+    if (folded_logits - logits).abs().max() < 0.01 * logits.abs().max():
+        return folded
+    return model
 
 
-def dist_loss(student_logits, teacher_logits, temperature):
-    """T^2 * (inter + intra) (Huang et al. 2022): 1 - Pearson's correlation of the softened
-    probabilities, by image and by class. T^2 is their code's; ALPHA = 0.67, T = 4 on CIFAR."""
-    def distance(a, b):
-        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-        return 1 - F.cosine_similarity(a, b, dim=1).mean()
-    student = F.softmax(student_logits.float() / temperature, 1)
-    teacher = F.softmax(teacher_logits.detach().float() / temperature, 1)
-    return temperature**2 * (distance(student, teacher) + distance(student.T, teacher.T))
+# CUDA graphs and DDP ------------------------------------------------------------------------------
+
+def capture_cuda_graph(model, size, args):
+    """`model`, which with --cuda-graph replays CUDA graphs of its forward and backward pass.
+
+    At batch 16 a GPU waits for Python, which then starts one graph instead of hundreds of kernels.
+    Graphs are replayed in the model's present mode (train or eval) and on whole batches; elsewhere
+    it runs as before.
+    """
+    if not args.cuda_graph:
+        return model
+
+    # A model may be captured once more, for the next seed. Graphs hold their models, and these
+    # their graphs, so only a collection frees the previous ones.
+    vars(model).pop("forward", None)
+    gc.collect()
+
+    eager_forward = model.forward
+    captured_mode = model.training
+    state = copy.deepcopy(model.state_dict())
+
+    def forward(images):
+        # Autocast belongs inside what is captured (pytorch #71631, #120930). Evaluation has none.
+        if model.training != captured_mode:
+            return eager_forward(images)
+        with utils.autocast(images.device, args):
+            return eager_forward(images)
+
+    model.forward = forward
+    images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
+    images = images.to(memory_format=torch.channels_last)
+    try:
+        torch.cuda.make_graphed_callables(model, (images,))
+    except (RuntimeError, AssertionError) as error:  # after which CUDA may be of no more use
+        raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
+
+    model.load_state_dict(state)  # warming up has moved BatchNorm's statistics
+    return model
 
 
-def distillation_loss(student_logits, teacher_logits, labels, args):
-    """ALPHA * soft + (1 - ALPHA) * cross-entropy, and its two parts unweighted: three 0-d tensors.
-    The soft part, kd, dist or lskd, has a scale of its own: what suits one suits no other."""
-    ce = cross_entropy(student_logits, labels, args.label_smoothing)
-    if args.distillation_loss == "lskd":
-        student_logits, teacher_logits = standardise(student_logits), standardise(teacher_logits)
-    soft = (dist_loss(student_logits, teacher_logits, args.temperature)
-            if args.distillation_loss == "dist" else
-            kd_loss(student_logits, teacher_logits, args.temperature, args.kl_direction))
-    return args.alpha * soft + (1 - args.alpha) * ce, ce, soft
+def wrap_ddp(model):
+    """`model` as a loop calls it: as it is or, under torchrun, in DistributedDataParallel.
 
+    On GPUs its BatchNorms then normalise by the whole batch.
+    """
+    if utils.WORLD_SIZE == 1:
+        return model
 
-def teacher_diagnostics(teacher_logits, labels, args):
-    """How sure and how often right the teacher is, and how sure its targets are in the loss."""
-    targets = standardise(teacher_logits) if args.distillation_loss == "lskd" else teacher_logits
-    return {"teacher_entropy": entropy(teacher_logits),
-            "target_entropy": entropy(targets / args.temperature),
-            "teacher_accuracy": accuracy(teacher_logits, labels)}
+    if model.pixel_scale.is_cuda:
+        convert_sync_batchnorm(model)  # in place
+    elif any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        print("on CPUs each process normalises (BatchNorm) by its own part of a batch")
+
+    ddp_model = torch.nn.parallel.DistributedDataParallel(model)
+    # Process 0 alone validates and saves, so its running statistics need not be sent in each step.
+    ddp_model.broadcast_buffers = False
+    ddp_model.pixel_scale = model.pixel_scale
+    ddp_model.pixel_shift = model.pixel_shift
+    return ddp_model
 
 
 # Checkpoints as models ----------------------------------------------------------------------------
 
-INFO = {"model_name": str, "class_names": list, "image_size": int, "config": dict, "epoch": int,
-        "num_classes": int, "interpolation": str, "mean": list, "std": list, "versions": dict,
-        "dataset": str, "split_fingerprint": str, "val_accuracy": float, "state_dict": dict}
-CONFIG = {"dataset_name", "dataset_dir", "augmentation", "val_fraction", "split_seed", "batch_size",
-          "accumulate_steps", "num_epochs", "seed", "argv"}  # what evaluate.py needs of it
+INFO_TYPES = {  # of what load_model and its callers read in a best_model.pth
+    "model_name": str,
+    "num_classes": int,
+    "class_names": list,
+    "image_size": int,
+    "interpolation": str,
+    "mean": list,
+    "std": list,
+    "dataset": str,
+    "split_fingerprint": str,
+    "config": dict,
+    "versions": dict,
+    "epoch": int,
+    "val_accuracy": float,
+    "state_dict": dict,
+}
+CONFIG_KEYS = {"dataset_name", "dataset_dir", "augmentation", "val_fraction", "split_seed",
+               "batch_size", "accumulate_steps", "num_epochs", "seed", "argv"}  # evaluate.py's
 
 
 def build_info(run, model, name, data, args, **more):
-    """What a checkpoint of `run` says of itself besides weights, epoch, accuracy: plain values."""
-    cfg, small = model.pretrained_cfg, data.train.pixels is not None
+    """What a checkpoint of `run` holds beside weights, epoch and accuracy: plain values.
+
+    `more` is added as it is: gradcam_layer of every model, teacher of a distilled student.
+    """
+    cfg = model.pretrained_cfg
+    crop_pct = float(cfg["crop_pct"])
+    if data.train.pixels is not None:
+        crop_pct = 1.0  # images of 32 px have no edges to spare
+    interpolation = "bicubic"
+    if cfg["interpolation"] == "bilinear":
+        interpolation = "bilinear"
+
     return {
-        "run": run, "model_name": name, "num_classes": len(data.class_names),
-        "class_names": list(data.class_names), "image_size": args.image_size,
-        "crop_pct": 1.0 if small else float(cfg["crop_pct"]),  # 32 px have no edges to cut off
-        "interpolation": "bilinear" if cfg["interpolation"] == "bilinear" else "bicubic",
-        **{key: [float(value) for value in cfg[key]] for key in ("mean", "std")},
-        "gradcam_layer": gradcam_layer(model, args.image_size), "dataset": data.name,
+        "run": run,
+        "model_name": name,
+        "num_classes": len(data.class_names),
+        "class_names": list(data.class_names),
+        "image_size": args.image_size,
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+        "mean": [float(value) for value in cfg["mean"]],
+        "std": [float(value) for value in cfg["std"]],
+        "dataset": data.name,
         "split_fingerprint": data.split_fingerprint,
-        "config": dict(vars(args)), "versions": utils.versions(model.pixel_scale.device), **more,
+        "config": dict(vars(args)),
+        "versions": utils.versions(model.pixel_scale.device),
+        **more,
     }
 
 
 def gradcam_layer(model, image_size):
-    """Name of the last convolution with a map of 4 x 4 or more, or GradCAM were blank; or None."""
-    shapes, names = {}, {module: name for name, module in model.named_modules()}
-    image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_scale.device)
-    def note(module, _, output):
+    """Name of the last convolution with a map of 4 x 4 or more, on which GradCAM shows something;
+    None where there is none. Runs `model` once; UserError where it takes no images of that size."""
+    map_sizes = {}  # by convolution, in the order in which they run
+
+    def record_map_size(module, _, output):
         if isinstance(module, torch.nn.Conv2d):
-            shapes[module] = output.shape[-2:]
+            map_sizes[module] = min(output.shape[-2:])
+
+    was_training = model.training
+    model.eval()
+    image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_scale.device)
+    register_hook = torch.nn.modules.module.register_module_forward_hook  # of all modules
     try:
-        with torch.inference_mode(), torch.nn.modules.module.register_module_forward_hook(note):
-            features = model.eval().forward_features(image)
+        with torch.inference_mode(), register_hook(record_map_size):
+            features = model.forward_features(image)
     except (RuntimeError, ValueError, AssertionError) as error:  # what convolutions and timm raise
         raise utils.UserError(f"{model.pretrained_cfg['architecture']} cannot take images of "
                               f"{image_size} px: {utils.first_line(error)}") from None
-    large = [names[conv] for conv in shapes if min(shapes[conv]) >= 4 and features.ndim == 4]
-    return large[-1] if large else None
+    model.train(was_training)
+
+    large = [convolution for convolution, size in map_sizes.items() if size >= 4]
+    if features.ndim != 4 or not large:  # a transformer's features are (B, tokens, width)
+        return None
+    names = {module: name for name, module in model.named_modules()}
+    return names[large[-1]]
 
 
 def load_model(path, device="cpu"):
     """(model in eval mode, info without weights) of a best_model.pth; UserError if it is none."""
     info = utils.load_checkpoint(path)
-    wrong = [key for key, kind in INFO.items() if not isinstance(info.get(key), kind)]
-    wrong = wrong or sorted(CONFIG - info["config"].keys())
-    if wrong or not timm.is_model(info["model_name"]):  # timm would download what other names say
-        raise utils.UserError(f"{path} holds no model of this project (see its "
-                              f"{', '.join(wrong) or info['model_name']})")
-    weights, name = info.pop("state_dict"), info["model_name"]
+    wrong = wrong_entries(info)
+    if wrong:
+        raise utils.UserError(
+            f"{path} holds no model of this project (see its {', '.join(wrong)})")
+
+    weights = info.pop("state_dict")
+    name = info["model_name"]
     try:
         model = build_model(name, info["num_classes"])
         model.load_state_dict(weights)
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise RuntimeError("some are no finite numbers")
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise RuntimeError("some weights are not finite")
     except (RuntimeError, TypeError, AttributeError) as error:
         raise utils.UserError(f"{path} does not fit {name}: {utils.first_line(error)}") from None
     return model.to(device).eval(), info
 
 
-def student_checkpoints(folder):
-    """The best_model.pth of a student's folder and of its seed_<n>/, not of those moved aside."""
-    seeds = [path for path in folder.glob("seed_*") if path.name.removeprefix("seed_").isdigit()]
-    return sorted(file for path in [folder, *seeds] if (file := path / "best_model.pth").is_file())
+def wrong_entries(info):
+    """Keys of a checkpoint's dict that are missing or hold something else than a model's."""
+    wrong = [key for key, kind in INFO_TYPES.items() if not isinstance(info.get(key), kind)]
+    if wrong:
+        return wrong
+    if not timm.is_model(info["model_name"]):  # timm would download what other names say
+        return [f"model_name {info['model_name']}"]
+    return sorted(CONFIG_KEYS - info["config"].keys())
 
 
-def export_best_student(checkpoint_dir, like):
-    """Copy the best student by validation accuracy, the baseline of equals, to best_model.pth and,
-    as timm writes models, best_model/. Dataset, classes and split are those of `like` (an info)."""
-    folder, same = Path(checkpoint_dir), ("dataset", "class_names", "split_fingerprint")
-    file, export, beside = (folder / name for name in ("best_model.pth", "best_model", ".new_best"))
-    _lock = utils.lock_folder(export)  # while it lives no other script that ends writes there
-    infos = {path: utils.load_checkpoint(path) for run in ("baseline", "distilled")
-             for path in student_checkpoints(folder / run)}
-    rivals = {path: info["val_accuracy"] for path, info in infos.items()
-              if all(info[key] == like[key] for key in same)}
-    if utils.RANK or not rivals:
+# The best student ---------------------------------------------------------------------------------
+
+def export_best_student(checkpoint_dir, info):
+    """Copy the best student to best_model.pth and, as timm writes models, to best_model/.
+
+    Students compete that have the dataset, classes and split of `info` (a checkpoint's dict).
+    """
+    folder = Path(checkpoint_dir)
+    file = folder / "best_model.pth"
+    _lock = utils.lock_folder(folder / "best_model")  # two scripts may end at the same time
+    if utils.RANK:
         return
-    best = max(rivals, key=rivals.get)  # the first of equals
-    with utils.atomic_write(file, "wb") as copy_of_it:
-        copy_of_it.write(best.read_bytes())
-    print(f"best student so far: {best.parent.relative_to(folder)}, {rivals[best]:.2%} on "
+
+    best_path, val_accuracy = choose_best_student(folder, info)
+    if best_path is None:
+        return
+    with utils.atomic_write(file, "wb") as best_model:
+        best_model.write(best_path.read_bytes())
+    print(f"best student so far: {best_path.parent.relative_to(folder)}, {val_accuracy:.2%} on "
           f"validation images; copied to {file}")
+    export_timm_folder(file, folder / "best_model")
+
+
+def choose_best_student(folder, info):
+    """(path, validation accuracy) of the best student below `folder` on the images of `info`; a
+    tie goes to the baseline. (None, 0.0) where there is no such student."""
+    best_path = None
+    best_accuracy = 0.0
+    for run in ("baseline", "distilled"):
+        for path in student_checkpoints(folder / run):
+            checkpoint = utils.load_checkpoint(path)
+            same_images = all(checkpoint[key] == info[key] for key in
+                              ("dataset", "class_names", "split_fingerprint"))
+            is_best = best_path is None or checkpoint["val_accuracy"] > best_accuracy
+            if same_images and is_best:
+                best_path = path
+                best_accuracy = checkpoint["val_accuracy"]
+    return best_path, best_accuracy
+
+
+def student_checkpoints(folder):
+    """The best_model.pth of a student's folder and of its seed_<n>/, not of runs moved aside."""
+    folders = [folder]
+    for path in folder.glob("seed_*"):
+        if path.name.removeprefix("seed_").isdigit():
+            folders.append(path)
+    files = [path / "best_model.pth" for path in folders]
+    return sorted(file for file in files if file.is_file())
+
+
+def export_timm_folder(file, folder):
+    """Write the model of a best_model.pth as timm writes models: config.json, model.safetensors."""
     model, info = load_model(file)
-    model.pretrained_cfg |= {key: info[key] for key in ("mean", "std", "interpolation", "crop_pct")}
-    model.pretrained_cfg |= {"input_size": (3, info["image_size"], info["image_size"]),
-                             "test_input_size": None, "test_crop_pct": None}
-    shutil.rmtree(export, ignore_errors=True)
+    model.pretrained_cfg |= {
+        "mean": info["mean"],
+        "std": info["std"],
+        "interpolation": info["interpolation"],
+        "crop_pct": info["crop_pct"],
+        "input_size": (3, info["image_size"], info["image_size"]),
+        "test_input_size": None,
+        "test_crop_pct": None,
+    }
+    more = {"label_names": info["class_names"], "sha256": utils.sha256(file)}
+    beside = folder.with_name(".new_best")
+
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        timm.models.save_for_hf(model.to(memory_format=torch.contiguous_format), beside, {
-            "label_names": info["class_names"], "sha256": utils.sha256(file)}, None, True)
-        utils.replace(beside, export)
-    except (SafetensorError, RuntimeError, OSError) as error:  # tensors shared, the disk full
-        print(f"warning: {export}/ could not be written: {utils.first_line(error)}")
+        model = model.to(memory_format=torch.contiguous_format)
+        timm.models.save_for_hf(model, beside, model_config=more, safe_serialization=True)
+        utils.replace(beside, folder)
+    except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+        # Tensors that share memory, a full disk.
+        print(f"warning: {folder}/ could not be written: {utils.first_line(error)}")

@@ -1,100 +1,138 @@
-"""Train the student by the labels alone: the baseline of the comparison.
+"""Train the student with the labels alone: the baseline of the comparison.
 
     python train_baseline.py            # EfficientNet-B0 on CIFAR-100
     python train_baseline.py --quick    # a complete small run on scikit-learn's digits, no download
 
 Writes checkpoints/baseline/ and results/baseline_history.csv. After an interruption the same
-command goes on from the last whole epoch.
+command resumes after the last finished epoch.
 """
 import argparse
-import signal
 import sys
 from pathlib import Path
-
-if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback; later run_script answers
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-try:
-    import config
-except Exception as error:  # people edit it
-    print(f"error: config.py cannot be read: {error}", file=sys.stderr)
-    sys.exit(2)
+import config
 import data_loader
 import models
 import utils
 
-DIAGNOSE_EVERY = 10  # steps between two looks at entropies, which cost kernels of their own
+LOG_EVERY = 20       # steps between two readings of the metrics, each of which waits for the GPU
+DIAGNOSE_EVERY = 10  # steps between two measurements of entropies, which cost kernels of their own
 
 
 def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
+    num_classes = len(data.class_names)
+
     for run_args in each_seed(args):
-        torch.manual_seed(run_args.seed)  # as in train_distillation.main: the same initial weights
-        student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
+        # The same seed as in train_distillation.main: both students start from the same weights.
+        torch.manual_seed(run_args.seed)
+        student = models.build_model(args.student_model, num_classes, args.pretrained,
                                      args.student_weights).to(device)
-        info = models.build_info("baseline", student, args.student_model, data, run_args)
-        path = train(student, info, data, run_args)
-    models.export_best_student(args.checkpoint_dir, info)  # of all students on these images and this split
-    print(f"the baseline is in {path}; next: {next_command(args, 'distillation', 'distilled')}")
+        info = models.build_info("baseline", student, args.student_model, data, run_args,
+                                 gradcam_layer=models.gradcam_layer(student, args.image_size))
+        best_path = train(student, info, data, run_args)
+
+    models.export_best_student(args.checkpoint_dir, info)
+    print(f"the baseline is in {best_path}; "
+          f"next: {next_command(args, 'distillation', 'distilled')}")
 
 
 def train(model, info, data, args):
-    """Train `model` on the labels for the args.num_epochs that are left; return best_model.pth.
-    `info` is what the checkpoint says of itself (models.build_info). A former run in the same folder
-    is gone on with where it fits, else moved aside."""
-    run = utils.Run(info, run_identity(info), args)
-    if run.finished:
-        return run.best_path
-    device = model.pixel_scale.device
-    loader = data_loader.TrainingLoader(data, info, args, device)
-    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
-    optimizer, scheduler, scaler, ema = optimization(model, len(loader), args)
-    run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    parallel = models.wrap_ddp(models.capture_cuda_graph(model.train(), args.image_size, args))
+    """Train `model` on the labels for args.num_epochs; return the path of best_model.pth.
 
+    `info` is what the checkpoint says of itself (models.build_info). A previous run in the same
+    folder is resumed where its settings are the same, else moved aside.
+    """
+    run = utils.Run(info, run_identity(info), args)
+    run.tidy_after_a_kill()
+    if run.finished:
+        print(f"{run.title}: already trained with these settings; --fresh trains it again")
+        return run.best_path
+
+    # Data
+    device = model.pixel_scale.device
+    train_loader = data_loader.TrainingLoader(data, info, args, device)
+    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
+
+    # Optimizer
+    optimizer = build_optimizer(model, args)
+    scheduler = build_scheduler(optimizer, len(train_loader) // args.accumulate_steps, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
+    ema = EMA(model, args.ema_decay) if args.ema_decay else None
+    model_to_save = ema.module if ema else model
+
+    run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    run.warn_if_disk_is_short(model)
+
+    model.train()
+    models.capture_cuda_graph(model, args.image_size, args)
+    ddp_model = models.wrap_ddp(model)
+
+    # Training loop
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.derive_seed(args.seed, args.num_epochs + epoch) + utils.RANK)
-        model.train()  # dropout draws from that seed, images from another
-        meter = utils.EpochMetrics(run, loader)
-        for step, (images, labels) in enumerate(meter.watch(loader.epoch(epoch)), 1):
-            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # for DDP
+        model.train()
+        seed_dropout(args, epoch)  # images draw from a seed of their own
+        metrics = utils.EpochMetrics(args.batch_size, device)
+        progress = utils.progress_bar(train_loader.epoch(epoch), len(train_loader), epoch)
+        for step, (images, labels) in enumerate(progress, start=1):
+            is_update_step = step % args.accumulate_steps == 0
+            if utils.WORLD_SIZE > 1:
+                # DDP averages the gradients over the GPUs once an update, not once a batch.
+                ddp_model.require_backward_grad_sync = is_update_step
+
             with utils.autocast(device, args):
-                logits = models.forward(parallel, images)
+                logits = models.forward(ddp_model, images)
                 loss = models.cross_entropy(logits, labels, args.label_smoothing)
             scaler.scale(loss / args.accumulate_steps).backward()
 
-            meter.add(train_loss=loss, ce_loss=loss, train_accuracy=models.accuracy(logits, labels))
+            learning_rate = optimizer.param_groups[0]["lr"]
+            if is_update_step:
+                update(model, optimizer, scheduler, scaler, ema, args)
+
+            metrics.add(train_loss=loss, ce_loss=loss,
+                        train_accuracy=models.accuracy(logits, labels))
             if step % DIAGNOSE_EVERY == 1:
-                meter.add(entropy=models.entropy(logits))
-            if step % args.accumulate_steps:  # an epoch's batches are a multiple of it
-                continue
+                metrics.add(entropy=models.entropy(logits))
 
-            # One update: the fp16 scaler leaves it out where the gradient overflowed.
-            scaler.unscale_(optimizer)
-            if args.clip_grad:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-            if ema:
-                ema.update(model, step=scheduler.last_epoch)  # counts updates, whatever its name
+            if step % LOG_EVERY == 0 or step == len(train_loader):
+                where = f"by step {step} of epoch {epoch + 1}, learning rate {learning_rate:.2e}"
+                utils.check_finite(metrics.means()["train_loss"], where)
+                utils.check_scale(scaler, where)
+                progress.set_postfix_str(metrics.progress_text())
+                run.print_estimate(metrics, len(train_loader))
 
-        # History, best_model.pth, last.pth: from here the next run goes on.
-        validated = ema.module if ema else model
-        run.finish_epoch(meter.row() | validate(validated, val_loader), validated)
+        # Validation, then history, best_model.pth and last.pth: from here the next start resumes.
+        row = metrics.row() | {"learning_rate": learning_rate}
+        row |= validate(model_to_save, val_loader)
+        run.finish_epoch(row, model_to_save)
+
     return run.best_path
 
 
+def update(model, optimizer, scheduler, scaler, ema, args):
+    """One update of the weights from the gradients that are there, and of what follows it: the
+    learning rate and the EMA weights."""
+    scaler.unscale_(optimizer)
+    if args.clip_grad:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+    scaler.step(optimizer)  # with fp16 it leaves the weights where the gradient overflowed
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    scheduler.step()
+    if ema:
+        ema.update(num_updates=scheduler.last_epoch)  # which counts updates, whatever its name
+
+
 def validate(model, loader):
-    """val_loss, plain cross-entropy, and val_accuracy on all images of `loader`; process 0's."""
-    if utils.RANK:
+    """val_loss, plain cross-entropy in nats, and val_accuracy on all images of `loader`, for the
+    history. Only process 0 validates; the others get {}."""
+    if utils.RANK != 0:
         return {}
     torch.cuda.empty_cache()  # or what torch keeps for training and for evaluation would add up
     logits, labels = models.infer(model, loader)
@@ -103,14 +141,57 @@ def validate(model, loader):
             "val_accuracy": models.accuracy(logits, labels).item()}
 
 
-def is_finished(folder):
-    """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
-    done, last = True, folder / "last.pth"
-    if last.is_file():
-        saved = utils.load_checkpoint(last)
-        done = len(saved["history"]) == saved["identity"]["num_epochs"]
-    return done and (folder / "best_model.pth").is_file()
+# Optimizer, schedule, EMA -------------------------------------------------------------------------
 
+def build_optimizer(model, args):
+    """AdamW without weight decay on biases and norms."""
+    groups = param_groups_weight_decay(model, args.weight_decay)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
+
+
+def build_scheduler(optimizer, updates_per_epoch, args):
+    """Linear warm-up, then cosine to zero, a step for each update."""
+    updates = args.num_epochs * updates_per_epoch
+    warmup = min(round(args.warmup_epochs * updates_per_epoch), updates - 1)
+    cosine = CosineAnnealingLR(optimizer, updates - warmup)
+    if warmup == 0:
+        return cosine
+    linear = LinearLR(optimizer, 1 / warmup, total_iters=warmup)
+    return SequentialLR(optimizer, [linear, cosine], [warmup])
+
+
+class EMA(ModelEmaV3):
+    """Exponential moving average of the weights and of BatchNorm's statistics, with timm's warm-up
+    of the decay. `module` is the averaged model.
+
+    timm's own `update` builds two state_dicts at every step, which takes a tenth of an eager step
+    on a GPU; here the tensors are listed once.
+    """
+    def __init__(self, model, decay):
+        super().__init__(model, decay=decay, use_warmup=True)
+        ema_state = self.module.state_dict()
+        state = model.state_dict()
+        is_average = {name: tensor.is_floating_point() for name, tensor in state.items()}
+        self.averages = [ema_state[name] for name in state if is_average[name]]
+        self.sources = [state[name] for name in state if is_average[name]]
+        self.counters = [ema_state[name] for name in state if not is_average[name]]
+        self.counter_sources = [state[name] for name in state if not is_average[name]]
+
+    @torch.no_grad()
+    def update(self, num_updates):
+        torch._foreach_lerp_(self.averages, self.sources, 1.0 - self.get_decay(num_updates))
+        if self.counters:  # BatchNorm's num_batches_tracked
+            torch._foreach_copy_(self.counters, self.counter_sources)
+
+
+def seed_dropout(args, epoch):
+    """Seed what an epoch draws from torch's global generator: dropout and drop path. Each process
+    of torchrun draws its own."""
+    seed = data_loader.derive_seed(args.seed, args.num_epochs + epoch)
+    torch.manual_seed(seed + utils.RANK)
+
+
+# Runs ---------------------------------------------------------------------------------------------
 
 def each_seed(args):
     """The settings of each student to train: one of --seeds after the other, or --seed alone."""
@@ -118,42 +199,38 @@ def each_seed(args):
         yield argparse.Namespace(**{**vars(args), "seed": seed})
 
 
-def next_command(args, script, run):
-    """The command to type next, with this one's flags: `script`'s, which trains the other student,
-    `run`, if there is none, else evaluate.py's."""
-    there = models.student_checkpoints(Path(args.checkpoint_dir, run))
-    return config.format_command("evaluate" if there else script, args.argv)
-
-
 def run_identity(info):
-    """What must be the same for a former run to be gone on with, of a checkpoint's `info`."""
-    same = {name: value for name, value in info["config"].items() if name not in config.MAY_CHANGE_ON_RESUME}
-    same |= {"model": info["model_name"], "images or split": info["split_fingerprint"]}
-    if "teacher" in info:  # its file says all there is to say of it
-        same = {name: value for name, value in same.items() if name not in config.TEACHER_ONLY}
-        same["teacher"] = info["teacher"]["sha256"]
-    return same
+    """What must be the same for a previous run to be resumed, of a checkpoint's `info`."""
+    identity = {}
+    for name, value in info["config"].items():
+        # A student's teacher is identified by its file, whatever made it.
+        is_about_teacher = "teacher" in info and name in config.TEACHER_ONLY
+        if name not in config.MAY_CHANGE_ON_RESUME and not is_about_teacher:
+            identity[name] = value
+
+    identity["model"] = info["model_name"]
+    identity["images or split"] = info["split_fingerprint"]
+    if "teacher" in info:
+        identity["teacher"] = info["teacher"]["sha256"]
+    return identity
 
 
-def optimization(model, batches, args):
-    """AdamW, its schedule by the update, the fp16 scaler, and the average of the weights or None.
-    No weight decay on biases and norms; linear warm-up, then cosine to zero. An epoch has so many
-    `batches`."""
-    groups = param_groups_weight_decay(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-    updates = batches // args.accumulate_steps  # an epoch
-    warmup = min(round(args.warmup_epochs * updates), args.num_epochs * updates - 1)
-    scheduler = CosineAnnealingLR(optimizer, args.num_epochs * updates - warmup)
-    if warmup:
-        rising = LinearLR(optimizer, 1 / warmup, total_iters=warmup)
-        scheduler = SequentialLR(optimizer, [rising, scheduler], [warmup])
-    for module in model.modules():
-        if hasattr(module, "num_batches_tracked"):
-            module.num_batches_tracked = None  # counted in each layer and step, read by nobody
-    device = next(model.parameters()).device
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
-    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
-    return optimizer, scheduler, scaler, ema
+def is_finished(folder):
+    """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
+    if not (folder / "best_model.pth").is_file():
+        return False
+    last_path = folder / "last.pth"
+    if not last_path.is_file():
+        return True
+    saved = utils.load_checkpoint(last_path)
+    return len(saved["history"]) == saved["identity"]["num_epochs"]
+
+
+def next_command(args, script, role):
+    """The command to type next, with this one's flags: `script`'s where the other student, of
+    `role`, is not trained yet, else evaluate.py's."""
+    is_trained = models.student_checkpoints(Path(args.checkpoint_dir, role))
+    return config.format_command("evaluate" if is_trained else script, args.argv)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,19 @@
-"""Train the student by a teacher and the labels: the distilled side of the comparison.
+"""Train the student with a teacher and the labels: the distilled side of the comparison.
 
-    python train_distillation.py            # EfficientNet-B0 taught by B2, on CIFAR-100
+    python train_distillation.py            # EfficientNet-B0 distilled from B2, on CIFAR-100
     python train_distillation.py --quick    # a complete small run on scikit-learn's digits
 
 Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits. Writes
 checkpoints/distilled/ and results/distilled_history.csv. After an interruption the same command
-goes on from the last whole epoch.
+resumes after the last finished epoch.
 """
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback; later run_script answers
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
 
-try:
-    import config
-except Exception as error:  # people edit it
-    print(f"error: config.py cannot be read: {error}", file=sys.stderr)
-    sys.exit(2)
+import config
 import data_loader
 import models
 import train_baseline
@@ -31,128 +23,174 @@ import utils
 def main(args):
     device = utils.setup(args)
     data = data_loader.open_dataset(args)
-    if args.distillation_loss == "lskd" and len(data.class_names) == 2:
-        raise utils.UsageError("with two classes --distillation-loss lskd has nothing to say")
-    path = args.teacher_checkpoint or train_teacher(args, data, device)
-    teacher, about_teacher = load_teacher(path, args, data, device)
+    num_classes = len(data.class_names)
+    if args.distillation_loss == "lskd" and num_classes == 2:
+        # Two standardised logits are always -1 and 1.
+        raise utils.UsageError("--distillation-loss lskd says nothing where there are two classes")
+
+    teacher_path = args.teacher_checkpoint or train_teacher(args, data, device)
+    teacher, about_teacher = load_teacher(teacher_path, args, data, device)
+
     for run_args in train_baseline.each_seed(args):
-        torch.manual_seed(run_args.seed)  # as in train_baseline.main: the same initial weights
-        student = models.build_model(args.student_model, len(data.class_names), args.pretrained,
+        # The same seed as in train_baseline.main: both students start from the same weights.
+        torch.manual_seed(run_args.seed)
+        student = models.build_model(args.student_model, num_classes, args.pretrained,
                                      args.student_weights).to(device)
         info = models.build_info("distilled", student, args.student_model, data, run_args,
-                               teacher=about_teacher)
-        path = train(student, teacher, info, data, run_args)
-    models.export_best_student(args.checkpoint_dir, info)  # of all students on these images and this split
-    then = train_baseline.next_command(args, "baseline", "baseline")
-    print(f"the distilled student is in {path}; next: {then}")
+                                 gradcam_layer=models.gradcam_layer(student, args.image_size),
+                                 teacher=about_teacher)
+        best_path = train(student, teacher, info, data, run_args)
+
+    models.export_best_student(args.checkpoint_dir, info)
+    print(f"the distilled student is in {best_path}; "
+          f"next: {train_baseline.next_command(args, 'baseline', 'baseline')}")
 
 
 def train(student, teacher, info, data, args):
-    """As train_baseline.train, but also by the frozen `teacher`, which sees the same crops."""
+    """As train_baseline.train, but with the frozen `teacher` too, which sees the same crops."""
     run = utils.Run(info, train_baseline.run_identity(info), args)
+    run.tidy_after_a_kill()
     if run.finished:
+        print(f"{run.title}: already trained with these settings; --fresh trains it again")
         return run.best_path
-    device = student.pixel_scale.device
-    loader = data_loader.TrainingLoader(data, info, args, device)
-    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
-    optimizer, scheduler, scaler, ema = train_baseline.optimization(student, len(loader), args)
-    run.restore(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
-    parallel = models.wrap_ddp(models.capture_cuda_graph(student.train(), args.image_size, args))
-    models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)
 
+    # Data
+    device = student.pixel_scale.device
+    train_loader = data_loader.TrainingLoader(data, info, args, device)
+    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
+
+    # Optimizer
+    optimizer = train_baseline.build_optimizer(student, args)
+    scheduler = train_baseline.build_scheduler(
+        optimizer, len(train_loader) // args.accumulate_steps, args)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
+    ema = train_baseline.EMA(student, args.ema_decay) if args.ema_decay else None
+    model_to_save = ema.module if ema else student
+
+    run.restore(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
+    run.warn_if_disk_is_short(student)
+
+    student.train()
+    models.capture_cuda_graph(student, args.image_size, args)
+    models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)
+    ddp_student = models.wrap_ddp(student)
+
+    # Training loop
     for epoch in range(len(run.history), args.num_epochs):
-        torch.manual_seed(data_loader.derive_seed(args.seed, args.num_epochs + epoch) + utils.RANK)
-        student.train()  # dropout draws from that seed, images from another
-        meter = utils.EpochMetrics(run, loader)
-        batches = meter.watch(loader.epoch_with_teacher(epoch))
-        for step, (images, teacher_images, labels) in enumerate(batches, 1):
-            parallel.require_backward_grad_sync = step % args.accumulate_steps == 0  # for DDP
+        student.train()
+        train_baseline.seed_dropout(args, epoch)  # images draw from a seed of their own
+        metrics = utils.EpochMetrics(args.batch_size, device)
+        progress = utils.progress_bar(train_loader.epoch_with_teacher(epoch), len(train_loader),
+                                      epoch)
+        for step, (images, teacher_images, labels) in enumerate(progress, start=1):
+            is_update_step = step % args.accumulate_steps == 0
+            if utils.WORLD_SIZE > 1:
+                # DDP averages the gradients over the GPUs once an update, not once a batch.
+                ddp_student.require_backward_grad_sync = is_update_step
+
             with utils.autocast(device, args):
                 with torch.no_grad():
                     teacher_logits = models.forward(teacher, teacher_images)
-                logits = models.forward(parallel, images)
-                loss, ce, soft = models.distillation_loss(logits, teacher_logits, labels, args)
+                logits = models.forward(ddp_student, images)
+                ce_loss = models.cross_entropy(logits, labels, args.label_smoothing)
+                distill_loss = models.distill_loss(logits, teacher_logits, args)
+                loss = args.alpha * distill_loss + (1 - args.alpha) * ce_loss
             scaler.scale(loss / args.accumulate_steps).backward()
 
-            meter.add(train_loss=loss, ce_loss=ce, kd_loss=soft,
-                      train_accuracy=models.accuracy(logits, labels))
+            learning_rate = optimizer.param_groups[0]["lr"]
+            if is_update_step:
+                train_baseline.update(student, optimizer, scheduler, scaler, ema, args)
+
+            metrics.add(train_loss=loss, ce_loss=ce_loss, distill_loss=distill_loss,
+                        train_accuracy=models.accuracy(logits, labels))
             if step % train_baseline.DIAGNOSE_EVERY == 1:
-                teacher_measured = models.teacher_diagnostics(teacher_logits, labels, args)
-                meter.add(entropy=models.entropy(logits), **teacher_measured)
-            if step % args.accumulate_steps:  # an epoch's batches are a multiple of it
-                continue
+                metrics.add(entropy=models.entropy(logits),
+                            **models.teacher_diagnostics(teacher_logits, labels, args))
 
-            # One update: the fp16 scaler leaves it out where the gradient overflowed.
-            scaler.unscale_(optimizer)
-            if args.clip_grad:
-                torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-            if ema:
-                ema.update(student, step=scheduler.last_epoch)  # counts updates, whatever its name
+            if step % train_baseline.LOG_EVERY == 0 or step == len(train_loader):
+                where = f"by step {step} of epoch {epoch + 1}, learning rate {learning_rate:.2e}"
+                utils.check_finite(metrics.means()["train_loss"], where)
+                utils.check_scale(scaler, where)
+                progress.set_postfix_str(metrics.progress_text())
+                run.print_estimate(metrics, len(train_loader))
 
-        # History, best_model.pth, last.pth: from here the next run goes on.
-        validated = ema.module if ema else student
-        run.finish_epoch(meter.row() | train_baseline.validate(validated, val_loader), validated)
+        # Validation, then history, best_model.pth and last.pth: from here the next start resumes.
+        row = metrics.row() | {"learning_rate": learning_rate}
+        row |= train_baseline.validate(model_to_save, val_loader)
+        run.finish_epoch(row, model_to_save)
+
     return run.best_path
 
 
 # The teacher --------------------------------------------------------------------------------------
 
 def teacher_args(args):
-    """The settings of the teacher's own fine-tuning, under the names train_baseline.train reads.
-    Its seed is another than the student's, so that it does not teach on the very crops it learned,
-    of which it is too sure. No label smoothing, which erases what the other classes have to say
-    (Müller et al. 2019)."""
-    unread = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
-              "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
-    own = {name: value for name, value in vars(args).items() if name not in unread}
-    own |= {"num_epochs": args.teacher_epochs, "learning_rate": args.teacher_learning_rate,
-            "image_size": args.teacher_image_size or args.image_size,
-            "seed": config.MAX_SEED - args.seed, "seeds": None, "fresh": args.fresh_teacher,
-            "label_smoothing": 0.0}
-    return argparse.Namespace(**own)
+    """The settings of the teacher's own fine-tuning, under the names train_baseline.train reads."""
+    student_only = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
+                    "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
+    settings = {name: value for name, value in vars(args).items() if name not in student_only}
+    settings["num_epochs"] = args.teacher_epochs
+    settings["learning_rate"] = args.teacher_learning_rate
+    settings["image_size"] = args.teacher_image_size or args.image_size
+    settings["seeds"] = None
+    settings["fresh"] = args.fresh_teacher
+    # Of the very crops on which it was trained, a teacher is too sure; so it has another seed.
+    settings["seed"] = config.MAX_SEED - args.seed
+    # Smoothing erases what the wrong classes have to say (Müller et al. 2019).
+    settings["label_smoothing"] = 0.0
+    return argparse.Namespace(**settings)
 
 
 def train_teacher(args, data, device):
-    """Path of the best weights of a former teacher that fits, or of one fine-tuned now."""
-    own = teacher_args(args)
-    folder = utils.run_folder("teacher", own)
-    best = folder / "best_model.pth"
+    """Path of the best weights of a previous teacher that fits, or of one fine-tuned now."""
+    run_args = teacher_args(args)
+    folder = utils.run_folder("teacher", run_args)
+    best_path = folder / "best_model.pth"
     with utils.lock_folder(folder):  # of several processes one trains it for all
         if train_baseline.is_finished(folder) and not args.fresh_teacher:
-            unfit = models.teacher_mismatch(utils.load_checkpoint(best), args, data)
-            if not unfit:
-                return best
-            print(f"the teacher in {folder} does not fit and will be moved aside: {unfit}")
-        torch.manual_seed(own.seed)
+            mismatch = models.teacher_mismatch(utils.load_checkpoint(best_path), args, data)
+            if not mismatch:
+                return best_path
+            print(f"the teacher in {folder} does not fit and will be moved aside: {mismatch}")
+
+        torch.manual_seed(run_args.seed)
         teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
                                      args.teacher_weights).to(device)
-        info = models.build_info("teacher", teacher, args.teacher_model, data, own)
-        return train_baseline.train(teacher, info, data, own)
+        info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
+                                 gradcam_layer=models.gradcam_layer(teacher, run_args.image_size))
+        return train_baseline.train(teacher, info, data, run_args)
 
 
 def load_teacher(path, args, data, device):
-    """The frozen teacher of `path`, and what a student's checkpoint says about it. Raises UserError
-    where it was trained on something else or knows too little to teach."""
+    """The frozen teacher of `path`, and what a student's checkpoint says about it. UserError where
+    it was trained on something else, or knows too little to teach."""
     teacher, info = models.load_model(path)
-    if unfit := models.teacher_mismatch(info, args, data):
-        raise utils.UserError(f"{path} cannot teach here: {unfit}")
-    accuracy, least = info["val_accuracy"], models.min_teacher_accuracy(info["num_classes"])
+    mismatch = models.teacher_mismatch(info, args, data)
+    if mismatch:
+        raise utils.UserError(f"{path} cannot teach here: {mismatch}")
+
+    accuracy = info["val_accuracy"]
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
-    if accuracy < least:
-        raise utils.UserError(f"a teacher below {least:.1%} would teach noise; train it longer "
-                              "(--teacher-epochs, --teacher-learning-rate, --fresh-teacher)")
-    for baseline in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
-        rival = utils.load_checkpoint(baseline)
-        score, same = rival["val_accuracy"], rival["split_fingerprint"] == info["split_fingerprint"]
-        if same and score >= accuracy:
-            print(f"warning: {baseline} reaches {score:.2%} without a teacher; this may not help")
-    about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
+    min_accuracy = models.min_teacher_accuracy(info["num_classes"])
+    if accuracy < min_accuracy:
+        raise utils.UserError(f"a teacher below {min_accuracy:.1%} would teach noise; train it "
+                              "longer (--teacher-epochs, --teacher-learning-rate, "
+                              "--fresh-teacher)")
+    warn_of_better_baselines(accuracy, info, args)
+
     frozen = models.freeze_teacher(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
+    about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
     return frozen.to(device), about
+
+
+def warn_of_better_baselines(teacher_accuracy, teacher_info, args):
+    """Print a warning for each baseline on the same split that is as good as its teacher."""
+    for path in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
+        baseline = utils.load_checkpoint(path)
+        has_same_split = baseline["split_fingerprint"] == teacher_info["split_fingerprint"]
+        if has_same_split and baseline["val_accuracy"] >= teacher_accuracy:
+            print(f"warning: {path} reaches {baseline['val_accuracy']:.2%} without a teacher; "
+                  "distillation may not help")
 
 
 if __name__ == "__main__":

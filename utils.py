@@ -1,5 +1,5 @@
-"""What every script needs: errors, start and end, processes, device, files, a run, its meter.
-Nothing here builds a model or runs a loop."""
+"""What every script needs: errors and exit status, processes, device and precision, files, the
+folder of a run, and the metrics of an epoch. Nothing here builds a model or runs a loop."""
 import contextlib
 import csv
 import ctypes
@@ -13,14 +13,13 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
 import warnings
 import zipfile
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import torch
@@ -28,221 +27,358 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT_VERSION = 4  # of every checkpoint; raised when an older reader could misread a new one
-TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, WORLD_SIZE = int(TORCHRUN.get("RANK", 0)), int(TORCHRUN.get("WORLD_SIZE", 1))
-STOPPED = "stopped; whole epochs are saved: the same command, without --fresh, goes on after them"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # AMP_DTYPE's
 
-# Errors, start and end of a script, its processes -------------------------------------------------
+# torchrun starts several processes and numbers them; without it there is one, number 0.
+TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK = int(TORCHRUN.get("RANK", 0))
+WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))
+
+
+# Errors and exit status ---------------------------------------------------------------------------
 
 class UserError(Exception):
     """Something a person can put right; its text is the one message they see."""
-    code = 1  # exit status
+    exit_status = 1
 
 
 class UsageError(UserError):
     """Settings that cannot work, found before any work."""
-    code = 2
+    exit_status = 2
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Whatever answers Ctrl-C answers this too."""
+
+
+def raise_terminated(signal_number, frame):
+    raise Terminated
 
 
 def run_script(main, args):
-    """Call `main(args)`; return the exit status: 0, or 1 or 2 with one message. A signal ends it
-    with 130 or 143. Of torchrun's processes the first to fail says why, and all end."""
-    if RANK:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # process 0 alone prints
+    """Call `main(args)` and return the exit status: 0, or with one message 1 or 2 for what a person
+    can put right, 130 after Ctrl-C, 143 after SIGTERM. A fault of the program keeps its traceback.
+    """
+    if RANK != 0:
+        silence_stdout()  # process 0 alone prints
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a class name the terminal cannot show stops nothing
-    end_at_signals(STOPPED if hasattr(args, "fresh") else "stopped")
+    signal.signal(signal.SIGTERM, raise_terminated)
+
+    try:
+        status = call_and_report(main, args)
+    except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C is enough, the rest is orderly
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if RANK == 0:
+            print_error(stop_message(args))
+        status = 143 if isinstance(stop, Terminated) else 130
+
+    if WORLD_SIZE > 1:
+        if status == 0:
+            dist.destroy_process_group()
+        else:
+            os._exit(status)  # at an orderly end NCCL could wait for processes that are gone
+    return status
+
+
+def call_and_report(main, args):
+    """Call `main(args)`; return 0, or report what went wrong and return its exit status."""
     try:
         main(args)
-        sys.stdout.flush()  # here, where a broken pipe has its message
-        if WORLD_SIZE > 1:
-            dist.destroy_process_group()
+        sys.stdout.flush()  # here, where a broken pipe gets its message
         return 0
     except Exception as error:
-        if not (known := user_message(error, args)):
+        message = user_message(error, args)
+        if message is None:
             raise
-        say_last(f"error: {known}")
-        if WORLD_SIZE > 1:
-            os._exit(1)  # torchrun's own status; at an orderly end NCCL could wait for the others
-        return getattr(known, "code", 1)
+        if isinstance(error, BrokenPipeError):
+            silence_stdout()  # or Python would complain again at its end
+        if RANK != 0:
+            # Where process 0 failed as well, torchrun ends this one before it repeats the message.
+            time.sleep(3)
+        print_error(f"error: {message}")
+        return exit_status(error)
 
 
-def end_at_signals(message):
-    """From now on Ctrl-C and SIGTERM end the script with `message`; its files are moved into place
-    whole. A thread does it, since the main one hears nothing while it waits for a GPU."""
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    def end(held=writer):  # or it would be closed
-        while number := reader.recv(1)[0]:
-            if number in (signal.SIGINT, signal.SIGTERM):  # others tell DataLoader of its workers
-                say_last(message)
-                os._exit(128 + number)
-    threading.Thread(target=end, daemon=True).start()
-    signal.set_wakeup_fd(writer.fileno())
-    for number in (signal.SIGINT, signal.SIGTERM):  # torchrun's process 0 speaks for all
-        signal.signal(number, signal.SIG_DFL if RANK else lambda *_: None)
+def silence_stdout():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say_last(message):
-    """Print to stderr, of torchrun's processes only the first that comes here."""
-    with contextlib.suppress(RuntimeError):  # torchrun itself may be gone
-        if WORLD_SIZE > 1:
-            store = dist.TCPStore(TORCHRUN["MASTER_ADDR"], int(TORCHRUN["MASTER_PORT"]),
-                                  is_master=False, timeout=timedelta(seconds=10))
-            if store.add(f"ended {TORCHRUN['TORCHELASTIC_RESTART_COUNT']}", 1) > 1:
-                return
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
-        with contextlib.suppress(OSError):  # nobody may listen any more
-            print(text, end="", file=stream, flush=True)
+def print_error(message):
+    with contextlib.suppress(OSError):  # nobody may be listening any more
+        tqdm.write(message, file=sys.stderr)  # below a progress bar, not behind it
 
 
-NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "not enough memory",
-             "unable to find an engine", "WinError 1455")  # cuDNN's; Windows' paging file
+def stop_message(args):
+    """What was saved when Ctrl-C or SIGTERM came, in one sentence."""
+    run = Run.current
+    if run is None:
+        return "stopped"
+    if not run.history:
+        return f"stopped before the first epoch of the {run.title} run was complete"
+    command = "the same command without --fresh" if args.fresh else "the same command"
+    return (f"stopped after epoch {len(run.history)} of {run.num_epochs} of the {run.title} run; "
+            f"{command} resumes there")
+
+
+class KnownError(NamedTuple):
+    """An error of torch or the system, and what a person can do about it."""
+    kinds: tuple      # types of the exception
+    signs: tuple      # it has one of these in its text; (): whatever its text
+    advice: str       # {reason} is the first line of its text
+    exit_status: int = 1
+
+
+MEMORY_ADVICE = (
+    "there is too little memory; close what else uses it, or halve --batch-size and double "
+    "--accumulate-steps, which makes the same updates but for BatchNorm, or lower --image-size; "
+    "where memory is not short, try another --amp-dtype")
+WORKER_ADVICE = (
+    "a process that reads pictures was killed, mostly for want of memory or, in a container, of "
+    "/dev/shm; lower --num-workers, and the same command resumes")
+
+KNOWN_ERRORS = [  # the first that fits
+    KnownError((MemoryError,), (), MEMORY_ADVICE),
+    KnownError((Exception,), ("out of memory", "can't allocate memory", "ALLOC_FAILED",
+                              "not enough memory",
+                              "unable to find an engine",         # cuDNN's
+                              "WinError 1455"), MEMORY_ADVICE),  # Windows' paging file
+    KnownError((RuntimeError,), ("gloo", "NCCL", "Connection"),
+               "the processes lost each other: {reason}; the same command resumes"),
+    KnownError((RuntimeError,), ("deterministic",),
+               "--deterministic is not possible with this model: {reason}"),
+    KnownError((ValueError,), ("more than 1 value per channel",),  # BatchNorm's
+               "--batch-size is too small to train with: {reason}", exit_status=2),
+    KnownError((BrokenPipeError,), (),
+               "what read this script's output has gone away; the same command resumes"),
+    KnownError((ConnectionError, EOFError), (), WORKER_ADVICE),
+    KnownError((RuntimeError,), ("DataLoader worker (pid",), WORKER_ADVICE),
+]
 BAD_FOLDER = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
               errno.EISDIR, errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def user_message(error, args):
-    """A UserError or a sentence on what a person can put right of an `error`, else None."""
-    text = str(error)
+    """One message on what a person can do about `error`; None where it is a fault of the program.
+    """
     if isinstance(error, UserError):
-        return error
-    if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
-        return ("there is too little memory; close what else uses it, or halve --batch-size and "
-                "double --accumulate-steps, which makes the same updates but for BatchNorm, or "
-                "lower --image-size; where memory is not short, try another --amp-dtype")
-    if WORLD_SIZE > 1 and any(sign in text for sign in ("gloo", "NCCL", "Connection")):
-        return f"the processes lost each other: {first_line(error)}; the same command goes on"
-    if "deterministic" in text:
-        return f"--deterministic is not possible with this model: {first_line(error)}"
-    if "more than 1 value per channel" in text:  # BatchNorm's
-        return UsageError(f"--batch-size {args.batch_size} cannot be trained with: {text}")
-    if isinstance(error, BrokenPipeError):  # of `| head`, say; Python would complain once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return "what read this script's output has gone away; the same command goes on"
-    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in text:
-        return ("a process that reads pictures was killed, mostly for want of memory or, in a "
-                "container, of /dev/shm; lower --num-workers, and the same command goes on")
+        return str(error)
+    known = find_known(error)
+    if known is not None:
+        return known.advice.format(reason=first_line(error))
     if isinstance(error, PermissionError) and error.filename2:  # of `replace`
         return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
-                "say, or a virus scanner); close it there")
+                "for example, or a virus scanner); close it there")
     if isinstance(error, OSError) and error.errno in BAD_FOLDER:
         return (f"{error.strerror}: {error.filename or 'while writing'}; make room or choose other "
-                "folders, and the same command goes on from what was saved last")
+                "folders, and the same command resumes from what was saved last")
     return None
 
 
+def find_known(error):
+    """The row of KNOWN_ERRORS that fits `error`, or None."""
+    text = str(error)
+    for known in KNOWN_ERRORS:
+        has_sign = not known.signs or any(sign in text for sign in known.signs)
+        if isinstance(error, known.kinds) and has_sign:
+            return known
+    return None
+
+
+def exit_status(error):
+    known = find_known(error)
+    if isinstance(error, UserError):
+        return error.exit_status
+    return known.exit_status if known is not None else 1
+
+
 def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """The first line of what `error` says, or its type where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def format_duration(seconds):
-    """Seconds as a person says them: '45 s', '12 min', '3.4 h'."""
-    return (f"{seconds:.0f} s" if seconds < 90 else
-            f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h")
+    """Seconds as people say them: '45 s', '12 min', '3.4 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager
 def main_process_first():
     """As a decorator: process 0, which alone downloads, locks and writes, goes first."""
-    if RANK:
+    if RANK != 0:
         dist.barrier()
     yield
-    if WORLD_SIZE > 1 and not RANK:
+    if WORLD_SIZE > 1 and RANK == 0:
         dist.barrier()
 
 
 # Device and precision -----------------------------------------------------------------------------
 
 def setup(args):
-    """Make ready what computes: the device, which is returned, precision (args.amp_dtype "auto" is
-    replaced), determinism, torchrun's group. UsageError where the device asked for is not there."""
-    there = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    alone = WORLD_SIZE == 1  # else each of torchrun's processes has a GPU of its own
-    kind = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
-    device = torch.device(kind if alone or kind != "cuda" else f"cuda:{TORCHRUN['LOCAL_RANK']}")
-    name = device.type
-    needed = (device.index or 0) + 1 if alone else int(TORCHRUN["LOCAL_WORLD_SIZE"])
-    if name != "cpu" and (there[name] < needed or not alone and kind != "cuda"):
-        raise UsageError(f"argument --device: torch has no {kind} here{'' if alone else ' for each'} "
-                       "(cuda needs an NVIDIA GPU and a CUDA build of torch, mps an Apple GPU)")
-    if getattr(args, "amp_dtype", "fp32") == "auto":
-        # Emulated bf16 (GPUs before Ampere) is slower than fp16, and both than fp32 elsewhere.
-        native = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp_dtype = "bf16" if native else "fp16" if name == "cuda" else "fp32"
-    if getattr(args, "cuda_graph", False) and name != "cuda":
-        raise UsageError("argument --cuda-graph: needs an NVIDIA GPU")
-    if getattr(args, "deterministic", False):
-        if name == "mps":
-            raise UsageError("argument --deterministic: torch promises no such runs on Apple GPUs")
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-    elif name == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes stay, but for a last batch
-    if device.index:
-        torch.cuda.set_device(device)
-    if name == "cuda" and os.name == "nt":  # its driver would spill into system memory, and crawl
-        free, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(free / total)
-    if name == "cpu":
-        reuse_freed_memory()
-    if not alone:
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=9),
-                                device_id=device if name == "cuda" else None)
-    slow = "; without a GPU large images take long (see README)" if name == "cpu" else ""
-    print(f"device: {device_name(device)}, {getattr(args, 'amp_dtype', 'fp32')}{slow}")
+    """Prepare what computes and return the device. UsageError where it cannot be had.
+
+    For training it also sets precision (args.amp_dtype "auto" is replaced by what was chosen),
+    determinism and torchrun's process group. Evaluation has no such settings: it stays in float32.
+    """
+    device = select_device(args.device)
+    prepare_memory(device)
+    torch.backends.cudnn.benchmark = True  # shapes stay the same, but for a last batch
+    if device.type == "cuda":
+        # Convolutions in float32 would run in TF32, with 10 bits of mantissa: float32 means float32
+        # here, in evaluation and under --amp-dtype fp32. bf16 and fp16 are not touched by it.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+    precision = "fp32"
+    if "amp_dtype" in args:
+        precision = args.amp_dtype = select_precision(args.amp_dtype, device)
+        if args.cuda_graph and device.type != "cuda":
+            raise UsageError("argument --cuda-graph: needs an NVIDIA GPU")
+        if args.deterministic:
+            use_deterministic_algorithms(device)
+        if WORLD_SIZE > 1:
+            join_process_group(device)
+
+    slow = ""
+    if device.type == "cpu":
+        slow = "; without a GPU large images take long (see README)"
+    print(f"device: {device_name(device)}, {precision}{slow}")
     return device
 
 
-def autocast(device, args):
-    """The precision to compute in, args.amp_dtype, as a context."""
-    dtype = DTYPES[args.amp_dtype]  # no cache: a step uses each weight once; a graph forbids it
-    return torch.autocast(device.type, dtype, dtype != torch.float32, cache_enabled=False)
+def select_device(wanted):
+    """The torch.device that `wanted` names: auto, cuda, cuda:1, mps or cpu. Under torchrun each
+    process has a GPU of its own."""
+    num_gpus = torch.cuda.device_count()
+    has_mps = torch.backends.mps.is_available()
+    if wanted == "auto":
+        if num_gpus:
+            wanted = "cuda"
+        elif has_mps:
+            wanted = "mps"
+        else:
+            wanted = "cpu"
+
+    device = torch.device(wanted)
+    available = {"cuda": num_gpus > (device.index or 0), "mps": has_mps, "cpu": True}
+    for_each = ""
+    if WORLD_SIZE > 1:
+        available["cuda"] = wanted == "cuda" and num_gpus >= int(TORCHRUN["LOCAL_WORLD_SIZE"])
+        available["mps"] = False
+        for_each = " for each process"
+    if not available[device.type]:
+        raise UsageError(f"argument --device: torch has no {wanted} here{for_each} (cuda needs an "
+                         "NVIDIA GPU and a CUDA build of torch, mps an Apple GPU)")
+    if WORLD_SIZE > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(TORCHRUN["LOCAL_RANK"]))
+    return device
+
+
+def prepare_memory(device):
+    """Set what the system does with memory, for the speed of what follows."""
+    if device.type == "cpu":
+        reuse_freed_memory()
+    if device.index:
+        torch.cuda.set_device(device)
+    if device.type == "cuda" and os.name == "nt":
+        # Windows' driver would spill into the system's memory, and crawl.
+        free, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction(free / total)
 
 
 def reuse_freed_memory():
     """Tell glibc to keep freed blocks above 32 MB, which it would get anew from the system for each
     tensor: a step at 224 px would take a seventh longer, evaluation half as long again."""
     if platform.libc_ver()[0] == "glibc":
-        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        M_MMAP_MAX = -4
+        M_TRIM_THRESHOLD = -1
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def select_precision(wanted, device):
+    """"bf16", "fp16" or "fp32" for AMP_DTYPE, whose "auto" takes the fastest on `device`."""
+    if wanted != "auto":
+        return wanted
+    if device.type != "cuda":
+        return "fp32"
+    # Emulated bf16 (GPUs before Ampere) is slower than fp16.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def use_deterministic_algorithms(device):
+    if device.type == "mps":
+        raise UsageError("argument --deterministic: torch promises no such runs on Apple GPUs")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel a tensor, for debugging
+    torch.backends.cudnn.benchmark = False
+
+
+def join_process_group(device):
+    """Connect torchrun's processes: nccl between GPUs, gloo between CPUs."""
+    week = timedelta(days=9)  # process 0 may train a teacher's hours before the others are needed
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=week, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=week)
+
+
+def autocast(device, args):
+    """The precision to compute in, args.amp_dtype, as a context."""
+    dtype = DTYPES[args.amp_dtype]
+    # No cache of cast weights: a step uses each weight once, and a CUDA graph forbids it.
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def device_name(device):
-    """What a person calls the device: the GPU's name, or the number of CPU threads in use."""
-    return (torch.cuda.get_device_name() if device.type == "cuda" else
-            "Apple GPU" if device.type == "mps" else f"CPU, {torch.get_num_threads()} threads")
+    """What people call the device: the GPU's name, or the number of CPU threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def versions(device):
-    """What a model was trained with: the device, Python, torch and packages."""
-    packages = {name: importlib.metadata.version(name) for name in ("timm", "torchvision", "numpy")}
-    return {"device": device_name(device), "python": platform.python_version(),
-            "torch": str(torch.__version__), **packages}
+    """What a model was trained with: the device, and the versions of Python and of packages."""
+    found = {"device": device_name(device), "python": platform.python_version(),
+             "torch": str(torch.__version__)}
+    for package in ("timm", "torchvision", "numpy"):
+        found[package] = importlib.metadata.version(package)
+    return found
 
 
 # Files --------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def atomic_write(target, mode="w"):
-    """Open a file beside `target` to write (text as UTF-8) and move it there when it is whole."""
+    """Open a file beside `target` to write (text as UTF-8), and move it there when it is whole: a
+    reader never meets half a file."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # another process has its own
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # other processes have theirs
+    text_options = {}
+    if "b" not in mode:
+        # A file name that is not UTF-8 is written with replacement characters.
+        text_options = {"encoding": "utf-8", "errors": "replace", "newline": ""}
     try:
-        with open(beside, mode, **text) as file:
+        with open(unfinished, mode, **text_options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(beside, target)
+        replace(unfinished, target)
     finally:
-        beside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def replace(source, target):
-    """Move a file over another, for some seconds again where Windows has that refused."""
+    """Move a file over another; try for some seconds where Windows refuses it."""
     for _ in range(20):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
@@ -251,160 +387,265 @@ def replace(source, target):
 
 
 def save_checkpoint(checkpoint, target):
-    """Write a checkpoint into place; through memory, since torch hides a full disk's own error."""
-    buffer = io.BytesIO()
+    """Write a dict of tensors and plain values, with FORMAT_VERSION, into place."""
+    buffer = io.BytesIO()  # torch, writing to a file itself, hides the error of a full disk
     torch.save({"format_version": FORMAT_VERSION, **checkpoint}, buffer)
     with atomic_write(target, "wb") as file:
         file.write(buffer.getbuffer())
 
 
-def load_checkpoint(target):
-    """Load a checkpoint onto the CPU without running any code it may carry, or raise UserError."""
-    target = Path(target)
-    if not target.is_file():
-        raise UserError(f"there is no file {target} (the quick run's are in checkpoints/quick/)")
-    content = io.BytesIO(target.read_bytes())  # what fails from here on is the content's fault
+def load_checkpoint(path):
+    """Load what save_checkpoint wrote, onto the CPU, or raise UserError."""
+    checkpoint = load_torch_file(path)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path} is no checkpoint of this project, format {FORMAT_VERSION}")
+    return checkpoint
+
+
+def load_torch_file(path):
+    """Load what torch.save wrote, onto the CPU, without running code it may carry, or raise
+    UserError: it is missing, damaged, carries code, or would unpack to more than its size."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path} (the quick run's are in checkpoints/quick/)")
+    content = io.BytesIO(path.read_bytes())  # what fails from here on is the content's fault
     try:
-        if zipfile.is_zipfile(content):
-            archive = zipfile.ZipFile(content)
-            if any(part.file_size > part.compress_size for part in archive.infolist()):
-                raise UserError(f"{target} was refused: unpacked it would be larger than the file")
-            if archive.testzip():  # torch does not look at checksums
-                raise zipfile.BadZipFile
-        content.seek(0)
+        check_archive(content, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+            return torch.load(content, map_location="cpu", weights_only=True)
     except (MemoryError, UserError):
         raise
     except Exception as error:  # damage takes any form
         # Operand 149 opens a pickle of protocol 4 and later, which torch does not write.
-        if any(f"Unsupported {sign}" in str(error) for sign in ("global", "operand 149")):
-            raise UserError(f"{target} carries code and was refused; none of it was run") from None
-        raise UserError(f"{target} is damaged, or no checkpoint at all") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{target} is no checkpoint of this project, format {FORMAT_VERSION}")
-    return checkpoint
+        signs_of_code = ("Unsupported global", "Unsupported operand 149")
+        if any(sign in str(error) for sign in signs_of_code):
+            raise UserError(
+                f"{path} carries code and was refused; none of it was run. Where you trust it, "
+                "save its state_dict alone, or as .safetensors") from None
+        raise UserError(f"{path} is damaged, or no checkpoint at all") from None
 
 
-def sha256(target):
-    return hashlib.sha256(Path(target).read_bytes()).hexdigest()
+def check_archive(content, path):
+    """Look for what torch does not: zip bombs and wrong checksums. `content` is rewound after."""
+    if zipfile.is_zipfile(content):
+        archive = zipfile.ZipFile(content)
+        for part in archive.infolist():
+            if part.file_size > part.compress_size:
+                raise UserError(f"{path} was refused: unpacked it would be larger than the file")
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
+    content.seek(0)
 
 
-# A run's folder -----------------------------------------------------------------------------------
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-HISTORY_COLUMNS = ("epoch", "train_loss", "ce_loss", "kd_loss", "train_accuracy", "val_loss",
-           "val_accuracy", "learning_rate", "images_per_second", "seconds", "peak_memory_mb",
-           "entropy", "teacher_entropy", "target_entropy", "teacher_accuracy")
+
+# The folder of a run ------------------------------------------------------------------------------
+
+HISTORY_COLUMNS = (
+    "epoch", "train_loss", "ce_loss", "distill_loss", "train_accuracy", "val_loss", "val_accuracy",
+    "learning_rate", "images_per_second", "seconds", "peak_memory_mb", "entropy", "teacher_entropy",
+    "target_entropy", "teacher_accuracy")
 
 
 class Run:
-    """One training: its folder with best_model.pth and last.pth, and `history`, a dict for each
-    whole epoch. A former run with the same `identity` is gone on with; another one is moved aside,
-    but not before this one has an epoch to save. While a Run lives no other can train there."""
-    def __init__(self, info, identity, args):
-        self.info, self.identity, self.name = info, identity, info["run"]
-        self.num_epochs, self.folder = args.num_epochs, run_folder(self.name, args)
-        self.best_path, self.last_path = self.folder / "best_model.pth", self.folder / "last.pth"
-        results = Path(args.results_dir, self.folder.name if args.seeds else "")
-        self.history_file = results / f"{self.name}_history.csv"
-        self.lock = lock_folder(self.folder)
-        former = load_checkpoint(self.last_path) if self.last_path.exists() and not args.fresh else {}
-        self.why_not_resumed = self.reason_not_to_resume(former, args.fresh)
-        kept = {} if self.why_not_resumed else former
-        self.history, self.states = kept.get("history", []), kept.get("states", {})
-        self.parts, self.estimated, self.since = {}, False, time.perf_counter()
-        for half in (*self.folder.glob("*.tmp"), *results.glob(f"{self.name}_history.csv.*.tmp")):
-            RANK or half.unlink()  # a kill has left it
-        if self.history and not RANK:
-            self.write_history()  # an epoch's last file, and a kill may have come before it
-        self.finished = len(self.history) == self.num_epochs
-        if self.finished:
-            print(f"{self.name}: already trained with these settings; --fresh trains it anew")
+    """One training in its folder: best_model.pth, last.pth, and `history`, a dict for each finished
+    epoch.
 
-    def reason_not_to_resume(self, former, fresh):
-        """Why the folder's `former` run cannot be gone on with, in a few words; "" where it can."""
-        if not former:
-            there = any(map(Path.exists, (self.best_path, self.last_path, self.history_file)))
-            return "" if not there else "--fresh" if fresh else "of unknown settings"
-        before, now = former["identity"], self.identity
-        if other := [name for name in before | now if before.get(name) != now.get(name)]:
-            return f"other {', '.join(other)}"
-        return "best_model.pth gone" if former["history"] and not self.best_path.exists() else ""
+    A previous run with the same `identity` is resumed. Another one is moved aside, but not before
+    this one has an epoch to save. While a Run lives, no other process can train in its folder. The
+    constructor takes that lock and reads; it writes nothing.
+    """
+    current = None  # the Run that is training, for the message after Ctrl-C
+
+    def __init__(self, info, identity, args):
+        self.info = info
+        self.identity = identity
+        self.name = info["run"]
+        self.title = f"{self.name}, seed {args.seed}" if args.seeds else self.name
+        self.num_epochs = args.num_epochs
+        self.epochs_of_later_seeds = 0
+        if args.seeds:
+            later_seeds = len(args.seeds) - 1 - args.seeds.index(args.seed)
+            self.epochs_of_later_seeds = later_seeds * args.num_epochs
+
+        self.folder = run_folder(self.name, args)
+        self.best_path = self.folder / "best_model.pth"
+        self.last_path = self.folder / "last.pth"
+        results_dir = Path(args.results_dir, self.folder.name if args.seeds else "")
+        self.history_path = results_dir / f"{self.name}_history.csv"
+
+        self.lock = lock_folder(self.folder)
+        saved = {}
+        if self.last_path.exists() and not args.fresh:
+            saved = load_checkpoint(self.last_path)
+        self.why_not_resumed = self.reason_not_to_resume(saved, args.fresh)
+        if self.why_not_resumed:
+            saved = {}
+        self.history = saved.get("history", [])
+        self.saved_states = saved.get("states", {})
+
+        self.parts = {}  # what `restore` was given, to be saved after each epoch
+        self.epoch_start = time.perf_counter()
+        self.has_printed_estimate = False
+
+    @property
+    def finished(self):
+        return len(self.history) == self.num_epochs
+
+    def reason_not_to_resume(self, saved, fresh):
+        """Why a previous run in the folder cannot be resumed, in a few words; "" where it can, or
+        where there is none. `saved` is its last.pth."""
+        if not saved:
+            files = (self.best_path, self.last_path, self.history_path)
+            if not any(file.exists() for file in files):
+                return ""
+            return "--fresh" if fresh else "of unknown settings"
+
+        before = saved["identity"]
+        now = self.identity
+        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        if changed:
+            return f"other {', '.join(changed)}"
+        if saved["history"] and not self.best_path.exists():
+            return "best_model.pth gone"
+        return ""
+
+    def tidy_after_a_kill(self):
+        """Remove half-written files, and write the history, an epoch's last file, where it lacks
+        an epoch."""
+        if RANK != 0:
+            return
+        results_dir = self.history_path.parent
+        for half_written in (*self.folder.glob("*.tmp"),
+                             *results_dir.glob(f"{self.history_path.name}.*.tmp")):
+            half_written.unlink()
+        if self.history:
+            self.write_history()
 
     def restore(self, **parts):
-        """Set these `parts` (with a state_dict, or None) to a former run's; epochs save them."""
+        """Load into `parts`, each with a state_dict or None, what a previous run saved of them;
+        from now on they are saved with every epoch."""
+        Run.current = self
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        for name in self.states:
-            self.parts[name].load_state_dict(self.states[name])
-        self.states = {}
+        for name, state in self.saved_states.items():
+            self.parts[name].load_state_dict(state)
+        self.saved_states = {}
+
+    def warn_if_disk_is_short(self, model):
+        """Print a warning where the disk has too little room for the files of the run."""
+        # best_model.pth holds the weights once; last.pth up to four times (weights, their average,
+        # AdamW's two moments); and while last.pth is replaced, it lies there twice.
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+        needed = 9 * weights
+        existing_folder = next(path for path in self.folder.absolute().parents if path.exists())
+        free = shutil.disk_usage(existing_folder).free
+        if free < needed and RANK == 0:
+            print(f"warning: the run needs about {needed / 1e6:.0f} MB in {existing_folder}, where "
+                  f"{free / 1e6:.0f} MB are free")
 
     @main_process_first()
     def finish_epoch(self, row, model):
-        """Save a whole epoch: best_model.pth of `model` if it is the best, last.pth, the history.
-        `row` has what was measured of HISTORY_COLUMNS. Raises UserError where its loss is not finite."""
-        if RANK:
+        """Save a finished epoch: best_model.pth of `model` if it is the best so far, last.pth, the
+        history. `row` holds what was measured, by HISTORY_COLUMNS. UserError where its validation
+        loss is not finite."""
+        if RANK != 0:
             self.history.append(row)
             return
-        now, epoch = time.perf_counter(), len(self.history) + 1
-        if not math.isfinite(row["val_loss"]):
-            raise diverged(f"on the validation images after epoch {epoch}")
-        row = dict.fromkeys(HISTORY_COLUMNS) | row | {"epoch": epoch, "seconds": now - self.since}
-        self.since = now
-        if not self.history:
+        epoch = len(self.history) + 1
+        check_finite(row["val_loss"], f"on the validation images after epoch {epoch}")
+
+        now = time.perf_counter()
+        seconds = now - self.epoch_start
+        self.epoch_start = now
+        row = dict.fromkeys(HISTORY_COLUMNS) | row | {"epoch": epoch, "seconds": seconds}
+        previous_best = max((past["val_accuracy"] for past in self.history), default=-1.0)
+        is_best = row["val_accuracy"] > previous_best
+        if epoch == 1:
             self.move_previous_run_aside()
-        best = all(row["val_accuracy"] > former["val_accuracy"] for former in self.history)
         self.history.append(row)
-        if best:
-            weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-            kept = {"state_dict": weights, "epoch": epoch, "val_accuracy": row["val_accuracy"]}
-            save_checkpoint({**self.info, **kept}, self.best_path)
+
+        if is_best:
+            self.save_best(model, row)
         self.save_last({name: part.state_dict() for name, part in self.parts.items()})
         self.write_history()
-        self.print_epoch(row, best)
+        self.print_epoch(row, is_best)
 
     def move_previous_run_aside(self):
-        """Move what another run left aside, and say where."""
+        """Move what another run left to the first free folder <name>.1, <name>.2, ..."""
         if self.why_not_resumed:
-            beside = (self.folder.with_name(f"{self.folder.name}.{i}") for i in itertools.count(1))
-            aside = next(path for path in beside if not path.exists())
+            for i in itertools.count(1):
+                aside = self.folder.with_name(f"{self.folder.name}.{i}")
+                if not aside.exists():
+                    break
             aside.mkdir(parents=True)
-            for file in filter(Path.exists, (self.best_path, self.last_path, self.history_file)):
-                shutil.move(file, aside)
-            print(f"the former {self.name} run ({self.why_not_resumed}) is now in {aside}")
-        self.save_last({})  # a best_model.pth without would be taken for one put there by hand
+            for file in (self.best_path, self.last_path, self.history_path):
+                if file.exists():
+                    shutil.move(file, aside)
+            print(f"the previous {self.name} run ({self.why_not_resumed}) is now in {aside}")
+        self.save_last({})  # a best_model.pth without it would be taken for one put there by hand
+
+    def save_best(self, model, row):
+        weights = {}
+        for name, tensor in model.state_dict().items():
+            weights[name] = tensor.cpu().contiguous()
+        save_checkpoint({**self.info, "state_dict": weights, "epoch": row["epoch"],
+                         "val_accuracy": row["val_accuracy"]}, self.best_path)
 
     def save_last(self, states):
-        save_checkpoint({"identity": self.identity, "history": self.history, "states": states}, self.last_path)
+        save_checkpoint({"identity": self.identity, "history": self.history, "states": states},
+                        self.last_path)
 
     def write_history(self):
         try:
-            with atomic_write(self.history_file) as file:
+            with atomic_write(self.history_path) as file:
                 writer = csv.DictWriter(file, HISTORY_COLUMNS, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.history)
-        except PermissionError as error:  # last.pth has it too
+        except PermissionError as error:  # last.pth has the history too
             print(f"warning: {user_message(error, None)}; the next epoch or start writes it again")
 
-    def print_epoch(self, row, best):
-        """The epoch in one line, a star where it is the best so far, and the time left."""
-        accuracy, left = row["train_accuracy"], self.num_epochs - row["epoch"]
-        train = "" if accuracy is None else f"train {accuracy:6.2%}  "
-        to_go = f", {format_duration(row['seconds'] * left)} to go" if left else ""
-        print(f"{self.name} epoch {row['epoch']:>3}/{self.num_epochs}  loss {row['train_loss']:.4f}"
-              f"  {train}val {row['val_accuracy']:6.2%}{' *' if best else '  '}"
+    def print_estimate(self, metrics, steps_per_epoch):
+        """Print once about how long the run will take: after 15 s, or at the first epoch's end."""
+        if self.has_printed_estimate:
+            return
+        is_last_step = metrics.num_steps == steps_per_epoch
+        if metrics.elapsed() < 15 and not is_last_step:
+            return
+        self.has_printed_estimate = True
+        epochs = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
+        steps = epochs * steps_per_epoch - metrics.num_steps
+        remaining = format_duration(steps * metrics.seconds_per_step())
+        tqdm.write(f"{self.title}: {self.num_epochs} epochs of {steps_per_epoch} steps, "
+                   f"about {remaining} to go")
+
+    def print_epoch(self, row, is_best):
+        """Print the epoch in one line, a star where it is the best so far, and the time to go."""
+        train_accuracy = ""
+        if row["train_accuracy"] is not None:
+            train_accuracy = f"train {row['train_accuracy']:6.2%}  "
+        star = "*" if is_best else " "
+        epochs_to_go = self.num_epochs - row["epoch"] + self.epochs_of_later_seeds
+        to_go = ""
+        if epochs_to_go:
+            to_go = f", {format_duration(row['seconds'] * epochs_to_go)} to go"
+        print(f"{self.title} epoch {row['epoch']:>3}/{self.num_epochs}"
+              f"  loss {row['train_loss']:.4f}"
+              f"  {train_accuracy}val {row['val_accuracy']:6.2%} {star}"
               f"  lr {row['learning_rate']:.1e}  {row['images_per_second']:.0f} images/s"
               f"  {row['seconds']:.0f} s{to_go}", flush=True)
 
 
 @main_process_first()
 def lock_folder(folder):
-    """Keep other processes out of a run's folder while what is returned lives; wait for one."""
-    if RANK:
+    """Keep other processes out of a run's folder while what is returned lives; wait for one that
+    is at work there."""
+    if RANK != 0:
         return contextlib.nullcontext()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.lock")
-    lock = filelock.FileLock(beside, is_singleton=True)
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -419,82 +660,98 @@ def run_folder(name, args):
     return folder / f"seed_{args.seed}" if args.seeds else folder
 
 
-# A run's meter ------------------------------------------------------------------------------------
+# The metrics of an epoch --------------------------------------------------------------------------
 
 class EpochMetrics:
-    """What an epoch of `run` measures: sums that stay on the device, a clock, a progress bar."""
-    def __init__(self, run, loader):
-        self.run, self.loader, self.sums, self.steps = run, loader, {}, 0
-        self.learning_rate, self.on_gpu = None, loader.device.type == "cuda"
-        if self.on_gpu:
+    """Means over the steps of an epoch, and its speed. The sums stay on the device: adding to them
+    waits for nothing, reading them waits for all steps so far."""
+    def __init__(self, batch_size, device):
+        self.batch_size = batch_size
+        self.device = device
+        self.sums = {}    # by the names that one call of `add` gave together: a tensor (names,)
+        self.counts = {}  # calls of `add` with these names
+        self.num_steps = 0
+        self.start = time.perf_counter()
+        self.first_step_end = None
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.start = self.first = time.perf_counter()
-
-    def watch(self, batches):
-        """Yield `batches` behind a progress bar, and look at the sums a few times a second, which
-        waits for the device, or every five seconds without a bar, so that divergence is seen."""
-        looked, epoch = self.start, len(self.run.history) + 1
-        with tqdm(total=len(self.loader), desc=f"epoch {epoch}", leave=False,
-                  disable=True if RANK else None) as bar:
-            for batch in batches:
-                self.learning_rate = self.run.parts["optimizer"].param_groups[0]["lr"]
-                yield batch
-                self.steps += 1
-                bar.update()
-                now = time.perf_counter()
-                if self.steps == 1:
-                    self.first = now
-                elif now - looked > (5 if bar.disable else 0.3):
-                    looked = now
-                    bar.set_postfix_str(self.look(), refresh=False)
-                    if now - self.start > 15 and not self.run.estimated:
-                        self.estimate(now)
 
     def add(self, **values):
-        """Add what a step measured, 0-d tensors by column of HISTORY_COLUMNS; two kernels a call."""
+        """Add what a step measured, 0-d tensors by the names of HISTORY_COLUMNS. All values of a
+        call cost two kernels together. The call that has train_loss counts the step."""
         names = tuple(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
         if WORLD_SIZE > 1:
             dist.all_reduce(stacked.div_(WORLD_SIZE))
-        total, count = self.sums.get(names, (torch.zeros_like(stacked), 0))
-        self.sums[names] = total + stacked, count + 1
+        if names not in self.sums:
+            self.sums[names] = torch.zeros_like(stacked)
+            self.counts[names] = 0
+        self.sums[names] = self.sums[names] + stacked
+        self.counts[names] += 1
+
+        if "train_loss" in values:
+            self.num_steps += 1
+            if self.num_steps == 1:
+                self.first_step_end = time.perf_counter()
 
     def means(self):
-        """The mean of each column so far, and images a second. UserError where it diverged."""
-        means, scaler = {}, self.run.parts["scaler"]
-        for names, (total, count) in self.sums.items():
-            means |= zip(names, (total / count).tolist(), strict=True)
-        overflows = scaler.is_enabled() and scaler.get_scale() < 1
-        if overflows or not math.isfinite(means["train_loss"]):
-            raise diverged(f"by step {self.steps} of epoch {len(self.run.history) + 1}, learning "
-                           f"rate {self.learning_rate:.2e}{', fp16' if overflows else ''}")
-        elapsed = time.perf_counter() - self.start
-        return means | {"images_per_second": self.steps * self.loader.batch_size / elapsed}
+        """The mean of every value so far, floats by name."""
+        means = {}
+        for names, total in self.sums.items():
+            mean = (total / self.counts[names]).tolist()
+            means |= dict(zip(names, mean, strict=True))
+        return means
 
-    def look(self):
-        means = self.means()
-        right, speed = means["train_accuracy"], f"{means['images_per_second']:.0f} images/s"
-        memory = f", {torch.cuda.memory_reserved() / 2**30:.1f} GB" if self.on_gpu else ""
-        accuracy = "" if math.isnan(right) else f"acc {right:.1%}, "
-        return f"loss {means['train_loss']:.3f}, {accuracy}{speed}{memory}"
+    def elapsed(self):
+        return time.perf_counter() - self.start
 
-    def estimate(self, now):
-        """Say how long the run will take, by all batches but the first, as a GPU tries kernels."""
-        run, batches = self.run, len(self.loader)
-        run.estimated, epochs = True, run.num_epochs - len(run.history)
-        left = (epochs * batches - self.steps) * (now - self.first) / (self.steps - 1)
-        tqdm.write(f"{run.name}: {epochs} epochs of {batches} steps, about {format_duration(left)} to go")
+    def seconds_per_step(self):
+        """Of all steps but the first, in which a GPU tries kernels and workers start."""
+        if self.num_steps == 1:
+            return self.elapsed()
+        return (time.perf_counter() - self.first_step_end) / (self.num_steps - 1)
 
     def row(self):
-        """The epoch's row of the history but for validation. Raises UserError as `means` does."""
-        row = {name: None if math.isnan(mean) else mean for name, mean in self.means().items()}
-        row["learning_rate"] = self.learning_rate
-        if self.on_gpu:
+        """What the epoch adds to the history but for validation and learning rate. A mean that has
+        no meaning (accuracy under mixup is nan) becomes None."""
+        row = {}
+        for name, mean in self.means().items():
+            row[name] = None if math.isnan(mean) else mean
+        row["images_per_second"] = self.num_steps * self.batch_size / self.elapsed()
+        if self.device.type == "cuda":
             row["peak_memory_mb"] = round(torch.cuda.max_memory_reserved() / 2**20)
         return row
 
+    def progress_text(self):
+        """Loss, accuracy, speed and GPU memory so far, for the progress bar."""
+        row = self.row()
+        texts = [f"loss {row['train_loss']:.3f}"]
+        if row["train_accuracy"] is not None:
+            texts.append(f"acc {row['train_accuracy']:.1%}")
+        texts.append(f"{row['images_per_second']:.0f} images/s")
+        if self.device.type == "cuda":
+            texts.append(f"{torch.cuda.memory_reserved() / 2**30:.1f} GB")
+        return ", ".join(texts)
 
-def diverged(where):
-    """The error of a run whose loss is no longer finite."""
-    return UserError(f"training diverged: the loss is not finite {where}; try a lower "
-                     "--learning-rate, a longer --warmup-epochs or --amp-dtype fp32")
+
+def progress_bar(batches, total, epoch):
+    """`batches` behind a bar that vanishes at the end; none on a terminal that cannot show it."""
+    no_bar = True if RANK != 0 else None  # None: tqdm looks whether it is a terminal
+    return tqdm(batches, total=total, desc=f"epoch {epoch + 1}", leave=False, disable=no_bar)
+
+
+def check_finite(loss, where):
+    """UserError where a loss (a float) is no finite number; `where` says of which step or epoch."""
+    if not math.isfinite(loss):
+        raise diverged(f"the loss is not finite {where}")
+
+
+def check_scale(scaler, where):
+    """UserError where fp16's GradScaler went below 1: the gradient overflows at any scale."""
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise diverged(f"the gradient overflows in fp16 {where}")
+
+
+def diverged(what):
+    return UserError(f"training diverged: {what}; try a lower --learning-rate, a longer "
+                     "--warmup-epochs or --amp-dtype fp32")

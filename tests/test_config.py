@@ -1,6 +1,7 @@
-"""config.py: constants, their flags and help, what is refused and with which sentence.
+"""config.py: constants, their flags and help, and what is refused.
 
-    python -m pytest tests/test_config.py
+    python -m pytest tests/test_config.py                  # all
+    python -m pytest tests/test_config.py -m "not slow"    # seconds
 """
 import argparse
 import importlib.util
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +23,15 @@ from conftest import ROOT
 
 SCRIPTS = ("baseline", "distillation", "evaluate")
 
-# Written down once more: in which scripts a constant is a flag, and what a run may go on without.
+# Written down once more: in which scripts a constant is a flag, and what may change on resume.
 EVERYWHERE = {"DATASET_DIR", "DATA_DIR", "NUM_WORKERS", "DEVICE", "CHECKPOINT_DIR", "RESULTS_DIR"}
-ABOUT_TEACHER = {"TEACHER_MODEL", "TEACHER_WEIGHTS", "TEACHER_CHECKPOINT", "TEACHER_EPOCHS",
-                 "TEACHER_LEARNING_RATE"}
-DISTILLATION_ALONE = ABOUT_TEACHER | {"TEACHER_IMAGE_SIZE", "DISTILLATION_LOSS", "TEMPERATURE",
-                                      "ALPHA", "KL_DIRECTION"}
+TEACHER_ONLY = {"TEACHER_MODEL", "TEACHER_WEIGHTS", "TEACHER_CHECKPOINT", "TEACHER_EPOCHS",
+                "TEACHER_LEARNING_RATE"}
+DISTILLATION_ONLY = TEACHER_ONLY | {"TEACHER_IMAGE_SIZE", "DISTILLATION_LOSS", "TEMPERATURE",
+                                    "ALPHA", "KL_DIRECTION"}
+MAY_BE_NONE = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS",
+               "TEACHER_CHECKPOINT"}
+BOOLEANS = ("PRETRAINED", "DETERMINISTIC", "CUDA_GRAPH")
 
 
 def flag_of(name):
@@ -36,23 +41,21 @@ def flag_of(name):
 def has_flag(script, name):
     if script == "evaluate":
         return name in EVERYWHERE
-    return script == "distillation" or name not in DISTILLATION_ALONE
+    return script == "distillation" or name not in DISTILLATION_ONLY
 
 
-def constants(text):
-    """{constant: its comment} of a config.py's `text`, as Python's own tokenizer sees it.
-
-    Lines of a comment are joined; a comment at the margin belongs to no constant.
-    """
-    comments, name = {}, None
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+def constants(source):
+    """{constant: the comment on its line} of config.py, as Python's own tokenizer sees it."""
+    comments = {}
+    name = None
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.start[1] == 0 and token.string == "QUICK":
             return comments
         if token.start[1] == 0 and token.string.isupper():
             name = token.string
             comments[name] = ""
         elif token.type == tokenize.COMMENT and token.start[1] > 0:
-            comments[name] = f"{comments[name]} {token.string.removeprefix('# ')}".strip()
+            comments[name] = token.string.removeprefix("# ")
     raise AssertionError("no QUICK")
 
 
@@ -60,12 +63,13 @@ CONSTANTS = constants((ROOT / "config.py").read_text(encoding="utf-8"))
 
 
 def refused(capsys, script, *flags, module=config):
-    """The one sentence with which `script` refuses `flags`."""
+    """The one sentence with which `script` refuses `flags`, at status 2."""
     with pytest.raises(SystemExit) as stop:
         module.parse_args(script, "", list(flags))
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1
+    assert not out
+    assert err.count("\n") == 1
     return err
 
 
@@ -105,11 +109,8 @@ def wide_terminal(monkeypatch):
 
 # Constants, flags and help ------------------------------------------------------------------------
 
-def test_every_constant_has_its_setting_and_every_setting_its_constant():
+def test_every_constant_is_a_setting_with_a_comment():
     assert set(CONSTANTS) == set(config.SETTINGS)
-
-
-def test_every_constant_says_what_it_is():
     assert all(CONSTANTS.values()), CONSTANTS
 
 
@@ -123,23 +124,6 @@ def test_every_constant_is_a_flag_with_its_comment_as_help_and_its_value_as_defa
             assert texts[flag_of(name)].endswith(wanted), name
 
 
-def test_other_flags_have_help_too(capsys):
-    others = {"baseline": {"--quick", "--seeds", "--fresh"},
-              "distillation": {"--quick", "--seeds", "--fresh", "--fresh-teacher"},
-              "evaluate": {"--quick", "--baseline-checkpoint", "--distilled-checkpoint"}}
-    for script, flags in others.items():
-        texts = help_texts(capsys, script)
-        settings = {flag_of(name) for name in CONSTANTS}
-        assert texts.keys() - settings == flags
-        assert all(len(texts[flag].split()) > 2 for flag in flags), texts
-
-
-def test_help_is_what_the_script_says_of_itself_line_by_line_and_then_the_flags(capsys):
-    with pytest.raises(SystemExit):
-        config.parse_args("baseline", "Train it.\n\n    python it.py", ["--help"])
-    assert capsys.readouterr().out.startswith("Train it.\n\n    python it.py\n\noptions:\n  -h")
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_has_the_constants_in_the_order_of_the_file(capsys, script):
     flags = list(help_texts(capsys, script))
@@ -147,16 +131,29 @@ def test_help_has_the_constants_in_the_order_of_the_file(capsys, script):
     assert flags[:len(settings)] == settings
 
 
+@pytest.mark.parametrize("script, flags", [
+    ("baseline", {"--quick", "--seeds", "--fresh"}),
+    ("distillation", {"--quick", "--seeds", "--fresh", "--fresh-teacher"}),
+    ("evaluate", {"--quick", "--baseline-checkpoint", "--distilled-checkpoint", "--no-timing"})])
+def test_other_flags_have_help_too(capsys, script, flags):
+    texts = help_texts(capsys, script)
+    settings = {flag_of(name) for name in CONSTANTS}
+    assert texts.keys() - settings == flags
+    for flag in flags:
+        assert len(texts[flag].split()) > 2
+
+
+def test_help_is_the_scripts_description_line_by_line_and_then_the_flags(capsys):
+    with pytest.raises(SystemExit):
+        config.parse_args("baseline", "Train it.\n\n    python it.py", ["--help"])
+    assert capsys.readouterr().out.startswith("Train it.\n\n    python it.py\n\noptions:\n  -h")
+
+
 def test_every_legal_name_stands_in_the_comment():
-    choices = {}
-    for name in CONSTANTS:
-        kind = allowed(name)
-        if kind.startswith("one of "):
-            choices[name] = kind.removeprefix("one of ").split(", ")
-    counts = {name: len(names) for name, names in choices.items()}
-    assert counts == {"DATASET_NAME": 5, "AUGMENTATION": 5, "DISTILLATION_LOSS": 3,
-                      "KL_DIRECTION": 2, "DEVICE": 5, "AMP_DTYPE": 4}
-    for name, names in choices.items():
+    for name, count in [("DATASET_NAME", 5), ("AUGMENTATION", 5), ("DISTILLATION_LOSS", 3),
+                        ("KL_DIRECTION", 2), ("DEVICE", 5), ("AMP_DTYPE", 4)]:
+        names = allowed(name).removeprefix("one of ").split(", ")
+        assert len(names) == count
         for legal in names:
             assert re.search(rf"\b{legal}\b", CONSTANTS[name]), f"{legal} of {name}"
 
@@ -164,6 +161,7 @@ def test_every_legal_name_stands_in_the_comment():
 @pytest.mark.parametrize("new, text", [
     ("BATCH_SIZE = 8  # 50% of mine", "50% of mine (default: 8)"),
     ("BATCH_SIZE=8 #mine", "mine (default: 8)"),
+    ("BATCH_SIZE: int = 8  # mine", "mine (default: 8)"),
     ("BATCH_SIZE = 8", "(default: 8)")])
 def test_a_person_may_write_any_comment_or_none(capsys, tmp_path, new, text):
     old = re.search("BATCH_SIZE = 16 .*", (ROOT / "config.py").read_text(encoding="utf-8"))[0]
@@ -172,24 +170,25 @@ def test_a_person_may_write_any_comment_or_none(capsys, tmp_path, new, text):
     assert module.parse_args("baseline", "", []).batch_size == 8
 
 
-def test_design_defaults():
-    wanted = {"DATASET_NAME": "CIFAR100", "TEACHER_MODEL": "efficientnet_b2",
-              "STUDENT_MODEL": "efficientnet_b0", "TEMPERATURE": 4.0, "ALPHA": 0.7,
-              "BATCH_SIZE": 16, "NUM_EPOCHS": 50, "IMAGE_SIZE": 224, "TEACHER_IMAGE_SIZE": None,
-              "PRETRAINED": True, "STUDENT_WEIGHTS": None, "TEACHER_WEIGHTS": None,
-              "TEACHER_CHECKPOINT": None, "DISTILLATION_LOSS": "kd", "KL_DIRECTION": "forward",
-              "AMP_DTYPE": "auto", "SEED": 42, "SPLIT_SEED": 0, "VAL_FRACTION": 0.1,
-              "DATA_DIR": "data", "CHECKPOINT_DIR": "checkpoints", "RESULTS_DIR": "results"}
-    found = {name: getattr(config, name) for name in wanted}
-    assert found == wanted
+def test_defaults_of_the_design():
+    defaults = {
+        "DATASET_NAME": "CIFAR100", "TEACHER_MODEL": "efficientnet_b2",
+        "STUDENT_MODEL": "efficientnet_b0", "TEMPERATURE": 4.0, "ALPHA": 0.7, "BATCH_SIZE": 16,
+        "NUM_EPOCHS": 50, "IMAGE_SIZE": 224, "TEACHER_IMAGE_SIZE": None, "PRETRAINED": True,
+        "STUDENT_WEIGHTS": None, "TEACHER_WEIGHTS": None, "TEACHER_CHECKPOINT": None,
+        "DISTILLATION_LOSS": "kd", "KL_DIRECTION": "forward", "AMP_DTYPE": "auto", "SEED": 42,
+        "SPLIT_SEED": 0, "VAL_FRACTION": 0.1, "DATA_DIR": "data", "CHECKPOINT_DIR": "checkpoints",
+        "RESULTS_DIR": "results"}
+    for name, default in defaults.items():
+        assert getattr(config, name) == default, name
 
 
-def test_a_run_goes_on_when_these_change():
-    """And a student whose teacher's file is the same, when settings of that teacher change."""
-    neutral = {name.lower() for name in EVERYWHERE}
-    about_teacher = {name.lower() for name in ABOUT_TEACHER}
-    assert neutral | {"argv", "quick", "fresh", "seeds", "fresh_teacher"} == config.MAY_CHANGE_ON_RESUME
-    assert about_teacher == config.TEACHER_ONLY
+def test_what_may_change_on_resume():
+    """And what may not, but for a student whose teacher's file is the same."""
+    everywhere = {name.lower() for name in EVERYWHERE}
+    assert everywhere | {"argv", "quick", "fresh", "seeds",
+                         "fresh_teacher"} == config.MAY_CHANGE_ON_RESUME
+    assert {name.lower() for name in TEACHER_ONLY} == config.TEACHER_ONLY
 
 
 # Values -------------------------------------------------------------------------------------------
@@ -216,105 +215,116 @@ def test_values_come_in_the_type_of_the_constant():
 def test_precedence_is_config_quick_flags():
     assert config.parse_args("baseline", "", []).image_size == config.IMAGE_SIZE
     quick = config.parse_args("baseline", "", ["--quick"])
-    assert quick.image_size == config.QUICK["IMAGE_SIZE"] and not quick.pretrained
+    assert quick.image_size == config.QUICK["IMAGE_SIZE"]
+    assert not quick.pretrained
     for flags in (["--quick", "--image-size", "64"], ["--image-size", "64", "--quick"]):
         assert config.parse_args("baseline", "", flags).image_size == 64
 
 
 def test_quick_is_small_and_needs_nothing_whatever_the_constants_say(monkeypatch):
-    edits = {"DATASET_NAME": "ImageFolder", "DATASET_DIR": "/no/such/folder", "IMAGE_SIZE": 512,
+    edits = {"DATASET_NAME": "ImageFolder", "DATASET_DIR": str(ROOT), "IMAGE_SIZE": 512,
              "TEACHER_IMAGE_SIZE": 640, "AUGMENTATION": "resized_crop",
-             "STUDENT_WEIGHTS": "/no/such/file", "TEACHER_WEIGHTS": "/no/such/file",
-             "TEACHER_CHECKPOINT": "/no/such/file", "NUM_EPOCHS": 500, "TEACHER_EPOCHS": 500}
+             "STUDENT_WEIGHTS": __file__, "TEACHER_WEIGHTS": __file__,
+             "TEACHER_CHECKPOINT": __file__, "NUM_EPOCHS": 500, "TEACHER_EPOCHS": 500}
     for name, content in edits.items():
         monkeypatch.setattr(config, name, content)
     quick = vars(config.parse_args("distillation", "", ["--quick"]))
-    assert quick["dataset_name"] == "Digits" and quick["augmentation"] == "auto"
-    assert quick["image_size"] == 32 and quick["pretrained"] is False
-    assert quick["num_epochs"] < 50 and quick["teacher_epochs"] < 50
-    for name in ("dataset_dir", "teacher_image_size", "student_weights", "teacher_weights",
-                 "teacher_checkpoint"):
-        assert quick[name] is None
+    assert quick["dataset_name"] == "Digits"
+    assert quick["augmentation"] == "auto"
+    assert quick["image_size"] == 32
+    assert quick["pretrained"] is False
+    assert quick["num_epochs"] < 50
+    assert quick["teacher_epochs"] < 50
+    for name in MAY_BE_NONE:
+        assert quick[name.lower()] is None
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_quick_never_touches_a_real_run(script):
     flags = ["--quick", "--checkpoint-dir", "a", "--results-dir", "b"]
     args = config.parse_args(script, "", flags)
-    assert args.checkpoint_dir.replace("\\", "/") == "a/quick"
-    assert args.results_dir.replace("\\", "/") == "b/quick"
+    assert Path(args.checkpoint_dir) == Path("a/quick")
+    assert Path(args.results_dir) == Path("b/quick")
 
 
 def test_several_seeds_are_kept_in_order_and_the_first_is_the_teachers():
-    args = config.parse_args("distillation", "", ["--seeds", "7", "3", "4294967295"])
-    assert args.seeds == [7, 3, config.MAX_SEED] and args.seed == 7
-    alone = config.parse_args("distillation", "", ["--seed", "9"])
-    assert alone.seeds is None and alone.seed == 9
+    several = config.parse_args("distillation", "", ["--seeds", "7", "3", "4294967295"])
+    assert several.seeds == [7, 3, config.MAX_SEED]
+    assert several.seed == 7
+    single = config.parse_args("distillation", "", ["--seed", "9"])
+    assert single.seeds is None
+    assert single.seed == 9
 
 
-def test_evaluation_asks_the_checkpoint_for_its_folder_not_config(monkeypatch):
+def test_evaluation_takes_the_folder_of_the_checkpoint_not_of_config(monkeypatch):
     monkeypatch.setattr(config, "DATASET_DIR", "/moved/since")
     assert config.parse_args("evaluate", "", []).dataset_dir is None
     assert config.parse_args("evaluate", "", ["--dataset-dir", str(ROOT)]).dataset_dir == str(ROOT)
 
 
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    """A shell leaves a quoted ~ as it is."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "my pictures").mkdir()
+    (tmp_path / "weights.pth").touch()
+    args = config.parse_args("distillation", "", [
+        "--dataset-name", "ImageFolder", "--dataset-dir", "~/my pictures",
+        "--student-weights", "~/weights.pth", "--teacher-checkpoint", "~/weights.pth",
+        "--checkpoint-dir", "~/c"])
+    assert Path(args.dataset_dir) == tmp_path / "my pictures"
+    assert Path(args.student_weights) == tmp_path / "weights.pth"
+    assert Path(args.teacher_checkpoint) == tmp_path / "weights.pth"
+    assert Path(args.checkpoint_dir) == tmp_path / "c"
+
+
 # Wrong use ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, flags, words", [
-    ("baseline", "--batchsize 4", ["--batchsize", "--batch-size", "--help lists every flag"]),
-    ("baseline", "--batch 4", ["unknown argument '--batch'"]),  # no abbreviations
-    ("baseline", "--batch_size 4", ["unknown argument '--batch_size'", "--batch-size"]),
-    ("baseline", "stray", ["unknown argument 'stray'"]),
-    ("baseline", "--temperature 4", ["no flag of this script but of train_distillation.py"]),
-    ("evaluate", "--seed 1", ["no flag of this", "of train_baseline.py and train_distillation.py"]),
-    ("evaluate", "--no-pretrained", ["of train_baseline.py and train_distillation.py"]),
-    ("baseline", "--dataset-name CIFAR1000", ["CIFAR100", "Flowers102", "not 'CIFAR1000'"]),
+    ("baseline", "--batchsize 4", ["--batchsize", "--batch-size", "--help"]),
+    ("baseline", "--batch 4", ["'--batch'"]),  # no abbreviations
+    ("baseline", "--batch_size 4", ["'--batch_size'", "--batch-size"]),
+    ("baseline", "stray", ["'stray'"]),
+    ("baseline", "--temperature 4", ["--temperature", "train_distillation.py"]),
+    ("evaluate", "--seed 1", ["--seed", "train_baseline.py", "train_distillation.py"]),
+    ("evaluate", "--no-pretrained", ["train_baseline.py", "train_distillation.py"]),
+    ("baseline", "--no-timing", ["--no-timing"]),
+    ("baseline", "--dataset-name CIFAR1000", ["CIFAR100", "Flowers102", "'CIFAR1000'"]),
     ("baseline", "--dataset-name digits", ["closest: Digits"]),
     ("baseline", "--student-model eficientnet_b0", ["closest: efficientnet_b0"]),
     ("baseline", "--student-model efficientnet_b0.ra_in1kk", ["closest: efficientnet_b0.ra_in1k"]),
     ("distillation", "--teacher-model efficientnet", ["timm.list_models()"]),
-    ("distillation", "--kl-direction backward", ["forward, reverse"]),
-    ("distillation", "--distillation-loss kdd", ["kd, dist, lskd"]),
-    ("baseline", "--batch-size 0", ["at least 1, not '0'"]),
-    ("baseline", "--batch-size 16.5", ["whole number"]),
-    ("baseline", "--batch-size", ["expected one argument"]),
-    ("baseline", "--learning-rate nan", ["above 0"]),
-    ("baseline", "--learning-rate inf", ["above 0"]),
-    ("baseline", "--val-fraction 1", ["above 0 and below 1"]),
-    ("distillation", "--alpha 1.1", ["from 0 to 1"]),
-    ("distillation", "--temperature 0", ["above 0"]),
-    ("baseline", "--image-size 16", ["at least 32"]),
-    ("baseline", "--student-weights /no/such/file", ["existing file"]),
-    ("distillation", "--teacher-checkpoint /no/such/file", ["existing file"]),
-    ("evaluate", "--baseline-checkpoint /no/such/file", ["existing file"]),
-    ("evaluate", "--distilled-checkpoint /no/such/file", ["existing file"]),
-    ("baseline", "--seed 18446744073709551616", ["4294967295"]),
-    ("baseline", "--split-seed 4294967296", ["4294967295"]),
-    ("baseline", "--seeds 0 x", ["--seeds: must be a whole number"]),
-    ("baseline", "--seeds", ["expected at least one argument"]),
-    ("baseline", "--seeds 0 1 0", ["each seed once"]),
-    ("baseline", "--seeds 0 1 --seed 2", ["no --seed beside"]),
-    ("baseline", "--seed=42 --seeds 0 1", ["no --seed beside"]),
-    ("baseline", "--dataset-name ImageFolder", ["--dataset-dir"]),
-    ("baseline", "--dataset-dir .", ["only for and with ImageFolder"]),
+    ("distillation", "--kl-direction backward", ["forward", "reverse"]),
+    ("distillation", "--distillation-loss kdd", ["kd", "dist", "lskd"]),
+    ("baseline", "--batch-size", ["--batch-size", "one argument"]),
+    ("baseline", "--seeds 0 x", ["--seeds", "whole number"]),
+    ("baseline", "--seeds", ["--seeds", "at least one argument"]),
+    ("baseline", "--seeds 0 1 0", ["--seeds", "once"]),
+    ("baseline", "--seeds 0 1 --seed 2", ["--seeds", "--seed "]),
+    ("baseline", "--seed=42 --seeds 0 1", ["--seeds", "--seed "]),
+    ("evaluate", "--baseline-checkpoint /no/such/file", ["--baseline-checkpoint", "existing"]),
+    ("evaluate", "--distilled-checkpoint /no/such/file", ["--distilled-checkpoint", "existing"]),
+    ("baseline", "--dataset-name ImageFolder", ["--dataset-dir", "train/<class>/*"]),
+    ("baseline", "--dataset-dir .", ["--dataset-dir", "--dataset-name ImageFolder"]),
     ("baseline", "--dataset-name ImageFolder --dataset-dir /no/such", ["existing folder"]),
+    ("baseline", "--dataset-name ImageFolder --dataset-dir ~/no/such", ["existing folder"]),
     ("evaluate", "--dataset-dir /no/such", ["existing folder"]),
     ("baseline", "--num-epochs 2 --warmup-epochs 3", ["--num-epochs", "--warmup-epochs 3"]),
-    ("distillation", "--teacher-epochs 2 --warmup-epochs 3", ["--teacher-epochs"]),
-    ("baseline", "--mixup-alpha 0.2 --batch-size 15", ["a multiple of 2"]),
-    ("baseline", "--cutmix-alpha 0.2 --batch-size 15", ["a multiple of 2"]),
+    ("distillation", "--teacher-epochs 2 --warmup-epochs 3", ["--teacher-epochs", "3"]),
+    ("baseline", "--mixup-alpha 0.2 --batch-size 15", ["--batch-size", "multiple of 2"]),
+    ("baseline", "--cutmix-alpha 0.2 --batch-size 15", ["--batch-size", "multiple of 2"]),
     ("distillation", "--cutmix-alpha 1 --teacher-image-size 256", ["--teacher-image-size"]),
     ("baseline", "--student-weights config.py --no-pretrained", ["--no-pretrained"]),
     ("distillation", "--teacher-weights config.py --no-pretrained", ["--teacher-weights"]),
-    ("baseline", "--student-model efficientnet_b8", ["--student-model", "no weights of"]),
+    ("baseline", "--student-model efficientnet_b8", ["--student-model", "no weights"]),
     ("distillation", "--teacher-model efficientnet_b8", ["--teacher-model", "--teacher-weights"]),
-    ("baseline", "--student-model vit_tiny_patch16_224 --image-size 128", ["224 px alone"]),
-    ("distillation", "--teacher-model vit_tiny_patch16_224 --teacher-image-size 96", ["not 96"]),
-    ("distillation", "--teacher-model vit_tiny_patch16_224 --image-size 96", ["alone, not 96"]),
-    ("distillation", "--distillation-loss dist --kl-direction reverse", ["in no direction"]),
-    ("distillation", "--distillation-loss dist --batch-size 2", ["3 images or more"]),
-    ("distillation", "--distillation-loss dist --accumulate-steps 2", ["whole batches"]),
-    ("distillation", "--fresh-teacher --teacher-checkpoint config.py", ["no teacher is trained"]),
+    ("baseline", "--student-model vit_tiny_patch16_224 --image-size 128", ["224 px", "128"]),
+    ("distillation", "--teacher-model vit_tiny_patch16_224 --teacher-image-size 96", ["224", "96"]),
+    ("distillation", "--teacher-model vit_tiny_patch16_224 --image-size 96", ["224", "96"]),
+    ("distillation", "--distillation-loss dist --kl-direction reverse", ["--kl-direction", "dist"]),
+    ("distillation", "--distillation-loss dist --batch-size 2", ["dist", "--batch-size", "3"]),
+    ("distillation", "--distillation-loss dist --accumulate-steps 2", ["--accumulate-steps"]),
+    ("distillation", "--fresh-teacher --teacher-checkpoint config.py", ["--teacher-checkpoint"]),
     ("baseline", "--cuda-graph --accumulate-steps 2", ["--cuda-graph", "--accumulate-steps"]),
 ])
 def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, monkeypatch):
@@ -330,6 +340,7 @@ def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, mo
     ("baseline", "--student-model efficientnet_b0.ra_in1k"),
     ("baseline", "--student-model efficientnet_b8 --no-pretrained"),
     ("baseline", "--student-model efficientnet_b8 --student-weights config.py"),
+    ("baseline", "--student-model tf_efficientnet_b0_ns --no-pretrained"),  # a deprecated name
     ("baseline", "--student-model vit_tiny_patch16_224 --image-size 224"),
     ("baseline", "--dataset-name ImageFolder --dataset-dir ."),
     ("distillation", "--teacher-model efficientnet_b8 --teacher-weights config.py"),
@@ -344,7 +355,7 @@ def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, mo
     ("distillation", "--cutmix-alpha 1 --teacher-image-size 224 --image-size 224"),
     ("distillation", "--mixup-alpha 1 --teacher-image-size 256"),
     ("distillation", "--fresh-teacher --fresh --seeds 0"),
-    ("evaluate", "--baseline-checkpoint config.py --distilled-checkpoint config.py"),
+    ("evaluate", "--baseline-checkpoint config.py --distilled-checkpoint config.py --no-timing"),
 ])
 def test_what_can_work_is_not_refused(script, flags, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -358,36 +369,38 @@ def allowed(name):
     return re.fullmatch(r"must be (.*), not ''", str(error.value))[1]
 
 
-WRONG = {  # how `allowed` begins: values of another type, or outside of any such range
+WRONG_VALUES = {  # by how `allowed` begins: values of another type, or outside of any such range
     "a whole number": ["-1", "1.5", "nan", "inf", "", "many", "1e3", "0x10"],
     "a number": ["nan", "inf", "-inf", "-0.1", "", "many", "1,5"],
     "one of": ["", "none of these", "NaN"],
     "a classifier": ["", "efficientnet", "nan", "../b0"],
-    "an existing file": ["", "/no/such/file", "."],
+    "an existing file": ["", "/no/such/file", "~/no/such/file"],
     "an existing folder": ["", "/no/such/folder", __file__],
     "a path": [""],
 }
-EDGES = {  # (values just outside the range, values at its edge)
-    "IMAGE_SIZE": (["31"], ["32"]), "TEACHER_IMAGE_SIZE": (["31"], ["32"]),
-    "BATCH_SIZE": (["0"], ["1"]), "ACCUMULATE_STEPS": (["0"], ["1"]), "NUM_EPOCHS": (["0"], ["1"]),
-    "TEACHER_EPOCHS": (["0"], ["1"]), "NUM_WORKERS": (["-1"], ["0"]),
-    "SEED": (["4294967296"], ["0", "4294967295"]),
-    "SPLIT_SEED": (["4294967296"], ["0", "4294967295"]),
-    "VAL_FRACTION": (["0", "1"], ["1e-9", "0.999"]), "ALPHA": (["-1e-9", "1.01"], ["0", "1"]),
-    "TEMPERATURE": (["0"], ["1e-9"]), "LEARNING_RATE": (["0"], ["1e-9"]),
-    "TEACHER_LEARNING_RATE": (["0"], ["1e-9"]), "WEIGHT_DECAY": (["-1e-9"], ["0", "7"]),
-    "WARMUP_EPOCHS": (["-1e-9"], ["0"]), "CLIP_GRAD": (["-1e-9"], ["0", "7"]),
-    "MIXUP_ALPHA": (["-1e-9"], ["0", "7"]), "CUTMIX_ALPHA": (["-1e-9"], ["0", "7"]),
-    "LABEL_SMOOTHING": (["-1e-9", "1"], ["0", "0.999"]),
-    "EMA_DECAY": (["-1e-9", "1"], ["0", "0.999"]),
+OUTSIDE = {  # values just outside the range
+    "IMAGE_SIZE": ["31"], "TEACHER_IMAGE_SIZE": ["31"], "BATCH_SIZE": ["0"],
+    "ACCUMULATE_STEPS": ["0"], "NUM_EPOCHS": ["0"], "TEACHER_EPOCHS": ["0"], "NUM_WORKERS": ["-1"],
+    "SEED": ["4294967296"], "SPLIT_SEED": ["4294967296"], "VAL_FRACTION": ["0", "1"],
+    "ALPHA": ["-1e-9", "1.01"], "TEMPERATURE": ["0"], "LEARNING_RATE": ["0"],
+    "TEACHER_LEARNING_RATE": ["0"], "WEIGHT_DECAY": ["-1e-9"], "WARMUP_EPOCHS": ["-1e-9"],
+    "CLIP_GRAD": ["-1e-9"], "MIXUP_ALPHA": ["-1e-9"], "CUTMIX_ALPHA": ["-1e-9"],
+    "LABEL_SMOOTHING": ["-1e-9", "1"], "EMA_DECAY": ["-1e-9", "1"],
 }
-BOOLEANS = ("PRETRAINED", "DETERMINISTIC", "CUDA_GRAPH")
+AT_THE_EDGE = {  # values that are just legal
+    "IMAGE_SIZE": ["32"], "TEACHER_IMAGE_SIZE": ["32"], "BATCH_SIZE": ["1"],
+    "ACCUMULATE_STEPS": ["1"], "NUM_EPOCHS": ["1"], "TEACHER_EPOCHS": ["1"], "NUM_WORKERS": ["0"],
+    "SEED": ["0", "4294967295"], "SPLIT_SEED": ["0", "4294967295"],
+    "VAL_FRACTION": ["1e-9", "0.999"], "ALPHA": ["0", "1"], "TEMPERATURE": ["1e-9"],
+    "LEARNING_RATE": ["1e-9"], "TEACHER_LEARNING_RATE": ["1e-9"], "WEIGHT_DECAY": ["0", "7"],
+    "WARMUP_EPOCHS": ["0"], "CLIP_GRAD": ["0", "7"], "MIXUP_ALPHA": ["0", "7"],
+    "CUTMIX_ALPHA": ["0", "7"], "LABEL_SMOOTHING": ["0", "0.999"], "EMA_DECAY": ["0", "0.999"],
+}
 
 
 def wrong_values(name):
-    [values] = [values for kind, values in WRONG.items() if allowed(name).startswith(kind)]
-    outside, _ = EDGES.get(name, ([], []))
-    return values + outside
+    kind = next(kind for kind in WRONG_VALUES if allowed(name).startswith(kind))
+    return WRONG_VALUES[kind] + OUTSIDE.get(name, [])
 
 
 @pytest.mark.parametrize("name", [name for name in CONSTANTS if name not in BOOLEANS])
@@ -399,115 +412,156 @@ def test_wrong_value_names_the_flag_and_writes_nothing(name, tmp_path, monkeypat
             continue
         for value in wrong_values(name):
             message = refused(capsys, script, f"{flag}={value}")
-            assert f"argument {flag}: must be {allowed(name)}, not {value!r}" in message
+            assert flag in message
+            assert allowed(name) in message
+            assert repr(value) in message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("name", AT_THE_EDGE)
 def test_values_at_the_edge_are_legal(name):
-    _, edge = EDGES[name]
     flags = ["--warmup-epochs=0"]  # of which there may be no more than epochs
-    for value in edge:
+    for value in AT_THE_EDGE[name]:
         args = config.parse_args("distillation", "", [*flags, f"{flag_of(name)}={value}"])
         assert vars(args)[name.lower()] == float(value)
 
 
 def test_every_number_has_its_edges_here():
     numbers = {name for name in CONSTANTS if "number" in allowed(name)}
-    assert numbers == set(EDGES)
+    assert numbers == set(OUTSIDE) == set(AT_THE_EDGE)
 
 
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_booleans_take_no_value(name, capsys):
     assert isinstance(getattr(config, name), bool)
-    assert f"argument {flag_of(name)}" in refused(capsys, "baseline", f"{flag_of(name)}=1")
+    assert flag_of(name) in refused(capsys, "baseline", f"{flag_of(name)}=1")
     args = config.parse_args("baseline", "", [flag_of(name).replace("--", "--no-")])
     assert vars(args)[name.lower()] is False
 
 
 @pytest.mark.parametrize("name, value", [
     ("ALPHA", 2), ("BATCH_SIZE", "many"), ("PRETRAINED", 1), ("STUDENT_MODEL", "b0"),
-    ("SEED", None), ("LEARNING_RATE", float("nan")), ("IMAGE_SIZE", 224.5), ("DATA_DIR", ""),
-    ("KL_DIRECTION", None), ("DETERMINISTIC", "no"), ("STUDENT_WEIGHTS", "/no/such/file")])
-def test_config_is_held_to_the_rules_of_flags(name, value, capsys, monkeypatch):
+    ("LEARNING_RATE", float("nan")), ("IMAGE_SIZE", 224.5), ("DATA_DIR", ""),
+    ("DETERMINISTIC", "no"), ("STUDENT_WEIGHTS", "/no/such/file")])
+@pytest.mark.parametrize("flags", [[], ["--quick"]])
+def test_config_is_held_to_the_rules_of_flags(name, value, flags, capsys, monkeypatch):
+    """In every script: hours of the baseline would be lost on an ALPHA that is refused later."""
     monkeypatch.setattr(config, name, value)
-    for script in SCRIPTS:  # hours of the baseline would be lost on an ALPHA that is refused later
-        assert f"{name} in config.py must be {allowed(name)}, not" in refused(capsys, script)
+    for script in SCRIPTS:
+        message = refused(capsys, script, *flags)
+        assert f"{name} in config.py" in message
+        assert allowed(name) in message
+
+
+def test_quicks_values_are_held_to_the_same_rules(capsys, monkeypatch):
+    monkeypatch.setitem(config.QUICK, "ALPHA", 2)
+    assert "ALPHA in QUICK" in refused(capsys, "distillation", "--quick")
+    config.parse_args("distillation", "", [])
 
 
 def test_constants_are_held_together_too(capsys, monkeypatch):
-    monkeypatch.setattr(config, "NUM_EPOCHS", 0.5)
-    assert "NUM_EPOCHS in config.py must be a whole number" in refused(capsys, "baseline")
     monkeypatch.setattr(config, "NUM_EPOCHS", 1)
     monkeypatch.setattr(config, "WARMUP_EPOCHS", 2)
-    assert "--num-epochs: 1 is less than --warmup-epochs 2" in refused(capsys, "baseline")
-
-
-OPTIONAL = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS",
-            "TEACHER_CHECKPOINT"}
+    message = refused(capsys, "baseline")
+    assert "--num-epochs" in message
+    assert "--warmup-epochs 2" in message
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_five_constants_may_be_none(name, capsys, monkeypatch):
-    assert (getattr(config, name) is None) == (name in OPTIONAL)
+    assert (getattr(config, name) is None) == (name in MAY_BE_NONE)
     monkeypatch.setattr(config, name, None)
-    if name in OPTIONAL:
+    if name in MAY_BE_NONE:
         assert vars(config.parse_args("distillation", "", []))[name.lower()] is None
     else:
-        assert f"{name} in config.py must be" in refused(capsys, "distillation")
+        assert f"{name} in config.py" in refused(capsys, "distillation")
 
 
-def test_deprecated_names_of_timm_are_models_too():
-    args = config.parse_args("baseline", "", ["--student-model", "tf_efficientnet_b0_ns",
-                                                 "--no-pretrained"])
-    assert args.student_model == "tf_efficientnet_b0_ns"
+@pytest.mark.parametrize("old, new, words", [
+    ("NUM_EPOCHS = 50", "NUM_EPOCH = 50", ["NUM_EPOCH in", "closest: NUM_EPOCHS"]),
+    ("SEED = 42", "", ["SEED in", "missing"]),
+    ("NUM_EPOCHS = 50", "#NUM_EPOCHS = 50", ["NUM_EPOCHS in", "missing"]),
+    ("SEED = 42", "SEED = 42\nnum_epochs = 3", ["num_epochs in", "closest: NUM_EPOCHS"]),
+    ("SEED = 42", "SEED: int = 42.5", ["SEED in", "whole number"]),
+    ("SEED = 42", "SEED = 42\nTEMPERATUR = 2", ["TEMPERATUR in", "closest: TEMPERATURE"]),
+    ('"BATCH_SIZE": 64', '"BATCHSIZE": 64', ["BATCHSIZE in QUICK", "closest: BATCH_SIZE"]),
+    ("QUICK = {", "QUICK = 5, {", ["QUICK in", "dict", "(5, {"]),
+    ("QUICK = {", "NO = {", ["NO in"]),
+])
+def test_misspelt_or_missing_constant_is_named(capsys, tmp_path, old, new, words):
+    module = loaded(edited(tmp_path, old, new))
+    message = refused(capsys, "baseline", "--quick", module=module)
+    assert all(word in message for word in [*words, "config.py"]), message
 
 
 def test_four_hundred_random_command_lines_meet_no_traceback(tmp_path, monkeypatch, capsys):
     """Flags of all scripts with good, bad and missing values: parsed, or refused in a sentence."""
     monkeypatch.chdir(tmp_path)
-    chance = random.Random(0)
+    generator = random.Random(0)
     flags = [flag_of(name) for name in CONSTANTS]
     flags += ["--quick", "--fresh", "--fresh-teacher", "--seeds", "--no-pretrained", "--help",
               "--baseline-checkpoint", "--", "-x", "--sed", "--SEED"]
     values = ["0", "1", "16", "0.5", "-1", "nan", "1e9", "9" * 40, "", " ", "ü", "\0", "%s", "{}",
               "--", "-", "CIFAR100", "Digits", "ImageFolder", "efficientnet_b0", "resnet18.a1_in1k",
-              "vit_tiny_patch16_224", ".", "/", "fp16", "cuda", "cpu", "forward", "crop"]
+              "vit_tiny_patch16_224", ".", "/", "~", "fp16", "cuda", "cpu", "forward", "crop"]
     parsed = 0
     for _ in range(400):
         line = []
-        for _ in range(chance.randrange(1, 5)):
-            flag, value = chance.choice(flags), chance.choice(values)
-            line += chance.choice([[flag, value], [flag], [f"{flag}={value}"], [value]])
+        for _ in range(generator.randrange(1, 5)):
+            flag = generator.choice(flags)
+            value = generator.choice(values)
+            line += generator.choice([[flag, value], [flag], [f"{flag}={value}"], [value]])
         try:
-            config.parse_args(chance.choice(SCRIPTS), "", line)
+            config.parse_args(generator.choice(SCRIPTS), "", line)
             parsed += 1
         except SystemExit as stop:
             out, err = capsys.readouterr()
-            helped = stop.code == 0 and "options:" in out and not err
-            told = stop.code == 2 and err.count("\n") == 1 and "error: " in err and not out
-            assert helped or told, (line, err)
-    with pytest.raises(SystemExit):  # argparse would take this for an empty list
-        config.parse_args("evaluate", "", ["--results-dir=--"])
-    assert "unknown argument '--results-dir=--'" in capsys.readouterr().err
-    assert 0 < parsed < 400 and not list(tmp_path.iterdir())
+            if stop.code == 0:
+                assert "options:" in out and not err, line
+            else:
+                assert stop.code == 2 and err.count("\n") == 1 and not out, (line, err)
+    assert 0 < parsed < 400
+    assert not list(tmp_path.iterdir())
 
 
-# As a process -------------------------------------------------------------------------------------
-
-def ended(folder, *command):
-    """A Python process with `command` that has run in `folder`."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True,
-                          text=True, encoding="utf-8",
-                          env={**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)})
+def test_value_that_argparse_takes_for_an_empty_list_is_refused(capsys):
+    assert "--results-dir=--" in refused(capsys, "evaluate", "--results-dir=--")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_cuda_is_wrong_use(tmp_path):
-    process = ended(tmp_path, ROOT / "train_baseline.py", "--quick", "--device", "cuda")
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: argument --device: ") and "CUDA" in process.stderr
-    assert process.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+# The next command ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, argv, command", [
+    ("distillation", ["--batch-size", "8"], "train_distillation.py --batch-size 8"),
+    ("distillation", ["--fresh", "--quick"], "train_distillation.py --quick"),
+    ("evaluate", ["--seeds", "0", "1", "--data-dir=d", "--no-pretrained"],
+     "evaluate.py --data-dir=d"),
+    ("baseline", ["--seeds", "0", "1", "--alpha", "0.5"], "train_baseline.py --seeds 0 1"),
+    ("baseline", ["--seed", "1", "--seed", "2"], "train_baseline.py --seed 2"),
+    ("baseline", ["--data-dir", "my data"], "train_baseline.py --data-dir 'my data'")])
+def test_next_command_has_the_flags_of_its_script(script, argv, command):
+    assert config.format_command(script, argv) == f"python {command}"
+
+
+def test_next_command_works_in_the_folder_where_this_one_was_typed(monkeypatch):
+    monkeypatch.chdir(ROOT.parent)
+    monkeypatch.setattr(sys, "argv", [f"{ROOT.name}/train_baseline.py"])
+    assert config.format_command("evaluate", []) == f"python {ROOT.name}/evaluate.py"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train_baseline.py"])
+    assert config.format_command("evaluate", []) == "python evaluate.py"
+
+
+# Processes and devices ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag", ["--help", "--batch"])
+def test_of_torchruns_processes_the_first_alone_answers(flag, capsys, monkeypatch):
+    monkeypatch.setattr(utils, "RANK", 1)
+    with pytest.raises(SystemExit) as stop:
+        config.parse_args("baseline", "", [flag])
+    assert not stop.value.code  # torchrun reports the process that fails, which is the first
+    out, err = capsys.readouterr()
+    assert not out
+    assert not err
 
 
 def test_deterministic_runs_on_apple_gpus_are_wrong_use(monkeypatch):
@@ -517,40 +571,37 @@ def test_deterministic_runs_on_apple_gpus_are_wrong_use(monkeypatch):
         utils.setup(args)
 
 
-@pytest.mark.parametrize("old, new, sentence", [
-    ("NUM_EPOCHS = 50", "NUM_EPOCH = 50", "NUM_EPOCH in config.py is no setting (closest: NUM_EPO"),
-    ("SEED = 42", "", "SEED in config.py is missing"),
-    ("NUM_EPOCHS = 50", "#NUM_EPOCHS = 50", "NUM_EPOCHS in config.py is missing"),
-    ("SEED = 42", "SEED = 42\nnum_epochs = 3", "num_epochs in config.py is no setting (closest: N"),
-    ("SEED = 42", "SEED: int = 42.5", "SEED in config.py must be a whole number"),
-    ("SEED = 42", "SEED = 42\nTEMPERATUR = 2", "TEMPERATUR in config.py is no setting (closest: T"),
-    ('"BATCH_SIZE": 64', '"BATCHSIZE": 64', "BATCHSIZE in config.py is no setting (closest: "),
-    ("QUICK = {", "QUICK = 5, {", "QUICK in config.py must be a dict of settings, not (5, {"),
-    ("QUICK = {", "NO = {", "QUICK in config.py must be a dict of settings, not None"),
-    ('RESULTS_DIR = "results"', "RESULTS_DIR = None", "RESULTS_DIR in config.py must be a path, "),
-])
-def test_misspelt_or_missing_constant_is_named(tmp_path, old, new, sentence):
-    (tmp_path / "config.py").write_bytes((ROOT / "config.py").read_bytes())
-    edited(tmp_path, old, new)
-    process = ended(tmp_path, "-c", "import config; config.parse_args('baseline', '', [])")
-    assert process.returncode == 2 and f"error: {sentence}" in process.stderr
+def ended(folder, *command):
+    """A Python process with `command` that has run in `folder`."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True,
+                          text=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONUTF8": "1", "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_without_cuda_is_wrong_use(tmp_path):
+    process = ended(tmp_path, ROOT / "train_baseline.py", "--quick", "--device", "cuda")
+    assert process.returncode == 2
+    assert "--device" in process.stderr
     assert process.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["train_baseline.py", "train_distillation.py", "evaluate.py"])
-@pytest.mark.parametrize("new, sentence", [
-    ("PRETRAINED = ", "invalid syntax (config.py, line 3"),
-    ("PRETRAINED = true", "name 'true' is not defined"),
-    ("PRETRAINED = 1 / 0", "division by zero")])
-def test_config_that_python_cannot_read_is_one_sentence(tmp_path, script, new, sentence):
-    (tmp_path / "config.py").write_bytes((ROOT / "config.py").read_bytes())
+@pytest.mark.slow
+@pytest.mark.parametrize("new, word", [
+    ("PRETRAINED = ", "invalid syntax"), ("PRETRAINED = true", "'true' is not defined")])
+def test_config_that_python_cannot_read_names_the_file(tmp_path, new, word):
     edited(tmp_path, "PRETRAINED = True", new)
-    code = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; "
-    process = ended(tmp_path, "-c", code + f"runpy.run_path({str(ROOT / script)!r})")
-    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
-    assert process.stderr.startswith("error: config.py cannot be read: " + sentence)
+    code = (f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; "
+            f"runpy.run_path({str(ROOT / 'train_baseline.py')!r})")
+    process = ended(tmp_path, "-c", code)
+    assert process.returncode != 0
+    assert word in process.stderr
+    assert "config.py" in process.stderr
 
 
+@pytest.mark.slow
 def test_wrong_edit_of_config_is_one_sentence_before_any_work(tmp_path):
     """As a person meets it: the project with one constant changed."""
     for file in ROOT.glob("*.py"):
@@ -558,7 +609,9 @@ def test_wrong_edit_of_config_is_one_sentence_before_any_work(tmp_path):
     edited(tmp_path, 'KL_DIRECTION = "forward"', 'KL_DIRECTION = "forwards"')
     files = set(tmp_path.iterdir())
     process = ended(tmp_path, "-B", "train_baseline.py", "--quick")  # -B: no __pycache__
-    assert process.returncode == 2 and not process.stdout and process.stderr.count("\n") == 1
-    wanted = "train_baseline.py: error: KL_DIRECTION in config.py must be one of forward, reverse, "
-    assert process.stderr.startswith(wanted + "not 'forwards' (closest: forward")
+    assert process.returncode == 2
+    assert not process.stdout
+    assert process.stderr.count("\n") == 1
+    for word in ("KL_DIRECTION in config.py", "'forwards'", "closest: forward"):
+        assert word in process.stderr
     assert set(tmp_path.iterdir()) == files
