@@ -385,6 +385,16 @@ def load_teacher_model(path, name, num_classes):
     return model.eval(), None
 
 
+def load_recorded_teacher(path, recorded):
+    """(model in eval mode, info) of the teacher that a student's checkpoint describes in its entry
+    "teacher". That of a teacher made elsewhere has the "info" that its own file lacks."""
+    if "info" not in recorded:
+        return load_model(path)
+    info = {**recorded["info"], "epoch": 0, "val_accuracy": recorded["val_accuracy"]}
+    model, _ = load_teacher_model(path, info["model_name"], info["num_classes"])
+    return model, info
+
+
 def weight_file(path):
     """The file that holds the weights of `path`: itself, or in a folder the one timm looks for."""
     path = Path(path)

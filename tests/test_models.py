@@ -575,6 +575,22 @@ def test_teacher_of_this_project_comes_with_its_info(tmp_path):
     assert loaded["val_accuracy"] == 0.9
 
 
+@pytest.mark.parametrize("kind", ["weight file", "safetensors", "timm folder"])
+def test_recorded_teacher_is_loaded_again(tmp_path, kind):
+    """As a student's checkpoint describes it, whatever --teacher-model is by then."""
+    path, _ = save_teacher(kind, tmp_path)
+    teacher, _ = models.load_teacher_model(path, "test_efficientnet", 5)
+    recorded = {"val_accuracy": 0.8, "info": {"model_name": "test_efficientnet", "num_classes": 5}}
+    again, info = models.load_recorded_teacher(path, recorded)
+    assert info["val_accuracy"] == 0.8
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(models.forward(again, images), models.forward(teacher, images))
+
+    save_student(tmp_path, "teacher", 0.9)
+    ours = tmp_path / "teacher" / "best_model.pth"
+    assert models.load_recorded_teacher(ours, {"val_accuracy": 0.9})[1]["val_accuracy"] == 0.9
+
+
 def test_exported_best_student_can_teach(tmp_path):
     model = models.build_model("test_efficientnet", 10)
     models.export_best_student(tmp_path, save_student(tmp_path, "baseline", 0.9, model))
