@@ -1,24 +1,23 @@
 """Is the distilled student better than the baseline, where, and can one rely on it?
 
     python evaluate.py            # the two students in checkpoints/, all seeds that both have
-    python evaluate.py --quick    # those of the small run
+    python evaluate.py --quick    # those of the quick run
 
 Dataset, split, image size and crop are the checkpoints' own. Writes into results/ the report for
-people, comparison.json and predictions.npz for programs, and every figure as PNG and PDF.
+people, comparison.json and predictions.npz for programs, and then every figure as PNG and PDF.
 """
 import argparse
+import itertools
 import json
 import math
-import signal
 import statistics
 import sys
 import textwrap
+import time
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
-
-if __name__ == "__main__":  # Ctrl-C ends the imports without a traceback; later run_script answers
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -26,117 +25,201 @@ import numpy as np
 import seaborn
 import torch
 from matplotlib.font_manager import fontManager
-from matplotlib.ft2font import FT2Font
 from scipy import optimize, stats
 from scipy.cluster import hierarchy
 from scipy.special import log_softmax
 from sklearn import metrics
+from torch.utils.flop_counter import FlopCounterMode
 
-try:
-    import config
-except Exception as error:  # people edit it
-    print(f"error: config.py cannot be read: {error}", file=sys.stderr)
-    sys.exit(2)
+import config
 import data_loader
 import models
 import utils
 from utils import UserError
 
 STUDENTS = ("baseline", "distilled")
-SCORES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "macro_f1": "macro-F1",
-          "val_accuracy": "validation accuracy"}
-T_SEEDS = 3  # from so many seeds on, the verdict takes them for a sample too
-BINS = 15    # of confidence, equal in width, for the calibration error: as Guo et al. 2017
+ROLES = (*STUDENTS, "teacher")
+
+SCORES = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "macro_f1": "macro-F1",
+    "val_accuracy": "validation accuracy",
+}
+MIN_SEEDS = 3          # from so many seeds on, the verdict takes them for a sample too
+CALIBRATION_BINS = 15  # of confidence, equal in width: as Guo et al. 2017
+CONFUSED_PAIRS = 10    # pairs of classes that comparison.json lists for each model
+
+# Measurement of inference. The models take turns, so that what slows the machine slows them all.
+LATENCY_BATCH = 1
+THROUGHPUT_BATCH = 64
+PASSES_PER_ROUND = {LATENCY_BATCH: 10, THROUGHPUT_BATCH: 1}
+MIN_ROUNDS = 3       # also where they take longer than the limit
+MAX_ROUNDS = 30
+SECONDS_LIMIT = 12   # for the rounds of one batch size
+COMPARABLE_ROUNDS = 6  # fewer say nothing about a difference: each order of three models once
+
+# The 20 superclasses of CIFAR-100 (Krizhevsky 2009), by the class names of its files.
+CIFAR100_SUPERCLASSES = {
+    "aquatic mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+    "food containers": ("bottle", "bowl", "can", "cup", "plate"),
+    "fruit and vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    "household electrical devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+    "household furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+    "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+    "large carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+    "large man-made outdoor things": ("bridge", "castle", "house", "road", "skyscraper"),
+    "large natural outdoor scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+    "large omnivores and herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+    "medium-sized mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+    "non-insect invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+    "small mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "vehicles 1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+    "vehicles 2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
 
 
 def main(args):
     device = utils.setup(args)
-    paths, left_out = find_students(args)
-    _, first = models.load_model(paths["distilled"][0])
-    test, data, no_validation = open_images(first, args)
-    entries = {run: [load_entry(path, first, test, data, args, device) for path in paths[run]]
-               for run in STUDENTS}
-    teacher, no_teacher = find_teacher(entries["distilled"], args)
-    if teacher:
-        entries["teacher"] = [load_entry(teacher, first, test, data, args, device)]
+    results_dir = Path(args.results_dir)
 
-    labels, results = test.labels.numpy(), Path(args.results_dir)
-    numbers = compare(entries, labels, len(data.val.labels) if data else None)
-    numbers |= {"timings": {"training_hours": training_hours(entries)}, "notes": {
-        "unfair": differences(entries), "no_teacher": no_teacher, "left_out": left_out,
+    # Load: every model answers the test images once.
+    paths, left_out = find_students(args)
+    _, reference = models.load_model(paths["distilled"][0])
+    test, data, no_validation = open_images(reference, args)
+    trained = {}
+    for role in STUDENTS:
+        trained[role] = [load_trained(path, reference, test, data, args, device)
+                         for path in paths[role]]
+    teacher_path, no_teacher = find_teacher(trained["distilled"], args)
+    if teacher_path:
+        trained["teacher"] = [load_trained(teacher_path, reference, test, data, args, device)]
+
+    # Numbers
+    labels = test.labels.numpy()
+    numbers = compare(trained, labels, len(data.val.labels) if data else None)
+    numbers["inference"] = measure_inference(trained, device, timed=not args.no_timing)
+    numbers["timings"] = {"training_hours": training_hours(trained)}
+    numbers["notes"] = {
+        "unfair": find_differences(trained),
+        "no_teacher": no_teacher,
+        "left_out": left_out,
         "trained_on": data_loader.duplicates_of_training_images(test, data) if data else [],
-        "no_validation": no_validation}}
-    write_figures(entries, labels, test, numbers, results)
-    report = write_report(numbers)
-    write_files(entries, labels, numbers, report, results)
-    models.export_best_student(args.checkpoint_dir, first)
-    then = "\nNext, the real thing: python train_baseline.py" if args.quick else ""
-    print("\n" + report.partition("Details\n")[0] + f"Details: {results / 'comparison_report.txt'}"
-          f", to show: {results / 'accuracy_comparison.png'}{then}")
+        "no_validation": no_validation,
+    }
+
+    # What is written first is safe from whatever may happen to a figure.
+    report = report_text(numbers)
+    write_numbers(trained, labels, numbers, report, results_dir)
+    models.export_best_student(args.checkpoint_dir, reference)
+    write_figures(trained, labels, test, numbers, results_dir)
+
+    print("\n" + report.partition("Details\n")[0] + f"Details: {results_dir / REPORT_NAME}, "
+          f"to show: {results_dir / 'accuracy_comparison.png'}")
+    if args.quick:
+        print("Next, the real thing: python train_baseline.py")
 
 
 # Load ---------------------------------------------------------------------------------------------
 
-class Entry(NamedTuple):
-    """One trained model of the comparison, and what it answers."""
+@dataclass
+class TrainedModel:
+    """One model of the comparison and what it answers to the test images."""
     path: Path
     model: torch.nn.Module
-    info: dict                 # all that its checkpoint says but the weights
-    log_probs: np.ndarray      # (N, C) float64 log-probabilities of the test images
+    info: dict                 # all that its checkpoint holds but the weights
+    log_probs: np.ndarray      # (N, C) float64, log-probabilities of the test images
     temperature: float | None  # fitted on validation images; None where those cannot be had
     history: list              # a dict per epoch of its training, [] where its last.pth is gone
 
-    @property
+    @cached_property
     def predictions(self):
-        return self.log_probs.argmax(1)  # (N,)
+        """(N,) indices of classes."""
+        return self.log_probs.argmax(1)
 
 
 def find_students(args):
-    """Paths of the students to compare, {run: [one per seed]}: of the seeds that both runs have, if
-    there are any, else the plain pair; and a phrase for each that is left out."""
+    """Paths of the students to compare, {role: [one per seed]}, and a phrase for each that is left
+    out. They are of the seeds that both roles have, if there are any, else the two plain runs."""
     given = {"baseline": args.baseline_checkpoint, "distilled": args.distilled_checkpoint}
-    folders = {run: Path(args.checkpoint_dir, run) for run in STUDENTS}
-    plain = {run: Path(given[run] or folders[run] / "best_model.pth") for run in STUDENTS}
-    seeds = {run: {int(path.parent.name.removeprefix("seed_")): path
-                   for path in models.student_checkpoints(folders[run])
-                   if path.parent != folders[run]} for run in STUDENTS}
-    common = sorted(seeds["baseline"].keys() & seeds["distilled"].keys())
-    paths = {run: [seeds[run][seed] for seed in common] for run in STUDENTS}
-    left_out = [f"the plain {run} run" for run in STUDENTS if plain[run].is_file()]
-    if not common or any(given.values()):
-        for run in sorted(STUDENTS, key=lambda run: len(seeds[run])):  # that with fewer seeds
-            if not plain[run].is_file():
-                raise UserError(f"there is no {plain[run]}; make it with: {how_to_make(run, args)}")
-        paths, left_out, common = {run: [plain[run]] for run in STUDENTS}, [], []
-    left_out += [f"{run} seed {seed}" for run in STUDENTS for seed in sorted(seeds[run])
-                 if seed not in common]
-    if {*map(utils.sha256, paths["baseline"])} & {*map(utils.sha256, paths["distilled"])}:
+    folders = {role: Path(args.checkpoint_dir, role) for role in STUDENTS}
+    single = {role: Path(given[role] or folders[role] / "best_model.pth") for role in STUDENTS}
+    by_seed = {role: checkpoints_by_seed(folders[role]) for role in STUDENTS}
+    common_seeds = sorted(by_seed["baseline"].keys() & by_seed["distilled"].keys())
+
+    if common_seeds and not any(given.values()):
+        paths = {role: [by_seed[role][seed] for seed in common_seeds] for role in STUDENTS}
+        left_out = [f"the plain {role} run" for role in STUDENTS if single[role].is_file()]
+    else:
+        require_both(single, by_seed, args)
+        paths = {role: [single[role]] for role in STUDENTS}
+        common_seeds = []
+        left_out = []
+
+    for role in STUDENTS:
+        for seed in sorted(by_seed[role]):
+            if seed not in common_seeds:
+                left_out.append(f"{role} seed {seed}")
+
+    digests = {role: {utils.sha256(path) for path in paths[role]} for role in STUDENTS}
+    if digests["baseline"] & digests["distilled"]:
         raise UserError("baseline and distilled student are one and the same checkpoint")
     return paths, left_out
 
 
-def how_to_make(run, args):
-    """The command that trains the student `run` as a fair pair to those of the other run."""
-    other = Path(args.checkpoint_dir, "distilled" if run == "baseline" else "baseline")
-    paths = models.student_checkpoints(other)
-    seeded = [path for path in paths if path.parent != other]
-    made = [models.load_model(path)[1]["config"]["argv"] for path in seeded or paths]
-    seeds = ["--seeds", *(path.parent.name.removeprefix("seed_") for path in seeded)]
-    return config.format_command("baseline" if run == "baseline" else "distillation",
-                          [*sum(made, []), *args.argv, *(seeds if seeded else [])])
+def checkpoints_by_seed(folder):
+    """{seed: path} of the checkpoints in the seed_<n>/ of a student's `folder`."""
+    paths = {}
+    for path in models.student_checkpoints(folder):
+        if path.parent != folder:
+            seed = int(path.parent.name.removeprefix("seed_"))
+            paths[seed] = path
+    return paths
+
+
+def require_both(single, by_seed, args):
+    """Raise UserError, with the command that trains it, for a student that is not there."""
+    fewer_seeds_first = sorted(STUDENTS, key=lambda role: len(by_seed[role]))
+    for role in fewer_seeds_first:
+        if not single[role].is_file():
+            raise UserError(f"there is no {single[role]}; make it with: {how_to_make(role, args)}")
+
+
+def how_to_make(role, args):
+    """The command that trains the student of `role` as a fair pair to those of the other role."""
+    other_role = "distilled" if role == "baseline" else "baseline"
+    other_folder = Path(args.checkpoint_dir, other_role)
+    seeds = checkpoints_by_seed(other_folder)
+
+    argv = []
+    for path in seeds.values() or models.student_checkpoints(other_folder):
+        argv += models.load_model(path)[1]["config"]["argv"]
+    argv += args.argv
+    if seeds:
+        argv += ["--seeds", *map(str, seeds)]
+    return config.format_command("baseline" if role == "baseline" else "distillation", argv)
 
 
 def open_images(info, args):
     """(test images, data to train and validate, None) of the dataset and the split of `info`, a
     checkpoint's dict, or (test images, None, why the others cannot be had)."""
-    settings = argparse.Namespace(**{**info["config"], "data_dir": args.data_dir})
+    settings = argparse.Namespace(**info["config"])
+    settings.data_dir = args.data_dir
     settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may lie elsewhere now
     if info["dataset"] == "ImageFolder" and not Path(settings.dataset_dir).is_dir():
         raise UserError(f"the pictures are no longer in {settings.dataset_dir}; "
                         "say where with --dataset-dir DIR")
+
     test, class_names = data_loader.load_split(info["dataset"], "test", settings)
-    if odd := data_loader.describe_class_mismatch(class_names, info["class_names"]):
-        raise UserError(f"the test images have other classes than the checkpoints; {odd}")
+    mismatch = data_loader.describe_class_mismatch(class_names, info["class_names"])
+    if mismatch:
+        raise UserError(f"the test images have other classes than the checkpoints; {mismatch}")
+
     try:
         data = data_loader.open_dataset(settings)
     except UserError as error:
@@ -146,342 +229,890 @@ def open_images(info, args):
     return test, data, None
 
 
-def load_entry(path, first, test, data, args, device):
-    """The Entry of a checkpoint. `first` is another's dict: the classes that this one must know,
-    else UserError, and the split of `data` (or None)."""
+def load_trained(path, reference, test, data, args, device):
+    """The TrainedModel of a checkpoint. `reference` is another checkpoint's dict: its classes must
+    be this one's, else UserError, and `data` (or None) has its split."""
     model, info = models.load_model(path, device)
-    odd = data_loader.describe_class_mismatch(info["class_names"], first["class_names"])
-    if odd or info["dataset"] != first["dataset"]:
-        raise UserError(f"{path} cannot be compared with the distilled student: one is of "
-                        f"{info['dataset']}, the other of {first['dataset']}{odd and '; ' + odd}")
+    mismatch = data_loader.describe_class_mismatch(info["class_names"], reference["class_names"])
+    if mismatch or info["dataset"] != reference["dataset"]:
+        message = (f"{path} cannot be compared with the distilled student: one is of "
+                   f"{info['dataset']}, the other of {reference['dataset']}")
+        if mismatch:
+            message += f"; {mismatch}"
+        raise UserError(message)
 
-    def answer(images):
-        logits, _ = models.infer(model, data_loader.EvaluationLoader(images, info, args, device))
-        return logits.double().log_softmax(1).numpy()
+    # With another split it was trained on some of these validation images.
     temperature = None
-    if data and info["split_fingerprint"] == first["split_fingerprint"]:  # else it trained on some
-        temperature = best_temperature(answer(data.val), data.val.labels.numpy())
-    last = path.with_name("last.pth")
-    history = utils.load_checkpoint(last)["history"] if last.is_file() else []
-    return Entry(path, model, info, answer(test), temperature, history)
+    if data and info["split_fingerprint"] == reference["split_fingerprint"]:
+        val_log_probs = infer_log_probs(model, info, data.val, args, device)
+        temperature = best_temperature(val_log_probs, data.val.labels.numpy())
+
+    last_path = path.with_name("last.pth")
+    history = []
+    if last_path.is_file():
+        history = utils.load_checkpoint(last_path)["history"]
+
+    log_probs = infer_log_probs(model, info, test, args, device)
+    return TrainedModel(path, model, info, log_probs, temperature, history)
+
+
+def infer_log_probs(model, info, images, args, device):
+    """Log-probabilities (N, C) float64 of `images` by the model of `info`."""
+    loader = data_loader.EvaluationLoader(images, info, args, device)
+    logits, _ = models.infer(model, loader)
+    return logits.double().log_softmax(1).numpy()
 
 
 def find_teacher(students, args):
     """(path of the teacher that these students record, None), or (None, why there is none)."""
-    teachers = [entry.info.get("teacher") for entry in students]
-    if not all(teachers):
+    recorded = [student.info.get("teacher") for student in students]
+    if not all(recorded):
         return None, "the distilled checkpoint names no teacher"
-    if len({teacher["sha256"] for teacher in teachers}) > 1:
+
+    digest = recorded[0]["sha256"]
+    if any(teacher["sha256"] != digest for teacher in recorded):
         return None, "the distilled students had different teachers"
-    recorded = Path(teachers[0]["path"])  # the whole folder of checkpoints may have moved since
-    for path in (recorded, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
-        if path.is_file() and utils.sha256(path) == teachers[0]["sha256"]:
+
+    # The whole folder of checkpoints may have moved since.
+    recorded_path = Path(recorded[0]["path"])
+    for path in (recorded_path, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
+        if path.is_file() and utils.sha256(path) == digest:
             return path, None
-    return None, f"the teacher {recorded} is gone, or has changed (its SHA-256 differs)"
+    return None, f"the teacher {recorded_path} is gone, or has changed (its SHA-256 differs)"
 
 
-def differences(entries):
+def find_differences(trained):
     """What differs between the students besides the teacher, a phrase each; [] is a fair pair."""
-    found, students = [], entries["baseline"] + entries["distilled"]
-    reference = entries["distilled"][0].info
-    may_differ = {"seed"} if len(students) > 2 else set()  # of many, both runs have the same seeds
-    for info in (entry.info for entry in students):
-        ours, theirs = info["config"], reference["config"]
-        shared = (ours.keys() & theirs.keys()) - config.MAY_CHANGE_ON_RESUME - may_differ
-        found += [f"{name} ({ours[name]} and {theirs[name]})"
-                  for name in sorted(shared) if ours[name] != theirs[name]]
-        phrases = {"model_name": "the model", "split_fingerprint": "the validation split"}
-        found += [phrase for key, phrase in phrases.items() if info[key] != reference[key]]
-    found += [f"{entry.path.parent} is not trained to its end" for entry in students
-              if entry.history and len(entry.history) < entry.info["config"]["num_epochs"]]
-    return [phrase for i, phrase in enumerate(found) if phrase not in found[:i]]
+    students = trained["baseline"] + trained["distilled"]
+    reference = trained["distilled"][0].info
+    may_differ = set(config.MAY_CHANGE_ON_RESUME)
+    if len(students) > 2:
+        may_differ.add("seed")  # both roles have the same ones
+
+    phrases = []
+    for student in students:
+        ours = student.info["config"]
+        theirs = reference["config"]
+        for name in sorted(ours.keys() & theirs.keys() - may_differ):
+            if ours[name] != theirs[name]:
+                phrases.append(f"{name} ({ours[name]} and {theirs[name]})")
+        if student.info["model_name"] != reference["model_name"]:
+            phrases.append("the model")
+        if student.info["split_fingerprint"] != reference["split_fingerprint"]:
+            phrases.append("the validation split")
+
+    for student in students:
+        epochs = len(student.history)
+        if 0 < epochs < student.info["config"]["num_epochs"]:
+            phrases.append(f"{student.path.parent} is not trained to its end")
+    return list(dict.fromkeys(phrases))  # each once
 
 
-# Numbers ------------------------------------------------------------------------------------------
+# Metrics ------------------------------------------------------------------------------------------
 
-def compare(entries, labels, validation_images):
-    """Every number of the report but notes and timings, by the names in results/README.md: of
-    `entries` {run: [Entry per seed]}, the test images' `labels` (N,) and the number of
-    `validation_images` or None. Accuracies are fractions, losses nats."""
-    first = entries["baseline"][0].info
-    scores = {run: over_seeds([measure(entry, labels) for entry in group])
-              for run, group in entries.items()}
-    name = Path(first["config"]["dataset_dir"] or first["dataset"]).resolve().name  # the folder's
+def compare(trained, labels, validation_images):
+    """Every number that follows from the answers, by the names in results/README.md.
+
+    `trained` is {role: [TrainedModel per seed]}, `labels` (N,) are the test images' classes,
+    `validation_images` is their number or None. Accuracies are fractions, losses nats.
+    """
+    first = trained["baseline"][0].info
+    folder = Path(first["config"]["dataset_dir"] or first["dataset"])
     numbers = {
-        "dataset": {"name": name, "num_classes": first["num_classes"],
-                    "test_images": len(labels), "validation_images": validation_images},
-        "seeds": [entry.info["config"]["seed"] for entry in entries["distilled"]],
-        "versions": first["versions"], "models": scores, "comparison": verdict(entries, labels)}
-    if "teacher" in entries:
-        numbers["fidelity"] = {run: mean_of([fidelity(entry, entries["teacher"][0])
-                                             for entry in entries[run]]) for run in STUDENTS}
-        lead = scores["teacher"]["top1"] - scores["baseline"]["top1"]
-        gain = scores["distilled"]["top1"] - scores["baseline"]["top1"]
-        numbers["comparison"] |= {"teacher_beats_baseline": lead > 0,
-                                  "advantage_recovered": gain / lead if lead > 0 else None}
+        "dataset": {
+            "name": folder.resolve().name,
+            "num_classes": first["num_classes"],
+            "test_images": len(labels),
+            "validation_images": validation_images,
+        },
+        "seeds": [student.info["config"]["seed"] for student in trained["distilled"]],
+        "versions": first["versions"],
+        "models": {role: score_role(group, labels) for role, group in trained.items()},
+        "comparison": compare_students(trained, labels),
+        "most_confused": most_confused(trained, labels),
+    }
+    if is_cifar100(first["class_names"]):
+        numbers["superclasses"] = {role: superclass_errors(group, labels)
+                                   for role, group in trained.items()}
+    if "teacher" in trained:
+        numbers["fidelity"] = {}
+        for role in STUDENTS:
+            by_seed = [fidelity(student, trained["teacher"][0]) for student in trained[role]]
+            numbers["fidelity"][role] = mean_over_seeds(by_seed)
+        numbers["teacher_effect"] = teacher_effect(trained, labels)
+        numbers["comparison"] |= compare_with_teacher(numbers["models"])
     return numbers
 
 
-def over_seeds(scores):
-    """The mean of what `measure` returned by seed, and the main scores by seed with their sd."""
-    by_seed = {key: [one[key] for one in scores] for key in SCORES}
-    sd = {key: statistics.stdev(values) for key, values in by_seed.items() if len(scores) > 1}
-    return {**mean_of(scores), "by_seed": by_seed, "sd": sd or None}
+def score_role(group, labels):
+    """Scores of one role: the mean over its seeds; the main scores also by seed, with their sd."""
+    by_seed = [score_model(model, labels) for model in group]
+    main_scores = {}
+    for name in SCORES:
+        main_scores[name] = [scores[name] for scores in by_seed]
 
-
-def mean_of(values):
-    """The mean of floats, or of dicts key by key; anything else is alike in all, and kept."""
-    if isinstance(values[0], float):
-        return statistics.fmean(values)
-    if isinstance(values[0], dict):
-        shared = [key for key in values[0] if all(key in value for value in values)]
-        return {key: mean_of([value[key] for value in values]) for key in shared}
-    return values[0]
-
-
-def measure(entry, labels):
-    """What one model scores on the test images; a class without any counts as 0."""
-    info, log_probs = entry.info, entry.log_probs
-    _, recalls, f1, _ = metrics.precision_recall_fscore_support(
-        labels, entry.predictions, labels=np.arange(info["num_classes"]), zero_division=0)
-    top5 = np.argsort(log_probs, axis=1, kind="stable")[:, -5:]  # (N, 5), or all classes
-    scores = {
-        "model_name": info["model_name"], "epoch": float(info["epoch"]),
-        "val_accuracy": info["val_accuracy"], "image_size": info["image_size"],
-        "top1": float((entry.predictions == labels).mean()),
-        "top5": float((top5 == labels[:, None]).any(1).mean()), "macro_f1": float(f1.mean()),
-        "calibration": calibration(log_probs, labels),
-        "per_class_accuracy": dict(zip(info["class_names"], recalls.tolist(), strict=True)),
-        "parameters": sum(parameter.numel() for parameter in entry.model.parameters()),
-        "file_size_mb": entry.path.stat().st_size / 2**20}
-    if entry.temperature:
-        scaled = log_softmax(log_probs / entry.temperature, axis=1)
-        scores["calibration_scaled"] = {"temperature": entry.temperature,
-                                        **calibration(scaled, labels)}
-    return scores
-
-
-def verdict(entries, labels):
-    """The difference distilled - baseline in top-1 accuracy, and what follows from it. McNemar's
-    test (1947) is exact and two-sided, on the images that one student alone gets right."""
-    baseline, distilled = (np.array([entry.predictions == labels for entry in entries[run]])
-                           for run in STUDENTS)  # whether right, (seeds, N)
-    gains = distilled.astype(float) - baseline  # (seeds, N) of -1, 0, 1
-    alone = [((one < 0).sum(), (one > 0).sum()) for one in gains]  # images, by seed
-    by_seed = gains.mean(1).tolist()
-    over_seeds, t_test_p = t_test(by_seed)
-    over = {"images": interval(gains.mean(0, keepdims=True)), "both": interval(gains)}
-    rests_on = "both" if len(by_seed) >= T_SEEDS else "images"
-    low, high = over[rests_on]
+    sd = None
+    if len(group) > 1:
+        sd = {name: statistics.stdev(values) for name, values in main_scores.items()}
     return {
-        "difference": statistics.fmean(by_seed), "difference_by_seed": by_seed,
-        "interval_over_images": over["images"], "interval_over_seeds": over_seeds,
-        "interval_over_both": over["both"] if len(by_seed) > 1 else None,
-        "interval_by_seed": [interval(one[None]) for one in gains],
-        "baseline_alone_right": statistics.fmean(one for one, _ in alone),
-        "distilled_alone_right": statistics.fmean(other for _, other in alone),
-        "mcnemar_p_by_seed": [float(stats.binomtest(one, one + other).pvalue)
-                              if one + other else 1.0 for one, other in alone],
-        "t_test_p": t_test_p, "rests_on": rests_on,
-        "verdict": "undecided" if low <= 0 <= high else "better" if low > 0 else "worse"}
+        "model_name": group[0].info["model_name"],
+        "image_size": group[0].info["image_size"],
+        "epochs": [model.info["epoch"] for model in group],  # that of the checkpoint, by seed
+        **mean_over_seeds(by_seed),
+        "by_seed": main_scores,
+        "sd": sd,
+    }
 
 
-def interval(gains):
-    """95 % interval of the mean of `gains` (seeds, N), where seeds and images both are samples: of
-    a two-way layout with random effects (Searle et al. 1992), with the seeds' degrees of freedom
-    where they differ more than chance in the images makes them. By calculation the truth lies
-    within in 94 to 97.4 of 100 comparisons, with three seeds in 92.5 at worst."""
-    S, N = gains.shape
-    over_images, over_seeds = gains.mean(0, keepdims=True), gains.mean(1, keepdims=True)
-    mean, variance, freedom = gains.mean(), S * over_images.var(ddof=1), N - 1
-    if S > 1:
-        rest = ((gains - over_images - over_seeds + mean)**2).sum() / ((S - 1) * (N - 1))
-        more = N * over_seeds.var(ddof=1) - rest  # mean squares
-        if more > 0:
-            variance, freedom = variance + more, S - 1
-    half = stats.t.ppf(0.975, freedom) * math.sqrt(variance / (S * N))
-    return [float(mean - half), float(mean + half)]
+def mean_over_seeds(by_seed):
+    """The mean of dicts of numbers, key by key; without what is not known of every seed."""
+    means = {}
+    for key, first_value in by_seed[0].items():
+        values = [scores[key] for scores in by_seed if key in scores]
+        if len(values) < len(by_seed):
+            continue
+        if isinstance(first_value, dict):
+            means[key] = mean_over_seeds(values)
+        else:
+            means[key] = statistics.fmean(values)
+    return means
 
 
-def t_test(by_seed):
-    """95 % interval of the mean of paired differences, and p of no difference (Student 1908); none
-    of one seed, nor where all are alike, which is no proof that the next would be."""
-    if len(set(by_seed)) == 1:
-        return None, None
-    test = stats.ttest_1samp(by_seed, 0)
-    return [float(bound) for bound in test.confidence_interval()], float(test.pvalue)
+def score_model(model, labels):
+    """What one model scores on the test images; a class without any counts as 0."""
+    classes = np.arange(model.info["num_classes"])
+    _, recalls, f1, _ = metrics.precision_recall_fscore_support(
+        labels, model.predictions, labels=classes, zero_division=0)
+    top5 = np.argsort(model.log_probs, axis=1, kind="stable")[:, -5:]  # (N, 5), or all classes
 
-
-def fidelity(student, teacher):
-    """How alike two entries answer; KL(teacher || student) in nats."""
-    gap = teacher.log_probs - student.log_probs
-    return {"agreement": float((student.predictions == teacher.predictions).mean()),
-            "kl": float((np.exp(teacher.log_probs) * gap).sum(1).mean())}
+    scores = {
+        "val_accuracy": model.info["val_accuracy"],
+        "top1": float((model.predictions == labels).mean()),
+        "top5": float((top5 == labels[:, None]).any(1).mean()),
+        "macro_f1": float(f1.mean()),
+        "calibration": calibration(model.log_probs, labels),
+        "per_class_accuracy": dict(zip(model.info["class_names"], recalls.tolist(), strict=True)),
+    }
+    if model.temperature:
+        scaled = log_softmax(model.log_probs / model.temperature, axis=1)
+        scores["calibration_scaled"] = {"temperature": model.temperature}
+        scores["calibration_scaled"] |= calibration(scaled, labels)
+    return scores
 
 
 def calibration(log_probs, labels):
     """NLL in nats, Brier score (Brier 1950, sum over classes), expected calibration error."""
-    probabilities, rows = np.exp(log_probs), np.arange(len(labels))
+    rows = np.arange(len(labels))
+    probabilities = np.exp(log_probs)
     brier = (probabilities**2).sum(1) - 2 * probabilities[rows, labels] + 1
     confidence, accuracy, counts = reliability(log_probs, labels)
-    return {"nll": float(-log_probs[rows, labels].mean()), "brier": float(brier.mean()),
-            "ece": float((counts * np.abs(accuracy - confidence)).sum() / len(labels))}
+    return {
+        "nll": float(-log_probs[rows, labels].mean()),
+        "brier": float(brier.mean()),
+        "ece": float((counts * np.abs(accuracy - confidence)).sum() / len(labels)),
+    }
 
 
 def reliability(log_probs, labels):
     """Mean confidence (the top probability), accuracy and number of images, each (BINS,), by bins
     of confidence (0, 1/15], (1/15, 2/15], ...; an empty one has 0 of all three."""
-    confidence, right = np.exp(log_probs.max(1)), log_probs.argmax(1) == labels
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    sums = np.bincount(bins, confidence, BINS), np.bincount(bins, right, BINS)
-    return sums[0] / counts.clip(1), sums[1] / counts.clip(1), counts
+    confidence = np.exp(log_probs.max(1))
+    correct = log_probs.argmax(1) == labels
+    bins = np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1
+    bins = np.clip(bins, 0, CALIBRATION_BINS - 1)
+
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    confidence_sums = np.bincount(bins, confidence, CALIBRATION_BINS)
+    correct_sums = np.bincount(bins, correct, CALIBRATION_BINS)
+    divisors = counts.clip(1)
+    return confidence_sums / divisors, correct_sums / divisors, counts
 
 
 def best_temperature(log_probs, labels):
     """The temperature with the least NLL (Guo et al. 2017), between 0.05 and 20."""
+    rows = np.arange(len(labels))
+
     def nll(temperature):
-        return -log_softmax(log_probs / temperature, 1)[np.arange(len(labels)), labels].mean()
+        return -log_softmax(log_probs / temperature, 1)[rows, labels].mean()
+
     return float(optimize.minimize_scalar(nll, bounds=(0.05, 20), method="bounded").x)
 
 
-def training_hours(entries):
-    """Hours each run's training took, mean over the seeds; None where a history is gone."""
-    hours = {run: [sum(row["seconds"] for row in entry.history) / 3600 for entry in group]
-             for run, group in entries.items()}
-    return {run: statistics.fmean(each) if all(each) else None for run, each in hours.items()}
+def fidelity(student, teacher):
+    """How alike two models answer; KL(teacher || student) in nats."""
+    differences = teacher.log_probs - student.log_probs
+    return {
+        "agreement": float((student.predictions == teacher.predictions).mean()),
+        "kl": float((np.exp(teacher.log_probs) * differences).sum(1).mean()),
+    }
+
+
+def training_hours(trained):
+    """Hours that each role's training took, mean over the seeds; None where a history is gone."""
+    hours = {}
+    for role, group in trained.items():
+        by_seed = [sum(row["seconds"] for row in model.history) / 3600 for model in group]
+        hours[role] = statistics.fmean(by_seed) if all(by_seed) else None
+    return hours
+
+
+# Metrics: which classes are confused --------------------------------------------------------------
+
+def confusion_counts(group, labels):
+    """(C, C) numbers of test images by true (row) and predicted class, mean over the seeds."""
+    num_classes = group[0].info["num_classes"]
+    counts = np.zeros((num_classes, num_classes))
+    for model in group:
+        np.add.at(counts, (labels, model.predictions), 1)
+    return counts / len(group)
+
+
+def most_confused(trained, labels):
+    """{role: [its most confused pairs of classes, each a dict]}, the most frequent first.
+
+    `images` counts this role's images of class `true` that are taken for `predicted`; `share` has
+    for every role what part of the images of class `true` that is.
+    """
+    names = trained["baseline"][0].info["class_names"]
+    counts = {role: confusion_counts(group, labels) for role, group in trained.items()}
+    class_sizes = np.bincount(labels, minlength=len(names))
+
+    pairs_by_role = {}
+    for role in trained:
+        errors = counts[role].copy()
+        np.fill_diagonal(errors, 0)
+        pairs_by_role[role] = []
+        for place in np.argsort(-errors, axis=None, kind="stable")[:CONFUSED_PAIRS]:
+            true, predicted = np.unravel_index(place, errors.shape)
+            if errors[true, predicted] == 0:
+                break
+            share = {other: float(counts[other][true, predicted] / class_sizes[true])
+                     for other in trained}
+            pairs_by_role[role].append({
+                "true": names[true],
+                "predicted": names[predicted],
+                "images": float(errors[true, predicted]),
+                "share": share,
+            })
+    return pairs_by_role
+
+
+def is_cifar100(class_names):
+    return set(class_names) == set(itertools.chain(*CIFAR100_SUPERCLASSES.values()))
+
+
+def superclass_errors(group, labels):
+    """How many errors stay within the right superclass of CIFAR-100, mean over the seeds."""
+    superclass_of = {}
+    for number, class_names in enumerate(CIFAR100_SUPERCLASSES.values()):
+        for name in class_names:
+            superclass_of[name] = number
+    superclasses = np.array([superclass_of[name] for name in group[0].info["class_names"]])
+
+    errors = 0
+    errors_within = 0
+    for model in group:
+        wrong = model.predictions != labels
+        same_superclass = superclasses[model.predictions] == superclasses[labels]
+        errors += int(wrong.sum())
+        errors_within += int((wrong & same_superclass).sum())
+    return {
+        "errors": errors / len(group),
+        "errors_within": errors_within / len(group),
+        "share_within": errors_within / errors if errors else None,
+    }
+
+
+def teacher_effect(trained, labels):
+    """What became of the test images where teacher and baseline are right or wrong, four cells.
+
+    Each has its number of images, the distilled student's accuracy on them, and the images that
+    distillation gains there (corrected) or loses (spoilt); numbers are means over the seeds.
+    """
+    teacher_correct = trained["teacher"][0].predictions == labels
+    seeds = len(trained["baseline"])
+    cells = {}
+    for teacher_word in ("right", "wrong"):
+        for baseline_word in ("right", "wrong"):
+            images = 0
+            distilled_right = 0
+            for baseline, distilled in zip(trained["baseline"], trained["distilled"], strict=True):
+                baseline_correct = baseline.predictions == labels
+                in_cell = ((teacher_correct == (teacher_word == "right"))
+                           & (baseline_correct == (baseline_word == "right")))
+                images += int(in_cell.sum())
+                distilled_right += int((distilled.predictions == labels)[in_cell].sum())
+
+            baseline_right = images if baseline_word == "right" else 0
+            cells[f"teacher_{teacher_word}_baseline_{baseline_word}"] = {
+                "images": images / seeds,
+                "distilled_accuracy": distilled_right / images if images else None,
+                "gain_in_images": (distilled_right - baseline_right) / seeds,
+            }
+    return cells
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+def compare_students(trained, labels):
+    """The gain, distilled minus baseline in top-1 accuracy, and what follows from it.
+
+    Students of one seed are compared image by image. McNemar's test (1947) is exact and two-sided,
+    on the images that only one student classifies correctly.
+    """
+    correct = {}
+    for role in STUDENTS:
+        correct[role] = np.array([student.predictions == labels for student in trained[role]])
+    gains = correct["distilled"].astype(float) - correct["baseline"]  # (seeds, N) of -1, 0, 1
+
+    only_baseline = (gains < 0).sum(1).tolist()   # images, by seed
+    only_distilled = (gains > 0).sum(1).tolist()
+    mcnemar_p = []
+    for counts in zip(only_baseline, only_distilled, strict=True):
+        mcnemar_p.append(exact_mcnemar(*counts))
+
+    gain_by_seed = gains.mean(1).tolist()
+    ci_over_seeds, t_test_p = t_test(gain_by_seed)
+    several_seeds = len(gain_by_seed) > 1
+    ci = {
+        "images": confidence_interval(gains.mean(0, keepdims=True)),
+        "both": confidence_interval(gains) if several_seeds else None,
+    }
+    verdict_ci = "both" if len(gain_by_seed) >= MIN_SEEDS else "images"
+    return {
+        "verdict": verdict(ci[verdict_ci]),
+        "gain": statistics.fmean(gain_by_seed),
+        "gain_by_seed": gain_by_seed,
+        "verdict_ci": verdict_ci,
+        "ci_over_images": ci["images"],
+        "ci_over_seeds": ci_over_seeds,
+        "ci_over_both": ci["both"],
+        "ci_by_seed": [confidence_interval(row[None]) for row in gains],
+        "only_baseline_correct": statistics.fmean(only_baseline),
+        "only_distilled_correct": statistics.fmean(only_distilled),
+        "mcnemar_p_by_seed": mcnemar_p,
+        "t_test_p": t_test_p,
+    }
+
+
+def verdict(ci):
+    low, high = ci
+    if low > 0:
+        return "better"
+    if high < 0:
+        return "worse"
+    return "undecided"
+
+
+def confidence_interval(gains):
+    """95 % interval of the mean of `gains` (seeds, N), where seeds and images both are samples.
+
+    A two-way layout with random effects and one observation per cell: Searle, Casella, McCulloch,
+    Variance Components (1992), chapter 4. The mean squares are expected to be, with the variances
+    of seeds, images and of what is left,
+
+        ms_seeds = var_residual + N * var_seeds,   ms_images = var_residual + S * var_images,
+        ms_residual = var_residual,
+
+    so that the mean's variance var_seeds / S + var_images / N + var_residual / (S * N) is
+    (ms_seeds + ms_images - ms_residual) / (S * N). Where the seeds differ no more than the images'
+    noise makes them differ, ms_seeds <= ms_residual, it is ms_images / (S * N). By calculation the
+    truth lies within in 94 to 97.4 of 100 comparisons, with three seeds in 92.5 at worst.
+    """
+    S, N = gains.shape
+    mean = gains.mean()
+    image_means = gains.mean(0, keepdims=True)  # (1, N)
+    seed_means = gains.mean(1, keepdims=True)   # (S, 1)
+
+    ms_images = S * image_means.var(ddof=1)
+    variance_sum = ms_images
+    degrees_of_freedom = N - 1
+    if S > 1:
+        residuals = gains - image_means - seed_means + mean
+        ms_residual = (residuals**2).sum() / ((S - 1) * (N - 1))
+        ms_seeds = N * seed_means.var(ddof=1)
+        if ms_seeds > ms_residual:
+            variance_sum = ms_images + (ms_seeds - ms_residual)
+            degrees_of_freedom = S - 1  # the few seeds are now what limits the precision
+
+    standard_error = math.sqrt(variance_sum / (S * N))
+    half_width = stats.t.ppf(0.975, degrees_of_freedom) * standard_error
+    return [float(mean - half_width), float(mean + half_width)]
+
+
+def exact_mcnemar(only_baseline, only_distilled):
+    """Two-sided p of as unequal a split of the images that one student alone has right."""
+    discordant = only_baseline + only_distilled
+    if discordant == 0:
+        return 1.0
+    return float(stats.binomtest(only_baseline, discordant).pvalue)
+
+
+def t_test(gain_by_seed):
+    """95 % interval of the mean of paired differences, and p of no difference (Student 1908); None
+    for one seed, and where all are equal, which is no proof that the next would be."""
+    if len(set(gain_by_seed)) == 1:
+        return None, None
+    test = stats.ttest_1samp(gain_by_seed, 0)
+    return [float(bound) for bound in test.confidence_interval()], float(test.pvalue)
+
+
+def compare_with_teacher(scores):
+    """Whether the teacher is better than the baseline, and what share of its lead was recovered."""
+    baseline_accuracy = scores["baseline"]["top1"]
+    lead = scores["teacher"]["top1"] - baseline_accuracy
+    gain = scores["distilled"]["top1"] - baseline_accuracy
+    return {
+        "teacher_beats_baseline": lead > 0,
+        "advantage_recovered": gain / lead if lead > 0 else None,
+    }
+
+
+# Inference ----------------------------------------------------------------------------------------
+
+def measure_inference(trained, device, timed=True):
+    """What inference costs with each role's first model, in float32 as evaluation does it; the
+    times are None where not `timed`. With the spread, 5th to 95th percentile, between rounds."""
+    first = {role: group[0] for role, group in trained.items()}
+    inference = {"device": utils.device_name(device), "rounds": None, "distilled_to_baseline": None}
+    for role, model in first.items():
+        inference[role] = {
+            "image_size": model.info["image_size"],
+            "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+            "macs": count_macs(model, device),
+            "file_size_mb": model.path.stat().st_size / 2**20,
+            "latency_ms": None,
+            "latency_ms_spread": None,
+            "images_per_second": None,
+            "images_per_second_spread": None,
+            "peak_memory_mb": None,
+        }
+    if not timed:
+        return inference
+
+    latency = time_rounds(first, LATENCY_BATCH, device)
+    throughput = time_rounds(first, THROUGHPUT_BATCH, device)
+    for role, model in first.items():
+        milliseconds = 1000 * latency[role]
+        images_per_second = THROUGHPUT_BATCH / throughput[role]
+        inference[role] |= {
+            "latency_ms": float(np.median(milliseconds)),
+            "latency_ms_spread": np.quantile(milliseconds, [0.05, 0.95]).tolist(),
+            "images_per_second": float(np.median(images_per_second)),
+            "images_per_second_spread": np.quantile(images_per_second, [0.05, 0.95]).tolist(),
+        }
+        if device.type == "cuda":
+            inference[role]["peak_memory_mb"] = peak_memory_mb(model, device)
+
+    inference["rounds"] = {"latency": len(latency["baseline"]),
+                           "throughput": len(throughput["baseline"])}
+    inference["distilled_to_baseline"] = {"latency": compare_times(latency),
+                                          "throughput": compare_times(throughput)}
+    return inference
+
+
+def random_images(model, batch_size, device):
+    """(B, 3, S, S) floats in [0, 1] of the model's size, channels_last as the loader's."""
+    size = model.info["image_size"]
+    images = torch.rand(batch_size, 3, size, size, device=device)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def count_macs(model, device):
+    """Multiply-accumulate operations of one image: FlopCounterMode counts each as two."""
+    with FlopCounterMode(display=False) as counter:
+        models.forward(model.model, random_images(model, 1, device))
+    return counter.get_total_flops() // 2
+
+
+@torch.inference_mode()
+def time_rounds(models_by_role, batch_size, device):
+    """Seconds of a batch, {role: (rounds,)}. In each round every model has its turn, in the rounds
+    each order of the models as often; a round before the first warms up and is not counted."""
+    images = {role: random_images(model, batch_size, device)
+              for role, model in models_by_role.items()}
+    passes = PASSES_PER_ROUND[batch_size]
+    seconds = {role: [] for role in models_by_role}
+    orders = itertools.cycle(itertools.permutations(models_by_role))
+
+    for role, model in models_by_role.items():
+        time_passes(model.model, images[role], passes, device)
+
+    start = time.perf_counter()
+    for finished_rounds in range(MAX_ROUNDS):
+        if finished_rounds >= MIN_ROUNDS and time.perf_counter() - start > SECONDS_LIMIT:
+            break
+        for role in next(orders):
+            model = models_by_role[role].model
+            seconds[role].append(time_passes(model, images[role], passes, device))
+    return {role: np.array(values) for role, values in seconds.items()}
+
+
+def time_passes(model, images, passes, device):
+    """Seconds of one forward pass, from the call until the device has the logits."""
+    start = time.perf_counter()
+    for _ in range(passes):
+        models.forward(model, images)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elif device.type == "mps":
+            torch.mps.synchronize()
+    return (time.perf_counter() - start) / passes
+
+
+def compare_times(seconds):
+    """Time of the distilled student divided by the baseline's, within each round: the median, the
+    range of nine rounds in ten, and whether that excludes 1 (None: too few rounds)."""
+    ratios = seconds["distilled"] / seconds["baseline"]
+    low, high = np.quantile(ratios, [0.05, 0.95]).tolist()
+    differ = None
+    if len(ratios) >= COMPARABLE_ROUNDS:
+        differ = not low <= 1 <= high
+    return {"ratio": float(np.median(ratios)), "range": [low, high], "differ": differ}
+
+
+@torch.inference_mode()
+def peak_memory_mb(model, device):
+    """MiB of GPU memory for a batch of THROUGHPUT_BATCH images: weights, images, activations."""
+    images = random_images(model, THROUGHPUT_BATCH, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    models.forward(model.model, images)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    weights = sum(tensor.nbytes for tensor in model.model.state_dict().values())
+    return (weights + images.nbytes + activations) / 2**20
 
 
 # Report -------------------------------------------------------------------------------------------
 
-def write_report(numbers):
+REPORT_NAME = "comparison_report.txt"
+REPORT_WIDTH = 100
+
+
+def report_text(numbers):
     """The comparison as text of at most 100 columns, the verdict first, the details last."""
-    dataset, seeds = numbers["dataset"], ", ".join(map(str, numbers["seeds"]))
-    names = {run: scores["model_name"] for run, scores in numbers["models"].items()}
+    sections = [heading_lines(numbers)]
+    for warning in warning_texts(numbers):
+        sections.append([f"WARNING: {warning}."])
+    sections.append(verdict_lines(numbers))
+    sections.append(source_lines(numbers))
+    sections.append(cost_lines(numbers))
+
+    sections.append(["Details"])
+    sections.append(score_table(numbers) + calibration_table(numbers) + fidelity_table(numbers))
+    sections.append(inference_table(numbers))
+    sections.append(teacher_effect_table(numbers))
+    sections.append(confusion_table(numbers))
     versions = [f"{name} {value}" for name, value in numbers["versions"].items() if value]
-    sections = [
-        [f"{names['baseline']} alone against {names['distilled']} taught by "
-         f"{names.get('teacher', 'a teacher that is gone')}",
-         f"{dataset['name']}: {dataset['test_images']} test images of {dataset['num_classes']} "
-         f"classes, {'seeds' if len(numbers['seeds']) > 1 else 'seed'} {seeds}"],
-        *[[f"WARNING: {text}."] for text in warning_texts(numbers)],
-        verdict_lines(numbers),
-        cost_lines(numbers),
-        ["Details"],
-        score_lines(numbers),
-        ["Trained with " + ", ".join(versions)]]
-    return "\n\n".join("\n".join(textwrap.fill(line, 100, break_on_hyphens=False)
-                                 for line in lines) for lines in sections if lines) + "\n"
+    sections.append(["Trained with " + ", ".join(versions)])
+
+    paragraphs = []
+    for lines in sections:
+        if lines:
+            wrapped = [textwrap.fill(line, REPORT_WIDTH, break_on_hyphens=False) for line in lines]
+            paragraphs.append("\n".join(wrapped))
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def table(title, heads, rows):
-    """Lines of a table in columns of 38 + 20 + 20 + 20; rows are (label, cells)."""
-    lines = [f"{title:<38}" + "".join(f"{head:>20}" for head in heads)]
-    return lines + [f"  {label:<36}" + "".join(f"{text:>20}" for text in texts)
-                    for label, texts in rows]
+def heading_lines(numbers):
+    scores = numbers["models"]
+    teacher = scores["teacher"]["model_name"] if "teacher" in scores else "no longer available"
+    dataset = numbers["dataset"]
+    return [
+        f"Baseline {scores['baseline']['model_name']} against distilled "
+        f"{scores['distilled']['model_name']} (teacher: {teacher})",
+        f"{dataset['name']}: {dataset['test_images']} test images of {dataset['num_classes']} "
+        f"classes, {seeds_text(numbers)}",
+    ]
 
 
-def cells(items, key, spec):
-    """The cells of a row: `key` of each dict of `items`, ± its deviation over seeds, in points."""
-    texts = []
-    for item in items:
-        text = "-" if item.get(key) is None else format(item[key], spec)
-        deviation = (item.get("sd") or {}).get(key)
-        texts.append(text if deviation is None else f"{text} ± {100 * deviation:.2f}")
-    return texts
+def seeds_text(numbers):
+    seeds = numbers["seeds"]
+    word = "seeds" if len(seeds) > 1 else "seed"
+    return f"{word} {', '.join(map(str, seeds))}"
 
 
 def warning_texts(numbers):
     notes = numbers["notes"]
-    unfair, left_out = "; ".join(notes["unfair"]), ", ".join(notes["left_out"])
-    count, known = len(notes["trained_on"]), ", ".join(notes["trained_on"][:5])
-    weak = not numbers["comparison"].get("teacher_beats_baseline", True)
-    texts = [
-        (unfair, f"This is no fair pair, these differ between the two runs: {unfair}"),
-        (weak, "The teacher does not beat the baseline on these images; "
-               "little can be learned from it"),
-        (notes["no_teacher"], f"No teacher in this report: {notes['no_teacher']}"),
-        (known, f"{count} test images are, to the bit, among the training or validation images "
-                f"too: {known}{', …' if count > 5 else ''}"),
-        (notes["no_validation"], f"No temperature scaling: {notes['no_validation']}"),
-        (left_out, f"Left out: {left_out}")]
-    return [text for applies, text in texts if applies]
+    texts = []
+    if notes["unfair"]:
+        texts.append("This is no fair pair, these differ between the two runs: "
+                     + "; ".join(notes["unfair"]))
+    if not numbers["comparison"].get("teacher_beats_baseline", True):
+        texts.append("The teacher does not beat the baseline on these images; "
+                     "little can be learned from it")
+    if notes["no_teacher"]:
+        texts.append(f"No teacher in this report: {notes['no_teacher']}")
+    if notes["trained_on"]:
+        shown = ", ".join(notes["trained_on"][:5])
+        if len(notes["trained_on"]) > 5:
+            shown += ", …"
+        texts.append(f"{len(notes['trained_on'])} test images are, to the bit, among the training "
+                     f"or validation images too: {shown}")
+    if notes["no_validation"]:
+        texts.append(f"No temperature scaling: {notes['no_validation']}")
+    if notes["left_out"]:
+        texts.append(f"Left out: {', '.join(notes['left_out'])}")
+    return texts
+
+
+def points(fraction):
+    return f"{100 * fraction:+.2f}"
+
+
+def count_text(images, sign=""):
+    """A number of images, often a mean over seeds: 12 or 1,205.3; `sign` "+" shows its sign."""
+    return f"{images:{sign},.1f}".removesuffix(".0")
+
+
+def ci_text(ci):
+    low, high = ci
+    return f"{points(low)} to {points(high)}"
 
 
 def verdict_lines(numbers):
     """The verdict, and with several seeds what seeds alone and images alone would say."""
-    comparison, seeds = numbers["comparison"], f"{len(numbers['seeds'])} seeds"
+    comparison = numbers["comparison"]
+    seeds = len(numbers["seeds"])
+    p_values = ", ".join(f"{p:.2g}" for p in comparison["mcnemar_p_by_seed"])
+    if comparison["verdict_ci"] == "both":
+        basis = f"over {seeds} seeds and the test images"
+        ci = comparison["ci_over_both"]
+    else:
+        basis = f"over test images, McNemar's p = {p_values}"
+        ci = comparison["ci_over_images"]
+    gain = (f"{points(comparison['gain'])} percentage points of top-1 accuracy "
+            f"(95 % CI {ci_text(ci)} {basis})")
 
-    def span(over):
-        low, high = comparison[f"interval_over_{over}"]
-        return f"{100 * low:+.2f} to {100 * high:+.2f}"
-
-    p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p_by_seed"])
-    basis = {"both": f"{seeds} and the test images", "images": f"test images, McNemar's p = {p}"}
-    gain = (f"{100 * comparison['difference']:+.2f} points of top-1 accuracy (95 % interval "
-            f"{span(comparison['rests_on'])} over {basis[comparison['rests_on']]})")
-    first = f"The distilled student is {comparison['verdict']} than the baseline: {gain}."
     if comparison["verdict"] == "undecided":
-        first = f"The data cannot tell whether distillation helped: {gain}, which includes zero."
-    if len(numbers["seeds"]) == 1:
-        return [first]
-    p = comparison["t_test_p"]
-    alone = f"{span('seeds')} (paired t-test p = {p:.2g})" if p else "none, since they are alike"
-    return [first, f"Over the test images alone: {span('images')}; over the seeds alone: {alone}."]
+        lines = [f"Undecided whether distillation helped: {gain}, which includes zero."]
+    else:
+        lines = [f"The distilled student is {comparison['verdict']} than the baseline: {gain}."]
+    if seeds == 1:
+        return lines
 
-
-def cost_lines(numbers):
-    """Images that one student alone gets right, and what training took."""
-    comparison, hours = numbers["comparison"], numbers["timings"]["training_hours"]
-    alone = (f"Of {numbers['dataset']['test_images']} test images the distilled student alone gets "
-             f"{comparison['distilled_alone_right']:.4g} right, the baseline alone "
-             f"{comparison['baseline_alone_right']:.4g}.")
-    missing = [run for run in (*STUDENTS, "teacher") if hours.get(run) is None]
-    if missing:
-        return [alone, f"What training cost is not known of: {', '.join(missing)}."]
-    baseline, student, teacher = (3600 * hours[run] for run in (*STUDENTS, "teacher"))
-    return [alone, f"Training took {utils.format_duration(baseline)} for the baseline and "
-                   f"{utils.format_duration(student + teacher)} for the distilled student, its teacher's "
-                   f"{utils.format_duration(teacher)} included."]
-
-
-def score_lines(numbers):
-    """The table of scores, ± the standard deviation over the seeds."""
-    runs, scores = list(numbers["models"]), list(numbers["models"].values())
-    plain = [one["calibration"] for one in scores]
-    scaled = [one.get("calibration_scaled", {}) for one in scores]
-    lines = table("Scores on the test images", map(str.capitalize, runs), [
-        *[(label, cells(scores, key, ".2%")) for key, label in SCORES.items()],
-        ("epoch kept, image size (px)",
-         [f"{one['epoch']:.3g}, {one['image_size']}" for one in scores]),
-        ("parameters (million), file (MB)",
-         [f"{one['parameters'] / 1e6:.2f}, {one['file_size_mb']:.1f}" for one in scores])])
-    kinds = (("nll", "cross-entropy (NLL)"), ("brier", "Brier score"),
-             ("ece", "expected calibration error"))
-    lines += table("Calibration (nats; sum over classes; 15 equal-width bins)", [], [
-        *[(label, cells(plain, key, ".4f")) for key, label in kinds],
-        *[(f"{label}, scaled", cells(scaled, key, ".4f")) for key, label in kinds],
-        ("temperature, fitted on validation", cells(scaled, "temperature", ".4f"))])
-    if "fidelity" in numbers:
-        alike = [numbers["fidelity"].get(run, {}) for run in runs]
-        lead = [{}, numbers["comparison"], {}]
-        lines += table("Fidelity to the teacher", [], [
-            ("same top-1 answer", cells(alike, "agreement", ".2%")),
-            ("mean KL(teacher || student) (nats)", cells(alike, "kl", ".4f")),
-            ("teacher's advantage recovered", cells(lead, "advantage_recovered", ".0%"))])
+    over_seeds = "none, since all gain the same"
+    if comparison["ci_over_seeds"]:
+        over_seeds = (f"{ci_text(comparison['ci_over_seeds'])} "
+                      f"(paired t-test p = {comparison['t_test_p']:.2g})")
+    lines.append(f"95 % CI over the test images alone: {ci_text(comparison['ci_over_images'])}; "
+                 f"over the seeds alone: {over_seeds}.")
     return lines
 
 
-def write_files(entries, labels, numbers, report, results):
-    """predictions.npz (the first seed's), comparison.json and comparison_report.txt."""
-    probabilities = {run: np.exp(group[0].log_probs).astype(np.float32)
-                     for run, group in entries.items()}
-    with utils.atomic_write(results / "predictions.npz", "wb") as file:
-        np.savez_compressed(file, labels=labels, **probabilities,
-                            class_names=entries["baseline"][0].info["class_names"])
-    with utils.atomic_write(results / "comparison.json") as file:
+def source_lines(numbers):
+    """Where the gain comes from: images that one student alone has right; the teacher's part."""
+    comparison = numbers["comparison"]
+    average = "On average over the seeds, of" if len(numbers["seeds"]) > 1 else "Of"
+    lines = [f"{average} {numbers['dataset']['test_images']} test images the distilled student "
+             f"alone classifies {count_text(comparison['only_distilled_correct'])} correctly, the "
+             f"baseline alone {count_text(comparison['only_baseline_correct'])}."]
+
+    effect = numbers.get("teacher_effect")
+    if effect:
+        for word in ("right", "wrong"):
+            errors = effect[f"teacher_{word}_baseline_wrong"]
+            correct = effect[f"teacher_{word}_baseline_right"]
+            net = errors["gain_in_images"] + correct["gain_in_images"]
+            corrected = count_text(errors["gain_in_images"])
+            spoilt = count_text(abs(correct["gain_in_images"]))
+            lines.append(
+                f"Where the teacher is {word}, distillation corrects {corrected} of the baseline's "
+                f"{count_text(errors['images'])} errors and spoils {spoilt} of its "
+                f"{count_text(correct['images'])} correct answers: {count_text(net, '+')} images.")
+    return lines
+
+
+def cost_lines(numbers):
+    """What training took, and whether inference takes the students equally long."""
+    lines = []
+    hours = numbers["timings"]["training_hours"]
+    missing = [role for role in ROLES if hours.get(role) is None]
+    if missing:
+        lines.append(f"What training cost is not known of: {', '.join(missing)}.")
+    else:
+        duration = {role: 3600 * hours[role] for role in ROLES}
+        both = duration["distilled"] + duration["teacher"]
+        lines.append(f"Training took {utils.format_duration(duration['baseline'])} for the "
+                     f"baseline and {utils.format_duration(both)} for the distilled student, its "
+                     f"teacher's {utils.format_duration(duration['teacher'])} included.")
+
+    inference = numbers["inference"]
+    if inference["distilled_to_baseline"]:
+        lines.append(
+            f"Inference on {inference['device']}: "
+            + speed_text(inference, "latency", "latency_ms", "ms at batch 1") + "; "
+            + speed_text(inference, "throughput", "images_per_second", "images/s at batch 64")
+            + ".")
+    return lines
+
+
+def speed_text(inference, kind, key, unit):
+    """One measurement of both students, and whether their difference is more than noise."""
+    found = inference["distilled_to_baseline"][kind]
+    low, high = found["range"]
+    if found["differ"] is None:
+        conclusion = f"{inference['rounds'][kind]} rounds are too few to tell them apart"
+    elif found["differ"]:
+        conclusion = "they differ by more than the noise between repeats"
+    else:
+        conclusion = "no difference beyond the noise between repeats"
+    return (f"baseline {inference['baseline'][key]:.4g} and distilled "
+            f"{inference['distilled'][key]:.4g} {unit} (time ratio {found['ratio']:.3f}, "
+            f"nine rounds in ten {low:.3f} to {high:.3f}: {conclusion})")
+
+
+# Report: the tables -------------------------------------------------------------------------------
+
+def table_row(label, cells, indent="  "):
+    """A line in columns of 38 + 20 + 20 + 20."""
+    return f"{indent + label:<38}" + "".join(f"{cell:>20}" for cell in cells)
+
+
+def number_cells(dicts, key, spec):
+    """The cells of a row: `key` of each of the `dicts`, - where it is not known; with several
+    seeds ± the standard deviation, in percentage points."""
+    texts = []
+    for numbers in dicts:
+        if numbers.get(key) is None:
+            texts.append("-")
+            continue
+        text = format(numbers[key], spec)
+        if numbers.get("sd") and key in numbers["sd"]:
+            text += f" ± {100 * numbers['sd'][key]:.2f}"
+        texts.append(text)
+    return texts
+
+
+def score_table(numbers):
+    roles = list(numbers["models"])
+    scores = list(numbers["models"].values())
+    lines = [table_row("Scores on the test images", map(str.capitalize, roles), indent="")]
+    for key, label in SCORES.items():
+        lines.append(table_row(label, number_cells(scores, key, ".2%")))
+    epochs = [", ".join(map(str, role_scores["epochs"])) for role_scores in scores]
+    lines.append(table_row("best epoch, by seed", epochs))
+    return lines
+
+
+def calibration_table(numbers):
+    plain = []
+    scaled = []
+    for scores in numbers["models"].values():
+        plain.append(scores["calibration"])
+        scaled.append(scores.get("calibration_scaled", {}))
+
+    kinds = {"nll": "cross-entropy (NLL)", "brier": "Brier score",
+             "ece": "expected calibration error"}
+    lines = [f"Calibration (nats; sum over classes; {CALIBRATION_BINS} equal-width bins)"]
+    for key, label in kinds.items():
+        lines.append(table_row(label, number_cells(plain, key, ".4f")))
+    for key, label in kinds.items():
+        lines.append(table_row(f"{label}, scaled", number_cells(scaled, key, ".4f")))
+    lines.append(table_row("temperature, fitted on validation",
+                           number_cells(scaled, "temperature", ".4f")))
+    return lines
+
+
+def fidelity_table(numbers):
+    if "fidelity" not in numbers:
+        return []
+    fidelities = [numbers["fidelity"]["baseline"], numbers["fidelity"]["distilled"], {}]
+    recovered = [{}, numbers["comparison"], {}]
+    return [
+        "Fidelity to the teacher",
+        table_row("same top-1 answer", number_cells(fidelities, "agreement", ".2%")),
+        table_row("mean KL(teacher || student) (nats)", number_cells(fidelities, "kl", ".4f")),
+        table_row("teacher's advantage recovered",
+                  number_cells(recovered, "advantage_recovered", ".0%")),
+    ]
+
+
+def inference_table(numbers):
+    roles = list(numbers["models"])
+    costs = [numbers["inference"][role] for role in roles]
+    timed = numbers["inference"]["rounds"] is not None
+
+    sizes = [f"{cost['image_size']}" for cost in costs]
+    parameters = [f"{cost['parameters'] / 1e6:.2f}" for cost in costs]
+    macs = [f"{cost['macs'] / 1e6:,.1f}" for cost in costs]
+    lines = [table_row("Model size and inference", map(str.capitalize, roles), indent="")]
+    lines.append(table_row("image size (px)", sizes))
+    lines.append(table_row("parameters (million)", parameters))
+    lines.append(table_row("multiply-accumulates (million)", macs))
+    lines.append(table_row("checkpoint (MB)", number_cells(costs, "file_size_mb", ".1f")))
+    if timed:
+        lines.append(table_row("latency, batch 1 (ms)", number_cells(costs, "latency_ms", ".2f")))
+        lines.append(table_row("  5th to 95th percentile",
+                               spread_cells(costs, "latency_ms", ".2f")))
+        lines.append(table_row("throughput, batch 64 (images/s)",
+                               number_cells(costs, "images_per_second", ".0f")))
+        lines.append(table_row("  5th to 95th percentile",
+                               spread_cells(costs, "images_per_second", ".0f")))
+    if costs[0]["peak_memory_mb"] is not None:
+        lines.append(table_row("GPU memory, batch 64 (MB)",
+                               number_cells(costs, "peak_memory_mb", ".0f")))
+    return lines
+
+
+def spread_cells(costs, key, spec):
+    texts = []
+    for cost in costs:
+        low, high = cost[f"{key}_spread"]
+        texts.append(f"{low:{spec}} to {high:{spec}}")
+    return texts
+
+
+def teacher_effect_table(numbers):
+    effect = numbers.get("teacher_effect")
+    if not effect:
+        return []
+    heads = ("test images", "distilled accuracy", "gain in images")
+    lines = [table_row("Where the gain comes from", heads, indent="")]
+    for name, cell in effect.items():
+        _, teacher_word, _, baseline_word = name.split("_")
+        accuracy = "-" if cell["images"] == 0 else f"{cell['distilled_accuracy']:.2%}"
+        texts = [count_text(cell["images"]), accuracy, count_text(cell["gain_in_images"], "+")]
+        lines.append(table_row(f"teacher {teacher_word}, baseline {baseline_word}", texts))
+    return lines
+
+
+def confusion_table(numbers, shown=5):
+    """The `shown` most confused pairs of each model, and how often each model confuses them; for
+    CIFAR-100 the superclasses."""
+    roles = list(numbers["models"])
+    pairs = {}
+    for role in roles:
+        for pair in numbers["most_confused"][role][:shown]:
+            pairs[pair["true"], pair["predicted"]] = pair["share"]
+
+    lines = []
+    if pairs:
+        lines.append(table_row("Most confused (share of true class)", map(str.capitalize, roles),
+                               indent=""))
+    for (true, predicted), share in sorted(pairs.items(), key=lambda pair: -pair[1]["baseline"]):
+        label = textwrap.shorten(f"{true} taken for {predicted}", 36, placeholder="…")
+        lines.append(table_row(label, [f"{share[role]:.1%}" for role in roles]))
+    if "superclasses" in numbers:
+        superclasses = [numbers["superclasses"][role] for role in roles]
+        lines.append(table_row("errors within the right superclass",
+                               number_cells(superclasses, "share_within", ".1%")))
+    return lines
+
+
+def write_numbers(trained, labels, numbers, report, results_dir):
+    """predictions.npz (the first seed's), comparison.json and the report."""
+    probabilities = {}
+    for role, group in trained.items():
+        probabilities[role] = np.exp(group[0].log_probs).astype(np.float32)
+    class_names = trained["baseline"][0].info["class_names"]
+    with utils.atomic_write(results_dir / "predictions.npz", "wb") as file:
+        np.savez_compressed(file, labels=labels, class_names=class_names, **probabilities)
+
+    with utils.atomic_write(results_dir / "comparison.json") as file:
         json.dump(numbers, file, indent=1, ensure_ascii=False, allow_nan=False)
-    with utils.atomic_write(results / "comparison_report.txt") as file:
+    with utils.atomic_write(results_dir / REPORT_NAME) as file:
         file.write(report)
 
 
@@ -490,201 +1121,300 @@ def write_files(entries, labels, numbers, report, results):
 matplotlib.use("Agg")  # no window, also without a display
 
 # Colours of Okabe and Ito, which the colour-blind tell apart; lines and markers differ in grey too.
-STYLES = {"baseline": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "Baseline"},
-          "distilled": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "Distilled"},
-          "teacher": {"color": "#595959", "linestyle": ":", "marker": "^", "label": "Teacher"}}
+STYLES = {
+    "baseline": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "Baseline"},
+    "distilled": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "Distilled"},
+    "teacher": {"color": "#595959", "linestyle": ":", "marker": "^", "label": "Teacher"},
+}
+
+# Matplotlib takes each character from the first of these that has it. The first comes with it; the
+# others are the systems' own for Chinese, Japanese, Korean, Arabic, Hindi.
+FONT_FAMILIES = (
+    "DejaVu Sans",
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari",  # Linux
+    "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Segoe UI", "Nirmala UI",           # Windows
+    "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS",           # macOS
+)
 
 
-def write_figures(entries, labels, test, numbers, results):
-    """Write every figure as PNG and PDF into `results`."""
-    seaborn.set_theme(style="whitegrid", context="paper", font=fonts_of(numbers), rc={
-        "figure.constrained_layout.use": True, "savefig.dpi": 200, "savefig.bbox": "tight",
-        "text.parse_math": False})  # a $ is no formula in a class name
-    figures = {"training_curves": curves_figure(entries),
-               "accuracy_comparison": accuracy_figure(numbers),
-               "distillation_diagnostics": diagnostics_figure(entries),
-               "reliability_diagram": reliability_figure(entries, labels),
-               "class_changes": changes_figure(numbers),
-               "gallery": gallery_figure(entries, labels, test)}
-    confusion = {run: metrics.confusion_matrix(  # shares of each true class's images (rows)
-        labels, group[0].predictions, labels=np.arange(numbers["dataset"]["num_classes"]),
-        normalize="true") for run, group in entries.items()}
-    order = class_order(sum(confusion.values()))
-    for run, matrix in confusion.items():
-        figures[f"confusion_matrix_{run}"] = confusion_figure(entries[run][0], matrix, order)
-    for name, figure in figures.items():
-        for kind, metadata in (("png", None), ("pdf", {"CreationDate": None})):
-            with utils.atomic_write(results / f"{name}.{kind}", "wb") as file:
-                figure.savefig(file, format=kind, metadata=metadata)
+def write_figures(trained, labels, test, numbers, results_dir):
+    """Write every figure as PNG and PDF into `results_dir`."""
+    installed = set(fontManager.get_font_names())
+    families = [family for family in FONT_FAMILIES if family in installed]
+    seaborn.set_theme(style="whitegrid", context="paper", font=families, rc={
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 200,
+        "savefig.bbox": "tight",
+        "text.parse_math": False,  # a $ is no formula in a class name
+    })
+
+    def save(name, figure):
+        for extension, metadata in (("png", None), ("pdf", {"CreationDate": None})):
+            with utils.atomic_write(results_dir / f"{name}.{extension}", "wb") as file:
+                figure.savefig(file, format=extension, metadata=metadata)
         plt.close(figure)
 
-
-def fonts_of(numbers):
-    """DejaVu Sans, which matplotlib brings, and installed fonts with what it lacks of the names."""
-    families, missing = ["DejaVu Sans"], set(json.dumps(numbers, ensure_ascii=False))
-    fonts = [font for font in fontManager.ttflist if Path(font.fname).exists()]
-    for font in sorted(fonts, key=lambda font: font.name not in families):
-        known = {*map(chr, FT2Font(font.fname).get_charmap())} if missing else set()
-        if missing & known and "Last Resort" not in font.name:  # has boxes for all there is
-            families.append(font.name)
-            missing -= known
-    if missing:
-        print(f"the figures have boxes, since no installed font has {''.join(sorted(missing))}")
+    with warnings.catch_warnings():
+        # A character that no font has is a box in the figure, which says enough.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-    return families
+        save("training_curves", training_curves(trained))
+        save("accuracy_comparison", accuracy_comparison(numbers))
+        save("distillation_diagnostics", distillation_diagnostics(trained))
+        save("reliability_diagram", reliability_diagram(trained, labels))
+        save("class_changes", class_changes(numbers))
+        save("gallery", gallery(trained, labels, test))
+
+        shares = {role: confusion_shares(group[0], labels) for role, group in trained.items()}
+        order = class_order(sum(shares.values()))
+        for role, matrix in shares.items():
+            save(f"confusion_matrix_{role}", confusion_matrix(trained[role][0], matrix, order))
 
 
-def draw(axis, group, column, scale=1, **style):
-    """Draw a column of the history where it is not empty, a line a seed, the first labelled."""
-    for entry in group:
-        rows = [row for row in entry.history if row.get(column) is not None]
+# Figures: training --------------------------------------------------------------------------------
+
+def plot_history(axis, group, column, scale=1, **style):
+    """A column of the histories, where it is not empty, over the epochs: a line a seed, the first
+    of them labelled."""
+    style = {**style, "marker": None}
+    for model in group:
+        rows = [row for row in model.history if row.get(column) is not None]
         if rows:
+            epochs = [row["epoch"] for row in rows]
             values = [row[column] * scale for row in rows]
-            axis.plot([row["epoch"] for row in rows], values, **{**style, "marker": None})
+            axis.plot(epochs, values, **style)
             style["label"] = None
 
 
-def finish(axis, title, unit, **legend):
+def style_epoch_axis(axis, title, unit, **legend):
     axis.set(title=title, xlabel="epoch", ylabel=unit)
     axis.xaxis.get_major_locator().set_params(integer=True)
     if axis.lines:
         axis.legend(**legend)
 
 
-def curves_figure(entries):
-    """Cross-entropy on training images and validation accuracy over the epochs, a line a seed."""
+def training_curves(trained):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    for run, group in entries.items():
-        draw(left, group, "ce_loss", **STYLES[run])
-        draw(right, group, "val_accuracy", 100, **STYLES[run])
-        for info in (entry.info for entry in group if entry.history):
-            right.plot(info["epoch"], 100 * info["val_accuracy"], color=STYLES[run]["color"],
-                       marker=STYLES[run]["marker"], fillstyle="none")  # hides none below
-    finish(left, "Cross-entropy on training images, a line a seed", "cross-entropy (nats)")
-    finish(right, "Validation accuracy; the mark is the epoch kept", "accuracy (%)")
+    draw_cross_entropy(left, trained)
+    draw_validation_accuracy(right, trained)
     return figure
 
 
-def diagnostics_figure(entries):
+def draw_cross_entropy(axis, trained):
+    for role, group in trained.items():
+        plot_history(axis, group, "ce_loss", **STYLES[role])
+    style_epoch_axis(axis, "Cross-entropy on training images, a line a seed",
+                     "cross-entropy (nats)")
+
+
+def draw_validation_accuracy(axis, trained):
+    for role, group in trained.items():
+        plot_history(axis, group, "val_accuracy", 100, **STYLES[role])
+        for model in group:
+            if model.history:
+                axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"],
+                          color=STYLES[role]["color"], marker=STYLES[role]["marker"],
+                          fillstyle="none")  # hides none below
+    style_epoch_axis(axis, "Validation accuracy; the mark is the best epoch", "accuracy (%)")
+
+
+def distillation_diagnostics(trained):
     """Why the teacher helped or not, on the training images as augmented, a line a seed."""
-    figure, (parts, entropy, accuracy) = plt.subplots(1, 3, figsize=(12, 3.8))
-    for run in STUDENTS:
-        draw(entropy, entries[run], "entropy", **STYLES[run])
-        draw(accuracy, entries[run], "train_accuracy", 100, **STYLES[run])
-    distilled, info = entries["distilled"], entries["distilled"][0].info
-    thin = {"color": "black", "linewidth": 0.8}
-    if info.get("teacher"):  # --distilled-checkpoint may name a student that had none
-        alpha, soft = info["config"]["alpha"], info["config"]["distillation_loss"]
-        orange, grey = STYLES["distilled"]["color"], STYLES["teacher"]["color"]
-        draw(parts, distilled, "distill_loss", alpha, color=orange, linestyle="-",
-             label=f"{alpha:g} × soft part ({soft})")
-        draw(parts, distilled, "ce_loss", 1 - alpha, color=orange, linestyle=":",
-             label=f"{1 - alpha:.3g} × cross-entropy")
-        draw(entropy, distilled, "target_entropy", color=grey, linestyle="-.",
-             label="Soft targets, as the loss sees them")
-        draw(entropy, distilled, "teacher_entropy", **STYLES["teacher"])
-        draw(accuracy, distilled, "teacher_accuracy", 100, **STYLES["teacher"])
-        accuracy.axhline(100 * info["teacher"]["val_accuracy"], **thin,
-                         label="Teacher on validation images")
-    entropy.axhline(np.log(info["num_classes"]), **thin, label=f"uniform, ln {info['num_classes']}")
-    for axis, title, unit in (
-            (parts, "Parts of the distilled student's loss", "as weighted in the loss"),
-            (entropy, "Entropy of the predictions", "nats"), (accuracy, "Accuracy", "%")):
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8))
+    draw_loss_parts(left, trained["distilled"])
+    draw_entropies(middle, trained)
+    draw_training_accuracy(right, trained)
+    for axis in (left, middle, right):
         axis.set_ylim(bottom=0)
-        finish(axis, title, unit, fontsize="x-small", loc="upper center",
-               bbox_to_anchor=(0.5, -0.2))
+        if axis.lines:
+            axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
     figure.suptitle("On the training images as augmented, the students as they learned")
     return figure
 
 
-def accuracy_figure(numbers):
-    """Accuracies, ± the standard deviation over seeds, and the difference with its intervals."""
-    comparison, dataset, seeds = numbers["comparison"], numbers["dataset"], numbers["seeds"]
+def draw_loss_parts(axis, distilled):
+    info = distilled[0].info
+    if info.get("teacher"):  # --distilled-checkpoint may name a student that had none
+        alpha = info["config"]["alpha"]
+        color = STYLES["distilled"]["color"]
+        plot_history(axis, distilled, "distill_loss", alpha, color=color, linestyle="-",
+                     label=f"{alpha:g} × distillation loss ({info['config']['distillation_loss']})")
+        plot_history(axis, distilled, "ce_loss", 1 - alpha, color=color, linestyle=":",
+                     label=f"{1 - alpha:.3g} × cross-entropy")
+    style_epoch_axis(axis, "Parts of the distilled student's loss", "as weighted in the loss")
+
+
+def draw_entropies(axis, trained):
+    for role in STUDENTS:
+        plot_history(axis, trained[role], "entropy", **STYLES[role])
+    info = trained["distilled"][0].info
+    if info.get("teacher"):
+        plot_history(axis, trained["distilled"], "target_entropy", color=STYLES["teacher"]["color"],
+                     linestyle="-.", label="Soft targets, as the loss sees them")
+        plot_history(axis, trained["distilled"], "teacher_entropy", **STYLES["teacher"])
+    classes = info["num_classes"]
+    axis.axhline(np.log(classes), color="black", linewidth=0.8, label=f"uniform, ln {classes}")
+    style_epoch_axis(axis, "Entropy of the predictions", "nats")
+
+
+def draw_training_accuracy(axis, trained):
+    for role in STUDENTS:
+        plot_history(axis, trained[role], "train_accuracy", 100, **STYLES[role])
+    info = trained["distilled"][0].info
+    if info.get("teacher"):
+        plot_history(axis, trained["distilled"], "teacher_accuracy", 100, **STYLES["teacher"])
+        axis.axhline(100 * info["teacher"]["val_accuracy"], color="black", linewidth=0.8,
+                     label="Teacher on validation images")
+    style_epoch_axis(axis, "Accuracy", "%")
+
+
+# Figures: scores ----------------------------------------------------------------------------------
+
+def accuracy_comparison(numbers):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for run, scores in numbers["models"].items():
-        error = {"yerr": 100 * scores["sd"]["top1"], "capsize": 6} if scores["sd"] else {}
-        bars = left.bar(run.capitalize(), 100 * scores["top1"], 0.6, color=STYLES[run]["color"],
-                        **error)
-        left.bar_label(bars, fmt="%.1f", padding=3)
-    spread = ", ± deviation over seeds" if len(seeds) > 1 else ""
-    left.set(ylabel=f"top-1 accuracy (%){spread}", ylim=(0, 109), title=f"{dataset['test_images']} "
-             f"test images of {dataset['name']}, {dataset['num_classes']} classes")
-    rows = list(zip([f"seed {seed}" for seed in seeds], comparison["difference_by_seed"],
-                    comparison["interval_by_seed"], strict=True))
-    if len(seeds) > 1:
-        whole = comparison[f"interval_over_{comparison['rests_on']}"]
-        rows.append(("together", comparison["difference"], whole))
-    for y, (_, gain, (low, high)) in enumerate(rows):
-        right.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]], capsize=6,
-                       fmt="o", color="black" if y == len(rows) - 1 else "#999999")
-    right.axvline(0, color="black", linewidth=1)
-    right.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    right.set(ylim=(len(rows) - 0.5, -0.5), xlabel="points of accuracy, with 95 % intervals",
-              title=f"Distilled minus baseline: {comparison['verdict']}")
+    draw_accuracies(left, numbers)
+    draw_gains(right, numbers)
     return figure
 
 
-def reliability_figure(entries, labels):
-    """Accuracy against confidence, seeds pooled; below the diagonal a model is too sure."""
-    panels = {"As trained": {run: [entry.log_probs for entry in group]
-                             for run, group in entries.items()}}
-    scaled = {run: [log_softmax(entry.log_probs / entry.temperature, axis=1) for entry in group]
-              for run, group in entries.items() if all(entry.temperature for entry in group)}
+def draw_accuracies(axis, numbers):
+    """Accuracies, ± the standard deviation over seeds."""
+    for role, scores in numbers["models"].items():
+        error = 100 * scores["sd"]["top1"] if scores["sd"] else None
+        bars = axis.bar(role.capitalize(), 100 * scores["top1"], 0.6, yerr=error, capsize=6,
+                        color=STYLES[role]["color"])
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+    dataset = numbers["dataset"]
+    spread = ", ± deviation over seeds" if len(numbers["seeds"]) > 1 else ""
+    axis.set(ylabel=f"top-1 accuracy (%){spread}", ylim=(0, 109),
+             title=f"{dataset['test_images']} test images of {dataset['name']}, "
+                   f"{dataset['num_classes']} classes")
+
+
+def draw_gains(axis, numbers):
+    """The gain with its 95 % CI, by seed and together."""
+    comparison = numbers["comparison"]
+    names = [f"seed {seed}" for seed in numbers["seeds"]]
+    gains = list(comparison["gain_by_seed"])
+    intervals = list(comparison["ci_by_seed"])
+    if len(names) > 1:
+        names.append("together")
+        gains.append(comparison["gain"])
+        intervals.append(comparison[f"ci_over_{comparison['verdict_ci']}"])
+
+    last = len(names) - 1
+    for y, (gain, (low, high)) in enumerate(zip(gains, intervals, strict=True)):
+        color = "black" if y == last else "#999999"
+        axis.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]],
+                      capsize=6, fmt="o", color=color)
+    axis.axvline(0, color="black", linewidth=1)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(ylim=(last + 0.5, -0.5), xlabel="gain, percentage points (95 % CI)",
+             title=f"Distilled minus baseline: {comparison['verdict']}")
+
+
+def reliability_diagram(trained, labels):
+    panels = {"As trained": {}}
+    scaled = {}
+    for role, group in trained.items():
+        panels["As trained"][role] = [model.log_probs for model in group]
+        if all(model.temperature for model in group):
+            scaled[role] = [log_softmax(model.log_probs / model.temperature, axis=1)
+                            for model in group]
     if scaled:
         panels["Temperature fitted on validation images"] = scaled
+
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.4), squeeze=False)
-    for axis, (title, answers) in zip(axes[0], panels.items(), strict=True):
-        axis.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
-        for run, seeds in answers.items():
-            confidence, accuracy, counts = reliability(
-                np.concatenate(seeds), np.tile(labels, len(seeds)))
-            filled = counts >= 10  # the accuracy of fewer images is chance
-            axis.plot(100 * confidence[filled], 100 * accuracy[filled], markersize=4, **STYLES[run])
-        axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)",
-                 xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
-        axis.legend(loc="upper left")
+    for axis, (title, log_probs) in zip(axes[0], panels.items(), strict=True):
+        draw_reliability(axis, title, log_probs, labels)
     figure.suptitle("How often a model that is so sure is right, in bins of 10 images and more")
     return figure
 
 
-def changes_figure(numbers):
-    """Accuracy of every class with and without a teacher, in the order of the change."""
-    before, after = (numbers["models"][run]["per_class_accuracy"] for run in STUDENTS)
+def draw_reliability(axis, title, log_probs_by_role, labels):
+    """Accuracy against confidence, seeds pooled; below the diagonal a model is too sure."""
+    axis.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
+    for role, by_seed in log_probs_by_role.items():
+        confidence, accuracy, counts = reliability(
+            np.concatenate(by_seed), np.tile(labels, len(by_seed)))
+        filled = counts >= 10  # the accuracy of fewer images is noise
+        axis.plot(100 * confidence[filled], 100 * accuracy[filled], markersize=4, **STYLES[role])
+    axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)",
+             xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
+    axis.legend(loc="upper left")
+
+
+# Figures: classes and pictures --------------------------------------------------------------------
+
+def class_changes(numbers):
+    """Accuracy of every class of both students, in the order of the change."""
+    before = numbers["models"]["baseline"]["per_class_accuracy"]
+    after = numbers["models"]["distilled"]["per_class_accuracy"]
     names = sorted(before, key=lambda name: after[name] - before[name])
-    old, new = ([100 * values[name] for name in names] for values in (before, after))
-    y, height = np.arange(len(names)), max(2.8, 0.8 + 0.135 * len(names))
+    height = max(2.8, 0.8 + 0.135 * len(names))
     figure, axis = plt.subplots(figsize=(6.5, height))
-    axis.hlines(y, old, new, color="#999999", linewidth=1)
-    for run, values, size in (("baseline", old, 6.5), ("distilled", new, 3.5)):  # both show
-        axis.plot(values, y, markersize=size, **{**STYLES[run], "linestyle": ""})
-    axis.set_yticks(y, names, fontsize=9 if len(names) <= 20 else 6.5)
-    each = numbers["dataset"]["test_images"] / len(names)
-    axis.set(title=f"Accuracy by class, largest gain on top; one image is {100 / each:.1f} points",
-             xlabel="accuracy (%)", xlim=(-2, 102), ylim=(-1, len(names)))
+    draw_class_changes(axis, names, before, after)
+
+    images_each = numbers["dataset"]["test_images"] / len(names)
+    axis.set_title("Accuracy by class, largest gain on top; "
+                   f"one image is {100 / images_each:.1f} points")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False)
     return figure
 
 
-def gallery_figure(entries, labels, test, most=8):
+def draw_class_changes(axis, names, before, after):
+    y = np.arange(len(names))
+    old = [100 * before[name] for name in names]
+    new = [100 * after[name] for name in names]
+    axis.hlines(y, old, new, color="#999999", linewidth=1)
+    axis.plot(old, y, **{**STYLES["baseline"], "linestyle": "", "markersize": 6.5})
+    axis.plot(new, y, **{**STYLES["distilled"], "linestyle": "", "markersize": 3.5})
+    axis.set_yticks(y, names, fontsize=9 if len(names) <= 20 else 6.5)
+    axis.set(xlabel="accuracy (%)", xlim=(-2, 102), ylim=(-1, len(names)))
+
+
+def gallery(trained, labels, test, most=8):
     """A random choice of the images that the distilled student corrects or newly gets wrong."""
-    baseline, distilled = (entries[run][0] for run in STUDENTS)
-    before, after, names = baseline.predictions, distilled.predictions, baseline.info["class_names"]
-    found = {"corrected": np.flatnonzero((before != labels) & (after == labels)),
-             "newly wrong": np.flatnonzero((before == labels) & (after != labels))}
-    shown = [(change, i) for change, images in found.items() for i in
-             np.random.default_rng(0).permutation(images)[:min(most, len(images) // 4 * 4 or 4)]]
-    figure = plt.figure(figsize=(9, 0.4 + 2.3 * max(1, math.ceil(len(shown) / 4))))
-    for place, (change, i) in enumerate(shown, 1):
-        axis = figure.add_subplot(math.ceil(len(shown) / 4), 4, place)
-        axis.axis("off")
-        axis.imshow(data_loader.load_image(test, i))
-        sure, newly_sure = (np.exp(entry.log_probs[i].max()) for entry in (baseline, distilled))
-        axis.set_title(f"{change}: {names[labels[i]]!r}\nBaseline: {names[before[i]]!r} {sure:.0%}"
-                       f"\nDistilled: {names[after[i]]!r} {newly_sure:.0%}", fontsize=8)
-    counts = " and ".join(f"{len(images)} {change}" for change, images in found.items())
-    figure.suptitle(f"Chosen by chance of the test images that the distilled student, seed "
+    baseline = trained["baseline"][0]
+    distilled = trained["distilled"][0]
+    was_correct = baseline.predictions == labels
+    is_correct = distilled.predictions == labels
+    images_by_change = {
+        "corrected": np.flatnonzero(~was_correct & is_correct),
+        "newly wrong": np.flatnonzero(was_correct & ~is_correct),
+    }
+    shown = []
+    for change, images in images_by_change.items():
+        count = min(most, len(images) // 4 * 4 or 4)  # whole rows of four, where there are so many
+        for i in np.random.default_rng(0).permutation(images)[:count]:
+            shown.append((change, i))
+
+    rows = math.ceil(len(shown) / 4)
+    figure = plt.figure(figsize=(9, 0.4 + 2.3 * max(1, rows)))
+    for place, (change, i) in enumerate(shown, start=1):
+        axis = figure.add_subplot(rows, 4, place)
+        draw_picture(axis, data_loader.load_image(test, i), change, i, labels[i], baseline,
+                     distilled)
+    counts = " and ".join(f"{len(images)} {change}" for change, images in images_by_change.items())
+    figure.suptitle(f"Chosen at random from the test images that the distilled student, seed "
                     f"{distilled.info['config']['seed']}, changes: {counts}", fontsize=10)
     return figure
+
+
+def draw_picture(axis, image, change, i, label, baseline, distilled):
+    names = baseline.info["class_names"]
+    lines = [f"{change}: {names[label]!r}"]
+    for role, model in (("Baseline", baseline), ("Distilled", distilled)):
+        confidence = np.exp(model.log_probs[i].max())
+        lines.append(f"{role}: {names[model.predictions[i]]!r} {confidence:.0%}")
+    axis.axis("off")
+    axis.imshow(image)
+    axis.set_title("\n".join(lines), fontsize=8)
+
+
+def confusion_shares(model, labels):
+    """(C, C), what share of each true class's images (rows) is taken for each class."""
+    classes = np.arange(model.info["num_classes"])
+    return metrics.confusion_matrix(labels, model.predictions, labels=classes, normalize="true")
 
 
 def class_order(confusion):
@@ -692,26 +1422,32 @@ def class_order(confusion):
     those that are taken for each other are neighbours (average linkage)."""
     if len(confusion) <= 20:
         return np.arange(len(confusion))
-    alike = confusion + confusion.T
-    distance = (1 - alike / alike.max())[np.triu_indices(len(alike), k=1)]
-    return hierarchy.leaves_list(hierarchy.linkage(distance, "average", optimal_ordering=True))
+    similarity = confusion + confusion.T
+    distance = 1 - similarity / similarity.max()
+    pairs = distance[np.triu_indices(len(distance), k=1)]
+    return hierarchy.leaves_list(hierarchy.linkage(pairs, "average", optimal_ordering=True))
 
 
-def confusion_figure(entry, matrix, order):
+def confusion_matrix(model, shares, order):
     """A confusion matrix (C, C), classes in `order`; up to 20 of them with the numbers."""
-    info, names = entry.info, np.array(entry.info["class_names"])[order]
-    few, side = len(names) <= 20, max(5.0, 0.14 * len(names))
-    title = f"{info['run'].capitalize()} ({info['model_name']}), one run: what is taken for what"
+    names = np.array(model.info["class_names"])[order]
+    few = len(names) <= 20
+    side = max(5.0, 0.14 * len(names))
     figure, axis = plt.subplots(figsize=(side, side * 0.93))
-    seaborn.heatmap(100 * matrix[np.ix_(order, order)], cmap="Blues", square=True, ax=axis,
-                    norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
-                    annot=few, fmt=".0f", xticklabels=names, yticklabels=names,
-                    linewidths=0 if few else 0.2, linecolor="#eeeeee",
-                    cbar_kws={"label": "share of the true class (%)", "shrink": 0.7})
+    seaborn.heatmap(
+        100 * shares[np.ix_(order, order)], ax=axis, square=True, cmap="Blues",
+        norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
+        annot=few, fmt=".0f", xticklabels=names, yticklabels=names,
+        linewidths=0 if few else 0.2, linecolor="#eeeeee",
+        cbar_kws={"label": "share of the true class (%)", "shrink": 0.7})
     axis.tick_params(labelsize=9 if few else 6.5, rotation=0)
     axis.tick_params(axis="x", rotation=0 if len("".join(names)) <= 30 else 90)
-    axis.set_title(title if few else f"{title}; alike classes stand together",
-                   fontsize=11 if few else 14)
+
+    title = (f"Confusion matrix, {model.info['run']} ({model.info['model_name']}), "
+             f"seed {model.info['config']['seed']}")
+    if not few:
+        title += "; similar classes adjacent"
+    axis.set_title(title, fontsize=11 if few else 14)
     axis.set(xlabel="predicted class", ylabel="true class")
     return figure
 

@@ -229,6 +229,10 @@ def setup(args):
     device = select_device(args.device)
     prepare_memory(device)
     torch.backends.cudnn.benchmark = True  # shapes stay the same, but for a last batch
+    if device.type == "cuda":
+        # Convolutions in float32 would run in TF32, with 10 bits of mantissa: float32 means float32
+        # here, in evaluation and under --amp-dtype fp32. bf16 and fp16 are not touched by it.
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
     precision = "fp32"
     if "amp_dtype" in args:
         precision = args.amp_dtype = select_precision(args.amp_dtype, device)
@@ -312,6 +316,7 @@ def use_deterministic_algorithms(device):
         raise UsageError("argument --deterministic: torch promises no such runs on Apple GPUs")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel a tensor, for debugging
     torch.backends.cudnn.benchmark = False
 
 
