@@ -164,23 +164,51 @@ def train_teacher(args, data, device):
 def load_teacher(path, args, data, device):
     """The frozen teacher of `path`, and what a student's checkpoint says about it. UserError where
     it was trained on something else, or knows too little to teach."""
-    teacher, info = models.load_model(path)
-    mismatch = models.teacher_mismatch(info, args, data)
-    if mismatch:
-        raise utils.UserError(f"{path} cannot teach here: {mismatch}")
+    teacher, info = models.load_teacher_model(path, args.teacher_model, len(data.class_names))
+    made_elsewhere = info is None
+    if made_elsewhere:
+        info = models.build_info("teacher", teacher, args.teacher_model, data, teacher_args(args))
+        print(f"warning: {path} may have seen validation images, on which the epoch is chosen")
+    else:
+        mismatch = models.teacher_mismatch(info, args, data)
+        if mismatch:
+            raise utils.UserError(f"{path} cannot teach here: {mismatch}")
 
-    accuracy = info["val_accuracy"]
+    if args.teacher_checkpoint:
+        accuracy = measure_teacher(teacher, info, data, args, device)
+    else:
+        accuracy = info["val_accuracy"]  # of the run that made it, on the same images
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
-    min_accuracy = models.min_teacher_accuracy(info["num_classes"])
-    if accuracy < min_accuracy:
-        raise utils.UserError(f"a teacher below {min_accuracy:.1%} would teach noise; train it "
-                              "longer (--teacher-epochs, --teacher-learning-rate, "
-                              "--fresh-teacher)")
+    check_teacher_accuracy(accuracy, info["num_classes"], args)
     warn_of_better_baselines(accuracy, info, args)
 
     frozen = models.freeze_teacher(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
-    about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
+    about = {"path": Path(path).as_posix(), "sha256": utils.sha256(models.weight_file(path)),
+             "val_accuracy": accuracy}
+    if made_elsewhere:
+        about["info"] = info  # evaluate.py needs it to load the teacher again
     return frozen.to(device), about
+
+
+def measure_teacher(teacher, info, data, args, device):
+    """Accuracy on the validation images of a teacher that was given. It ends on the CPU again."""
+    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
+    logits, labels = models.infer(teacher.to(device), val_loader)
+    teacher.cpu()
+    return models.accuracy(logits, labels).item()
+
+
+def check_teacher_accuracy(accuracy, num_classes, args):
+    """Refuse a teacher that would teach noise."""
+    min_accuracy = models.min_teacher_accuracy(num_classes)
+    if accuracy >= min_accuracy:
+        return
+    if args.teacher_checkpoint:
+        advice = ("where it was better elsewhere, its classes may have another order (here: sorted "
+                  "folder names, or the dataset's own) or its images another size")
+    else:
+        advice = "train it longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)"
+    raise utils.UserError(f"a teacher below {min_accuracy:.1%} would teach noise; {advice}")
 
 
 def warn_of_better_baselines(teacher_accuracy, teacher_info, args):
