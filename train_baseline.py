@@ -33,9 +33,11 @@ def main(args):
         # The same seed as in train_distillation.main: both students start from the same weights.
         torch.manual_seed(run_args.seed)
         student = models.build_model(args.student_model, num_classes, args.pretrained,
-                                     args.student_weights).to(device)
+                                     args.student_weights)
+        gradcam_layer = models.gradcam_layer(student, args.image_size)
+        student.to(device)
         info = models.build_info("baseline", student, args.student_model, data, run_args,
-                                 gradcam_layer=models.gradcam_layer(student, args.image_size))
+                                 gradcam_layer=gradcam_layer)
         best_path = train(student, info, data, run_args)
 
     models.export_best_student(args.checkpoint_dir, info)
@@ -169,6 +171,7 @@ class EMA(ModelEmaV3):
     """
     def __init__(self, model, decay):
         super().__init__(model, decay=decay, use_warmup=True)
+        vars(self.module).pop("forward", None)  # a captured CUDA graph replays `model` itself
         ema_state = self.module.state_dict()
         state = model.state_dict()
         is_average = {name: tensor.is_floating_point() for name, tensor in state.items()}

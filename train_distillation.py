@@ -35,10 +35,11 @@ def main(args):
         # The same seed as in train_baseline.main: both students start from the same weights.
         torch.manual_seed(run_args.seed)
         student = models.build_model(args.student_model, num_classes, args.pretrained,
-                                     args.student_weights).to(device)
+                                     args.student_weights)
+        gradcam_layer = models.gradcam_layer(student, args.image_size)
+        student.to(device)
         info = models.build_info("distilled", student, args.student_model, data, run_args,
-                                 gradcam_layer=models.gradcam_layer(student, args.image_size),
-                                 teacher=about_teacher)
+                                 gradcam_layer=gradcam_layer, teacher=about_teacher)
         best_path = train(student, teacher, info, data, run_args)
 
     models.export_best_student(args.checkpoint_dir, info)
@@ -155,9 +156,11 @@ def train_teacher(args, data, device):
 
         torch.manual_seed(run_args.seed)
         teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
-                                     args.teacher_weights).to(device)
+                                     args.teacher_weights)
+        gradcam_layer = models.gradcam_layer(teacher, run_args.image_size)
+        teacher.to(device)
         info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
-                                 gradcam_layer=models.gradcam_layer(teacher, run_args.image_size))
+                                 gradcam_layer=gradcam_layer)
         return train_baseline.train(teacher, info, data, run_args)
 
 
