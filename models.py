@@ -489,16 +489,16 @@ def capture_cuda_graph(model, size, args):
     eager_forward = model.forward
     captured_mode = model.training
     state = copy.deepcopy(model.state_dict())
-    captured_logits = []
+    captured_logits = None
 
     def forward(images):
+        nonlocal captured_logits
         # Autocast belongs inside what is captured (pytorch #71631, #120930). Evaluation has none.
         if model.training != captured_mode:
             return eager_forward(images)
         with utils.autocast(images.device, args):
-            logits = eager_forward(images)
-        captured_logits.append(logits)
-        return logits
+            captured_logits = eager_forward(images)
+        return captured_logits
 
     model.forward = forward
     images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
@@ -512,9 +512,8 @@ def capture_cuda_graph(model, size, args):
 
     # The graph holds on to its logits, and through them to autograd nodes of all parameters that
     # belong to the stream of the capture. Reused, each would cost an event in every step.
-    for logits in captured_logits:
-        logits.detach_()
-    captured_logits.clear()
+    captured_logits.detach_()
+    captured_logits = None
     model.load_state_dict(state)  # warming up has moved BatchNorm's statistics
     return model
 
