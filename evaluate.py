@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import textwrap
@@ -47,6 +48,8 @@ SCORES = {
     "val_accuracy": "validation accuracy",
 }
 MIN_SEEDS = 3          # from so many seeds on, the verdict takes them for a sample too
+MIN_DISCORDANT = 25    # images on which the students differ; with fewer the verdict is undecided
+MIN_CLASSES_TOP5 = 6   # with fewer, five guesses are nearly always right
 CALIBRATION_BINS = 15  # of confidence, equal in width: as Guo et al. 2017
 CONFUSED_PAIRS = 10    # pairs of classes that comparison.json lists for each model
 
@@ -91,7 +94,7 @@ def main(args):
     # Load: every model answers the test images once.
     paths, left_out = find_students(args)
     _, reference = models.load_model(paths["distilled"][0])
-    test, data, no_validation = open_images(reference, args)
+    test, data, missing_classes, no_validation = open_images(reference, args)
     trained = {}
     for role in STUDENTS:
         trained[role] = [load_trained(path, reference, test, data, args, device)
@@ -112,6 +115,7 @@ def main(args):
         "left_out": left_out,
         "trained_on": data_loader.duplicates_of_training_images(test, data) if data else [],
         "no_validation": no_validation,
+        "missing_classes": [printable(name) for name in missing_classes],
     }
 
     # What is written first is safe from whatever may happen to a figure.
@@ -207,8 +211,8 @@ def how_to_make(role, args):
 
 
 def open_images(info, args):
-    """(test images, data to train and validate, None) of the dataset and the split of `info`, a
-    checkpoint's dict, or (test images, None, why the others cannot be had)."""
+    """The images of `info`, a checkpoint's dict: test images, data that it was trained on (or
+    None), names of the classes without test images, and why there is no data (or None)."""
     settings = argparse.Namespace(**info["config"])
     settings.data_dir = args.data_dir
     settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may lie elsewhere now
@@ -217,17 +221,48 @@ def open_images(info, args):
                         "say where with --dataset-dir DIR")
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings)
-    mismatch = data_loader.describe_class_mismatch(class_names, info["class_names"])
-    if mismatch:
-        raise UserError(f"the test images have other classes than the checkpoints; {mismatch}")
+    test = number_as_checkpoint(test, class_names, info["class_names"])
+    missing_classes = [name for name in info["class_names"] if name not in class_names]
 
     try:
         data = data_loader.open_dataset(settings)
     except UserError as error:
-        return test, None, str(error)
+        return test, None, missing_classes, str(error)
     if data.split_fingerprint != info["split_fingerprint"]:
-        return test, None, "the training images are no longer those of the checkpoints"
-    return test, data, None
+        why = "the training images are no longer those of the checkpoints"
+        return test, None, missing_classes, why
+    return test, data, missing_classes, None
+
+
+def number_as_checkpoint(test, class_names, known_names):
+    """The `test` images with labels that count the checkpoint's `known_names`, of which a test
+    folder may lack some. UserError for a class that the checkpoint does not know."""
+    unknown = [name for name in class_names if name not in known_names]
+    if unknown:
+        raise UserError(f"the test images have {len(unknown)} classes that the checkpoints do not "
+                        f"know: {', '.join(unknown[:10])}")
+    if class_names == known_names:
+        return test
+    new_labels = torch.tensor([known_names.index(name) for name in class_names])
+    return test._replace(labels=new_labels[test.labels])
+
+
+def printable(text):
+    """`text` with a replacement character for each byte of a file's name that is no UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def printable_names(class_names):
+    """The names as evaluate.py writes them, numbered where two would otherwise be the same."""
+    names = []
+    for name in map(printable, class_names):
+        unique_name = name
+        count = 1
+        while unique_name in names:
+            count += 1
+            unique_name = f"{name} ({count})"
+        names.append(unique_name)
+    return names
 
 
 def load_trained(path, reference, test, data, args, device, is_teacher=False):
@@ -258,6 +293,7 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
         history = utils.load_checkpoint(last_path)["history"]
 
     log_probs = infer_log_probs(model, info, test, args, device)
+    info["class_names"] = printable_names(info["class_names"])
     return TrainedModel(path, model, info, log_probs, temperature, history)
 
 
@@ -323,17 +359,20 @@ def compare(trained, labels, validation_images):
     """
     first = trained["baseline"][0].info
     folder = Path(first["config"]["dataset_dir"] or first["dataset"])
+    class_sizes = np.bincount(labels, minlength=first["num_classes"])
     numbers = {
         "dataset": {
-            "name": folder.resolve().name,
+            "name": printable(folder.resolve().name),
             "num_classes": first["num_classes"],
             "test_images": len(labels),
             "validation_images": validation_images,
+            "images_per_class": dict(zip(first["class_names"], class_sizes.tolist(), strict=True)),
         },
         "seeds": [student.info["config"]["seed"] for student in trained["distilled"]],
         "versions": first["versions"],
         "models": {role: score_role(group, labels) for role, group in trained.items()},
         "comparison": compare_students(trained, labels),
+        "class_changes": gains_by_class(trained, labels),
         "most_confused": most_confused(trained, labels),
     }
     if is_cifar100(first["class_names"]):
@@ -345,7 +384,7 @@ def compare(trained, labels, validation_images):
             by_seed = [fidelity(student, trained["teacher"][0]) for student in trained[role]]
             numbers["fidelity"][role] = mean_over_seeds(by_seed)
         numbers["teacher_effect"] = teacher_effect(trained, labels)
-        numbers["comparison"] |= compare_with_teacher(numbers["models"])
+        numbers["comparison"] |= compare_with_teacher(trained, labels)
     return numbers
 
 
@@ -354,7 +393,8 @@ def score_role(group, labels):
     by_seed = [score_model(model, labels) for model in group]
     main_scores = {}
     for name in SCORES:
-        main_scores[name] = [scores[name] for scores in by_seed]
+        if name in by_seed[0]:
+            main_scores[name] = [scores[name] for scores in by_seed]
 
     sd = None
     if len(group) > 1:
@@ -364,6 +404,7 @@ def score_role(group, labels):
         "image_size": group[0].info["image_size"],
         "epochs": [model.info["epoch"] for model in group],  # that of the checkpoint, by seed
         **mean_over_seeds(by_seed),
+        "top1_ci": confidence_interval(correct_answers(group, labels)),
         "by_seed": main_scores,
         "sd": sd,
     }
@@ -384,20 +425,22 @@ def mean_over_seeds(by_seed):
 
 
 def score_model(model, labels):
-    """What one model scores on the test images; a class without any counts as 0."""
-    classes = np.arange(model.info["num_classes"])
+    """What one model scores on the test images; by class, of the classes that have some."""
+    classes = np.unique(labels)
+    class_names = [model.info["class_names"][i] for i in classes]
     _, recalls, f1, _ = metrics.precision_recall_fscore_support(
         labels, model.predictions, labels=classes, zero_division=0)
-    top5 = np.argsort(model.log_probs, axis=1, kind="stable")[:, -5:]  # (N, 5), or all classes
 
     scores = {
         "val_accuracy": model.info["val_accuracy"],
         "top1": float((model.predictions == labels).mean()),
-        "top5": float((top5 == labels[:, None]).any(1).mean()),
         "macro_f1": float(f1.mean()),
         "calibration": calibration(model.log_probs, labels),
-        "per_class_accuracy": dict(zip(model.info["class_names"], recalls.tolist(), strict=True)),
+        "per_class_accuracy": dict(zip(class_names, recalls.tolist(), strict=True)),
     }
+    if model.info["num_classes"] >= MIN_CLASSES_TOP5:
+        top5 = np.argsort(model.log_probs, axis=1, kind="stable")[:, -5:]  # (N, 5)
+        scores["top5"] = float((top5 == labels[:, None]).any(1).mean())
     if model.temperature:
         scaled = log_softmax(model.log_probs / model.temperature, axis=1)
         scores["calibration_scaled"] = {"temperature": model.temperature}
@@ -480,7 +523,7 @@ def most_confused(trained, labels):
     """
     names = trained["baseline"][0].info["class_names"]
     counts = {role: confusion_counts(group, labels) for role, group in trained.items()}
-    class_sizes = np.bincount(labels, minlength=len(names))
+    class_sizes = np.bincount(labels, minlength=len(names))  # 0 only where all counts are 0
 
     pairs_by_role = {}
     for role in trained:
@@ -559,16 +602,20 @@ def teacher_effect(trained, labels):
 
 # Statistics ---------------------------------------------------------------------------------------
 
+def correct_answers(group, labels):
+    """(seeds, N), whether each model of a role classifies each test image correctly."""
+    return np.array([model.predictions == labels for model in group])
+
+
 def compare_students(trained, labels):
     """The gain, distilled minus baseline in top-1 accuracy, and what follows from it.
 
     Students of one seed are compared image by image. McNemar's test (1947) is exact and two-sided,
     on the images that only one student classifies correctly.
     """
-    correct = {}
-    for role in STUDENTS:
-        correct[role] = np.array([student.predictions == labels for student in trained[role]])
-    gains = correct["distilled"].astype(float) - correct["baseline"]  # (seeds, N) of -1, 0, 1
+    baseline_correct = correct_answers(trained["baseline"], labels)
+    distilled_correct = correct_answers(trained["distilled"], labels)
+    gains = distilled_correct.astype(float) - baseline_correct  # (seeds, N) of -1, 0, 1
 
     only_baseline = (gains < 0).sum(1).tolist()   # images, by seed
     only_distilled = (gains > 0).sum(1).tolist()
@@ -578,21 +625,30 @@ def compare_students(trained, labels):
 
     gain_by_seed = gains.mean(1).tolist()
     ci_over_seeds, t_test_p = t_test(gain_by_seed)
-    several_seeds = len(gain_by_seed) > 1
-    ci = {
-        "images": confidence_interval(gains.mean(0, keepdims=True)),
-        "both": confidence_interval(gains) if several_seeds else None,
-    }
-    verdict_ci = "both" if len(gain_by_seed) >= MIN_SEEDS else "images"
+    ci_over_images = confidence_interval(gains.mean(0, keepdims=True))
+    ci_over_both = None
+    if len(gain_by_seed) > 1:
+        ci_over_both = confidence_interval(gains)
+
+    if len(gain_by_seed) >= MIN_SEEDS:
+        verdict_ci = "both"
+        ci = ci_over_both
+    else:
+        verdict_ci = "images"
+        ci = ci_over_images
+    discordant = int((gains != 0).any(0).sum())
+    word, reason = verdict(ci, discordant, mcnemar_p)
     return {
-        "verdict": verdict(ci[verdict_ci]),
+        "verdict": word,
+        "undecided_because": reason,
         "gain": statistics.fmean(gain_by_seed),
         "gain_by_seed": gain_by_seed,
         "verdict_ci": verdict_ci,
-        "ci_over_images": ci["images"],
+        "ci_over_images": ci_over_images,
         "ci_over_seeds": ci_over_seeds,
-        "ci_over_both": ci["both"],
+        "ci_over_both": ci_over_both,
         "ci_by_seed": [confidence_interval(row[None]) for row in gains],
+        "discordant_images": discordant,
         "only_baseline_correct": statistics.fmean(only_baseline),
         "only_distilled_correct": statistics.fmean(only_distilled),
         "mcnemar_p_by_seed": mcnemar_p,
@@ -600,13 +656,48 @@ def compare_students(trained, labels):
     }
 
 
-def verdict(ci):
+def verdict(ci, discordant, mcnemar_p):
+    """("better", "worse" or "undecided", why it is undecided or None).
+
+    `ci` is the interval of the gain, `discordant` the number of images on which the students
+    differ, `mcnemar_p` the exact test of each seed. The interval takes the mean for normal, which
+    it is not with few such images; of one seed the exact test must agree with it.
+    """
     low, high = ci
-    if low > 0:
-        return "better"
-    if high < 0:
-        return "worse"
-    return "undecided"
+    if low <= 0 <= high:
+        return "undecided", "the interval includes zero"
+    if discordant < MIN_DISCORDANT:
+        return "undecided", (f"the students differ on {discordant} images only; "
+                             f"{MIN_DISCORDANT} or more are needed")
+    if len(mcnemar_p) == 1 and mcnemar_p[0] >= 0.05:
+        return "undecided", (f"McNemar's exact test (p = {mcnemar_p[0]:.2g}) does not confirm the "
+                             "interval")
+    return "better" if low > 0 else "worse", None
+
+
+def gains_by_class(trained, labels):
+    """{class: gain in accuracy and p}, for the classes that have test images.
+
+    `p` is that of a sign test on the class's images, by the sum of their gains over the seeds (with
+    one seed McNemar's exact test), adjusted for the number of classes (Benjamini, Hochberg 1995):
+    of the classes with p < 0.05 one in twenty is expected to be noise.
+    """
+    gains = (correct_answers(trained["distilled"], labels).astype(float)
+             - correct_answers(trained["baseline"], labels))
+    class_names = trained["baseline"][0].info["class_names"]
+    present = np.unique(labels)
+
+    p_values = []
+    for label in present:
+        sums = gains[:, labels == label].sum(0)
+        p_values.append(exact_mcnemar(int((sums < 0).sum()), int((sums > 0).sum())))
+    adjusted = stats.false_discovery_control(p_values)
+
+    changes = {}
+    for label, p in zip(present, adjusted, strict=True):
+        gain = float(gains[:, labels == label].mean())
+        changes[class_names[label]] = {"gain": gain, "p": float(p)}
+    return changes
 
 
 def confidence_interval(gains):
@@ -662,14 +753,21 @@ def t_test(gain_by_seed):
     return [float(bound) for bound in test.confidence_interval()], float(test.pvalue)
 
 
-def compare_with_teacher(scores):
-    """Whether the teacher is better than the baseline, and what share of its lead was recovered."""
-    baseline_accuracy = scores["baseline"]["top1"]
-    lead = scores["teacher"]["top1"] - baseline_accuracy
-    gain = scores["distilled"]["top1"] - baseline_accuracy
+def compare_with_teacher(trained, labels):
+    """The teacher's lead over the baseline, with its interval, and what share of it was recovered:
+    None unless the lead is more than noise, since a gain divided by noise means nothing."""
+    baseline_correct = correct_answers(trained["baseline"], labels)
+    distilled_correct = correct_answers(trained["distilled"], labels)
+    teacher_correct = correct_answers(trained["teacher"], labels)  # (1, N)
+    lead_ci = confidence_interval(teacher_correct.astype(float) - baseline_correct)
+
+    lead = float(teacher_correct.mean() - baseline_correct.mean())
+    gain = float(distilled_correct.mean() - baseline_correct.mean())
     return {
+        "teacher_lead": lead,
+        "teacher_lead_ci": lead_ci,
         "teacher_beats_baseline": lead > 0,
-        "advantage_recovered": gain / lead if lead > 0 else None,
+        "advantage_recovered": gain / lead if lead_ci[0] > 0 else None,
     }
 
 
@@ -844,22 +942,53 @@ def warning_texts(numbers):
     if notes["unfair"]:
         texts.append("This is no fair pair, these differ between the two runs: "
                      + "; ".join(notes["unfair"]))
-    if not numbers["comparison"].get("teacher_beats_baseline", True):
-        texts.append("The teacher does not beat the baseline on these images; "
-                     "little can be learned from it")
+    texts += weakness_texts(numbers)
+    if notes["missing_classes"]:
+        texts.append(f"{len(notes['missing_classes'])} classes have no test images, and all "
+                     f"numbers are of the others: {shorten_list(notes['missing_classes'])}")
     if notes["no_teacher"]:
         texts.append(f"No teacher in this report: {notes['no_teacher']}")
     if notes["trained_on"]:
-        shown = ", ".join(notes["trained_on"][:5])
-        if len(notes["trained_on"]) > 5:
-            shown += ", …"
         texts.append(f"{len(notes['trained_on'])} test images are, to the bit, among the training "
-                     f"or validation images too: {shown}")
+                     f"or validation images too: {shorten_list(notes['trained_on'])}")
     if notes["no_validation"]:
         texts.append(f"No temperature scaling: {notes['no_validation']}")
     if notes["left_out"]:
         texts.append(f"Left out: {', '.join(notes['left_out'])}")
     return texts
+
+
+def weakness_texts(numbers):
+    """What makes the comparison say little: a weak teacher, students near chance level."""
+    texts = []
+    comparison = numbers["comparison"]
+    if "teacher_lead" in comparison:
+        lead = (f"{points(comparison['teacher_lead'])} percentage points, 95 % CI "
+                f"{ci_text(comparison['teacher_lead_ci'])}")
+        if not comparison["teacher_beats_baseline"]:
+            texts.append(f"The teacher does not beat the baseline on these images ({lead}); little "
+                         "can be learned from it")
+        elif comparison["teacher_lead_ci"][0] <= 0:
+            texts.append(f"The teacher's lead over the baseline ({lead}) may be noise")
+
+    class_sizes = numbers["dataset"]["images_per_class"].values()
+    chance = max(class_sizes) / sum(class_sizes)  # of always naming the largest class
+    enough = max(chance, models.min_teacher_accuracy(numbers["dataset"]["num_classes"]))
+    for role in STUDENTS:
+        accuracy = numbers["models"][role]["top1"]
+        if accuracy <= enough:
+            texts.append(f"The {role} student, at {accuracy:.2%}, is hardly above chance level "
+                         f"({chance:.2%}); train longer or on more images before comparing")
+    return texts
+
+
+def shorten_list(names, shown=5):
+    text = ", ".join(names[:shown])
+    return f"{text}, …" if len(names) > shown else text
+
+
+def verdict_interval(comparison):
+    return comparison[f"ci_over_{comparison['verdict_ci']}"]
 
 
 def points(fraction):
@@ -880,21 +1009,29 @@ def verdict_lines(numbers):
     """The verdict, and with several seeds what seeds alone and images alone would say."""
     comparison = numbers["comparison"]
     seeds = len(numbers["seeds"])
-    p_values = ", ".join(f"{p:.2g}" for p in comparison["mcnemar_p_by_seed"])
+    basis = "over the test images"
     if comparison["verdict_ci"] == "both":
         basis = f"over {seeds} seeds and the test images"
-        ci = comparison["ci_over_both"]
-    else:
-        basis = f"over test images, McNemar's p = {p_values}"
-        ci = comparison["ci_over_images"]
     gain = (f"{points(comparison['gain'])} percentage points of top-1 accuracy "
-            f"(95 % CI {ci_text(ci)} {basis})")
+            f"(95 % CI {ci_text(verdict_interval(comparison))} {basis})")
 
     if comparison["verdict"] == "undecided":
-        lines = [f"Undecided whether distillation helped: {gain}, which includes zero."]
+        lines = [f"Undecided whether distillation helped: {gain}; "
+                 f"{comparison['undecided_because']}."]
     else:
         lines = [f"The distilled student is {comparison['verdict']} than the baseline: {gain}."]
+    scores = numbers["models"]
+    val_gain = scores["distilled"]["val_accuracy"] - scores["baseline"]["val_accuracy"]
+    _, high = verdict_interval(comparison)
+    if val_gain > 0 and val_gain > high:
+        lines.append(f"The gain on the validation images, {points(val_gain)} percentage points, is "
+                     "not borne out by the test images. The validation images are fewer, and they "
+                     "chose the epochs.")
+
+    p_values = ", ".join(f"{p:.2g}" for p in comparison["mcnemar_p_by_seed"])
     if seeds == 1:
+        lines.append(f"McNemar's exact test: p = {p_values}. One seed says nothing about how much "
+                     "another one would differ.")
         return lines
 
     over_seeds = "none, since all gain the same"
@@ -902,7 +1039,11 @@ def verdict_lines(numbers):
         over_seeds = (f"{ci_text(comparison['ci_over_seeds'])} "
                       f"(paired t-test p = {comparison['t_test_p']:.2g})")
     lines.append(f"95 % CI over the test images alone: {ci_text(comparison['ci_over_images'])}; "
-                 f"over the seeds alone: {over_seeds}.")
+                 f"over the seeds alone: {over_seeds}. McNemar's exact test by seed: p = "
+                 f"{p_values}.")
+    if comparison["ci_over_both"] == comparison["ci_over_images"]:
+        lines.append("The interval over seeds and images is that over the images, since the seeds "
+                     "differ no more than the choice of images makes them differ.")
     return lines
 
 
@@ -995,7 +1136,8 @@ def score_table(numbers):
     scores = list(numbers["models"].values())
     lines = [table_row("Scores on the test images", map(str.capitalize, roles), indent="")]
     for key, label in SCORES.items():
-        lines.append(table_row(label, number_cells(scores, key, ".2%")))
+        if key in scores[0]:
+            lines.append(table_row(label, number_cells(scores, key, ".2%")))
     epochs = [", ".join(map(str, role_scores["epochs"])) for role_scores in scores]
     lines.append(table_row("best epoch, by seed", epochs))
     return lines
@@ -1115,10 +1257,14 @@ def write_numbers(trained, labels, numbers, report, results_dir):
     with utils.atomic_write(results_dir / "predictions.npz", "wb") as file:
         np.savez_compressed(file, labels=labels, class_names=class_names, **probabilities)
 
-    with utils.atomic_write(results_dir / "comparison.json") as file:
-        json.dump(numbers, file, indent=1, ensure_ascii=False, allow_nan=False)
-    with utils.atomic_write(results_dir / REPORT_NAME) as file:
-        file.write(report)
+    write_text(results_dir / REPORT_NAME, report)
+    write_text(results_dir / "comparison.json",
+               json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def write_text(path, text):
+    with utils.atomic_write(path) as file:
+        file.write(printable(text))
 
 
 # Figures ------------------------------------------------------------------------------------------

@@ -338,8 +338,46 @@ def test_other_classes_cannot_be_compared(copied):
     with pytest.raises(utils.UserError, match="cannot be compared .*order"):
         run_evaluate(copied)
     change_checkpoint(copied, "distilled", class_names=list("abcdefghij"))
-    with pytest.raises(utils.UserError, match="classes"):
+    with pytest.raises(utils.UserError, match="do not know: 0, 1, 2"):
         run_evaluate(copied)
+
+
+def lack_classes(monkeypatch, *lacking):
+    """Let the test images of digits lack some classes, as a folder without them does."""
+    load_split = data_loader.load_split
+
+    def partial(name, part, args):
+        images, names = load_split(name, part, args)
+        if part != "test":
+            return images, names
+        present = [i for i, name in enumerate(names) if name not in lacking]
+        rows = torch.isin(images.labels, torch.tensor(present))
+        labels = torch.searchsorted(torch.tensor(present), images.labels[rows])
+        images = images._replace(pixels=images.pixels[rows], labels=labels)
+        return images, [names[i] for i in present]
+
+    monkeypatch.setattr(data_loader, "load_split", partial)
+
+
+def test_classes_without_test_images_are_named_and_left_out(copied, monkeypatch):
+    """All scores are scikit-learn's over the classes that have test images."""
+    lack_classes(monkeypatch, "0", "4")
+    results = run_evaluate(copied, figures=True)
+    numbers = read_numbers(results)
+    assert numbers["notes"]["missing_classes"] == ["0", "4"]
+    assert "2 classes have no test images" in read_report(results)
+
+    saved = np.load(results / "predictions.npz")
+    labels = saved["labels"]
+    assert sorted(set(labels.tolist())) == [1, 2, 3, 5, 6, 7, 8, 9]
+    for role in ROLES:
+        scores = numbers["models"][role]
+        predictions = saved[role].argmax(1)
+        f1 = sklearn.metrics.f1_score(labels, predictions, average="macro",
+                                      labels=np.unique(labels))
+        assert scores["macro_f1"] == pytest.approx(f1)
+        assert scores["top1"] == pytest.approx((predictions == labels).mean())
+        assert list(scores["per_class_accuracy"]) == ["1", "2", "3", "5", "6", "7", "8", "9"]
 
 
 def test_training_cost_is_unknown_without_a_history(copied):
@@ -791,7 +829,8 @@ def test_t_interval_agrees_with_the_formula():
 
 
 @pytest.mark.parametrize("wrong, verdict", [
-    ((60, 20), "better"), ((20, 60), "worse"), ((33, 30), "undecided")])
+    ((60, 20), "better"), ((20, 60), "worse"), ((33, 30), "undecided"),
+    ((20, 2), "undecided"), ((25, 5), "better")])
 def test_verdict_follows_the_interval(wrong, verdict):
     labels = np.arange(1000) % 10
     numbers = evaluate.compare(pair_of(labels, *wrong), labels, None)
@@ -808,6 +847,71 @@ def test_verdict_follows_the_interval(wrong, verdict):
     assert f"{100 * comparison['gain']:+.2f}" in sentence
     assert f"{100 * low:+.2f} to {100 * high:+.2f}" in sentence
     assert verdict in sentence.lower()
+
+
+def test_verdict_is_undecided_where_interval_and_exact_test_disagree():
+    """At the edge, found by trying: 26 images against 13 of 40."""
+    labels = np.arange(40) % 10
+    edge = []
+    for more in range(1, 40):
+        for fewer in range(40 - more):
+            gains = np.array([1.0] * more + [-1.0] * fewer + [0.0] * (40 - more - fewer))
+            low, _ = evaluate.confidence_interval(gains[None])
+            p = scipy.stats.binomtest(more, more + fewer).pvalue
+            if low > 0 and p >= 0.05 and more + fewer >= evaluate.MIN_DISCORDANT:
+                edge.append((more, fewer))
+    assert edge
+    for wrong in edge:
+        numbers = evaluate.compare(pair_of(labels, *wrong), labels, None)
+        assert numbers["comparison"]["ci_over_images"][0] > 0
+        assert numbers["comparison"]["verdict"] == "undecided"
+        assert "McNemar" in numbers["comparison"]["undecided_because"]
+
+
+def test_few_differing_images_leave_the_verdict_undecided():
+    labels = np.arange(1000) % 10
+    numbers = evaluate.compare(pair_of(labels, 24, 0), labels, None)
+    comparison = numbers["comparison"]
+    assert comparison["ci_over_images"][0] > 0 and comparison["mcnemar_p_by_seed"][0] < 1e-6
+    assert comparison["verdict"] == "undecided" and comparison["discordant_images"] == 24
+    assert "24 images" in evaluate.verdict_lines(numbers)[0]
+    comparison = evaluate.compare(pair_of(labels, 25, 0), labels, None)["comparison"]
+    assert comparison["verdict"] == "better" and comparison["undecided_because"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images, discordant", [(300, 0.05), (300, 0.2), (2000, 0.02)])
+def test_verdict_on_equal_methods_is_seldom_wrong(images, discordant):
+    """2,000 pairs of one seed whose images differ by luck alone."""
+    random = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(2000):
+        share = discordant / 2
+        gains = random.choice([-1, 0, 1], size=images, p=[share, 1 - discordant, share])
+        p = evaluate.exact_mcnemar(int((gains < 0).sum()), int((gains > 0).sum()))
+        ci = evaluate.confidence_interval(gains[None].astype(float))
+        word, _ = evaluate.verdict(ci, int((gains != 0).sum()), [p])
+        wrong += word != "undecided"
+    assert wrong <= 0.06 * 2000
+
+
+def test_classes_that_change_beyond_noise_are_found():
+    """Three of ten classes of 100 images gain; p agrees with scipy, by hand for one class."""
+    labels = np.arange(1000) % 10
+    trained = {}
+    wrong = (labels < 3) & (np.arange(1000) < 400)
+    trained["baseline"] = [model_of(sure_of(np.where(wrong, 9, labels), 10))]
+    wrong = (labels == 5) & (np.arange(1000) < 40)
+    trained["distilled"] = [model_of(sure_of(np.where(wrong, 9, labels), 10))]
+    changes = evaluate.gains_by_class(trained, labels)
+    marked = [name for name, change in changes.items() if change["p"] < 0.05]
+    assert marked == ["c0", "c1", "c2"]
+    assert changes["c0"]["gain"] == pytest.approx(0.4)
+    assert changes["c5"]["gain"] == pytest.approx(-0.04)
+    p_values = [scipy.stats.binomtest(0, 40).pvalue] * 3 + [1.0] * 7
+    p_values[5] = scipy.stats.binomtest(4, 4).pvalue
+    expected = scipy.stats.false_discovery_control(p_values)
+    assert [change["p"] for change in changes.values()] == pytest.approx(expected)
 
 
 def test_images_are_compared_in_pairs():
@@ -888,6 +992,75 @@ def test_share_of_the_teachers_lead_and_training_cost():
     comparison = evaluate.compare(weak, labels, None)["comparison"]
     assert not comparison["teacher_beats_baseline"]
     assert comparison["advantage_recovered"] is None
+
+    # A lead that may be noise is no divisor.
+    near = trained | {"teacher": pair_of(labels, 99, 0)["baseline"]}
+    numbers = evaluate.compare(near, labels, None)
+    comparison = numbers["comparison"]
+    low, high = comparison["teacher_lead_ci"]
+    assert low < 0 < comparison["teacher_lead"] == pytest.approx(0.001) and high > 0
+    assert comparison["teacher_beats_baseline"] and comparison["advantage_recovered"] is None
+    assert any("may be noise" in text for text in evaluate.weakness_texts(numbers))
+
+
+def test_students_near_chance_level_are_named():
+    labels = np.arange(1000) % 10
+    numbers = evaluate.compare(pair_of(labels, 885, 100), labels, None)
+    named = [text for text in evaluate.weakness_texts(numbers) if "chance level" in text]
+    assert len(named) == 1 and "baseline" in named[0]
+
+
+@pytest.mark.parametrize("val_accuracy, told", [(0.53, False), (0.6, True)])
+def test_validation_gain_that_the_test_images_do_not_bear_out(val_accuracy, told):
+    labels = np.arange(1000) % 10
+    trained = pair_of(labels, 60, 20)
+    trained["distilled"][0].info["val_accuracy"] = val_accuracy  # the baseline's is 0.5
+    lines = evaluate.verdict_lines(evaluate.compare(trained, labels, None))
+    assert any("not borne out" in line for line in lines) == told
+
+
+def test_equal_intervals_are_explained():
+    """Seeds that gain the same, each on other images, add nothing to the images' own noise."""
+    labels = np.arange(1000) % 10
+    trained = {"baseline": [], "distilled": []}
+    for seed in range(3):
+        wrong = (np.arange(1000) - 100 * seed) % 1000 < 60
+        predictions = np.where(wrong, (labels + 1) % 10, labels)
+        trained["baseline"].append(model_of(sure_of(predictions, 10), seed=seed))
+        trained["distilled"].append(model_of(sure_of(labels, 10), seed=seed))
+    numbers = evaluate.compare(trained, labels, None)
+    assert numbers["comparison"]["ci_over_both"] == numbers["comparison"]["ci_over_images"]
+    assert any("differ no more" in line for line in evaluate.verdict_lines(numbers))
+
+    # A seed that is worse than the others widens it.
+    trained["distilled"][2] = trained["baseline"][2]
+    different = evaluate.compare(trained, labels, None)
+    assert not any("differ no more" in line for line in evaluate.verdict_lines(different))
+
+
+def test_top5_needs_six_classes():
+    for num_classes, known in ((5, False), (6, True)):
+        trained, labels = random_trained(num_classes)
+        numbers = evaluate.compare(trained, labels, None)
+        assert ("top5" in numbers["models"]["teacher"]) == known
+        assert any("top-5" in line for line in evaluate.score_table(numbers)) == known
+
+
+def test_names_that_are_not_utf8_are_written_with_replacement_characters(copied, monkeypatch):
+    """As Linux gives them to Python; two that look the same afterwards stay apart."""
+    names = ["k\udcf6nig", "k\udcfcnig", *"23456789"]
+    for role in ROLES:
+        change_checkpoint(copied, role, class_names=names)
+    load_split = data_loader.load_split
+    monkeypatch.setattr(data_loader, "load_split",
+                        lambda name, part, args: (load_split(name, part, args)[0], names))
+    teacher = checkpoint_path(copied, "teacher")
+    change_checkpoint(copied, "distilled", teacher={
+        "path": str(teacher), "val_accuracy": 0.5, "sha256": utils.sha256(teacher)})
+    results = run_evaluate(copied, figures=True)
+    expected = ["k\ufffdnig", "k\ufffdnig (2)", *"23456789"]
+    assert list(read_numbers(results)["models"]["teacher"]["per_class_accuracy"]) == expected
+    assert np.load(results / "predictions.npz")["class_names"].tolist() == expected
 
 
 # Figures ------------------------------------------------------------------------------------------
