@@ -23,6 +23,7 @@ from PIL import Image
 
 import config
 import data_loader
+import evaluate
 import models
 import utils
 from conftest import ROOT, STUDENT, TEACHER, save_best
@@ -493,9 +494,9 @@ def headings(file):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, ".github/CONTRIBUTING.md"])
 def test_links_lead_somewhere(name):
-    targets = re.findall(r"\]\(([^)]+)\)", TEXTS[name])
+    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8"))
     assert targets
     for target in targets:
         path, _, anchor = target.partition("#")
@@ -598,7 +599,30 @@ def test_columns_of_a_history():
     assert names(rows(RESULTS, "What a history holds")) == list(utils.HISTORY_COLUMNS)
 
 
-def test_sections_of_the_comparison():
-    example = json.loads((EXAMPLE / "comparison.json").read_text(encoding="utf-8"))
-    listed = {name.split(".")[0] for name in names(rows(RESULTS, "What `comparison.json` holds"))}
-    assert set(example) <= listed
+def test_keys_of_the_comparison(train, arguments):
+    """Every key that evaluate.py writes is explained, and each explained section is written."""
+    train("baseline")
+    train("distillation")
+    args = arguments("evaluate", "--no-timing")
+    evaluate.main(args)
+    content = (Path(args.results_dir) / "comparison.json").read_text(encoding="utf-8")
+    comparison = json.loads(content)
+
+    section = RESULTS.split("### What `comparison.json` holds")[1].split("###")[0]
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`(.*?)`", section))))
+    explained = words | set(comparison["models"]) | set(comparison["teacher_effect"])
+    for path in key_paths(comparison):
+        assert path[-1].removesuffix("_spread") in explained, path
+
+    sections = {name.split(".")[0] for name in names(rows(RESULTS, "What `comparison.json` holds"))}
+    assert sections - {"superclasses"} == set(comparison)  # these are CIFAR-100's
+
+
+def key_paths(numbers, path=()):
+    """The path of every key in a nested dict, without the names of classes and packages."""
+    for key, value in numbers.items():
+        yield (*path, key)
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            if isinstance(item, dict) and key not in ("per_class_accuracy", "versions"):
+                yield from key_paths(item, (*path, key))
