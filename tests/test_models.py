@@ -717,7 +717,7 @@ def test_memory_that_ends_in_a_capture_keeps_its_advice(arguments, monkeypatch):
     model = models.build_model("test_efficientnet", 10).train()
     with pytest.raises(torch.OutOfMemoryError) as error:
         models.capture_cuda_graph(model, 32, args)
-    assert "--batch-size" in utils.user_message(error.value, args)
+    assert "--batch-size" in utils.user_message(error.value)
 
 
 # Checkpoints --------------------------------------------------------------------------------------
