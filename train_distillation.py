@@ -5,9 +5,9 @@
 
 Fine-tunes the teacher first, unless checkpoints/teacher/ has a finished one of the same model,
 image size, classes and split. Writes checkpoints/distilled/ and results/distilled_history.csv, with
---seeds one seed_<n>/ each in there, and copies the best student so far to checkpoints/best_model.pth.
-After an interruption the same command, without --fresh-teacher, resumes after the last finished
-epoch.
+--seeds one seed_<n>/ each in there, and copies the best student so far to
+checkpoints/best_model.pth. After an interruption the same command, without --fresh-teacher, resumes
+after the last finished epoch.
 """
 import argparse
 import sys
