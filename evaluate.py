@@ -4,9 +4,12 @@
     python evaluate.py --quick    # those of the quick run
 
 Dataset, split, image size and crop are the checkpoints' own. Writes into results/ the report for
-people, comparison.json and predictions.npz for programs, and then every figure as PNG and PDF.
+people, comparison.json and predictions.npz for programs, tables as Markdown, LaTeX and CSV, and
+then every figure as PNG and PDF.
 """
 import argparse
+import csv
+import io
 import itertools
 import json
 import math
@@ -19,8 +22,10 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
+import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
@@ -124,10 +129,9 @@ def main(args):
     models.export_best_student(args.checkpoint_dir, reference)
     write_figures(trained, labels, test, numbers, results_dir)
 
-    print("\n" + report.partition("Details\n")[0] + f"Details: {results_dir / REPORT_NAME}, "
-          f"to show: {results_dir / 'accuracy_comparison.png'}")
+    print(f"\n{summary_text(numbers, results_dir)}")
     if args.quick:
-        print("Next, the real thing: python train_baseline.py")
+        print(f"The real comparison starts with: {config.format_command('baseline', [])}")
 
 
 # Load ---------------------------------------------------------------------------------------------
@@ -369,6 +373,7 @@ def compare(trained, labels, validation_images):
             "images_per_class": dict(zip(first["class_names"], class_sizes.tolist(), strict=True)),
         },
         "seeds": [student.info["config"]["seed"] for student in trained["distilled"]],
+        "training": training_settings(trained["distilled"][0].info),
         "versions": first["versions"],
         "models": {role: score_role(group, labels) for role, group in trained.items()},
         "comparison": compare_students(trained, labels),
@@ -386,6 +391,17 @@ def compare(trained, labels, validation_images):
         numbers["teacher_effect"] = teacher_effect(trained, labels)
         numbers["comparison"] |= compare_with_teacher(trained, labels)
     return numbers
+
+
+def training_settings(info):
+    """What a reader asks first of a distilled student's training; None for what it has not."""
+    settings = info["config"]
+    return {
+        "epochs": settings["num_epochs"],
+        "distillation_loss": settings.get("distillation_loss"),
+        "temperature": settings.get("temperature"),
+        "alpha": settings.get("alpha"),
+    }
 
 
 def score_role(group, labels):
@@ -453,7 +469,7 @@ def calibration(log_probs, labels):
     rows = np.arange(len(labels))
     probabilities = np.exp(log_probs)
     brier = (probabilities**2).sum(1) - 2 * probabilities[rows, labels] + 1
-    confidence, accuracy, counts = reliability(log_probs, labels)
+    confidence, accuracy, counts = reliability(*top_answers(log_probs, labels))
     return {
         "nll": float(-log_probs[rows, labels].mean()),
         "brier": float(brier.mean()),
@@ -461,11 +477,14 @@ def calibration(log_probs, labels):
     }
 
 
-def reliability(log_probs, labels):
-    """Mean confidence (the top probability), accuracy and number of images, each (BINS,), by bins
-    of confidence (0, 1/15], (1/15, 2/15], ...; an empty one has 0 of all three."""
-    confidence = np.exp(log_probs.max(1))
-    correct = log_probs.argmax(1) == labels
+def top_answers(log_probs, labels):
+    """(N,) confidences, each the top probability, and (N,) whether that answer is correct."""
+    return np.exp(log_probs.max(1)), log_probs.argmax(1) == labels
+
+
+def reliability(confidence, correct):
+    """Mean confidence, accuracy and number of images, each (CALIBRATION_BINS,), by bins of
+    confidence (0, 1/15], (1/15, 2/15], ...; an empty one has 0 of all three."""
     bins = np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1
     bins = np.clip(bins, 0, CALIBRATION_BINS - 1)
 
@@ -918,6 +937,23 @@ def report_text(numbers):
     return "\n\n".join(paragraphs) + "\n"
 
 
+def summary_text(numbers, results_dir):
+    """What the script prints last: what was compared, the verdict, accuracies, where to look."""
+    lines = heading_lines(numbers)
+    for warning in warning_texts(numbers):
+        lines.append(f"WARNING: {warning}.")
+    lines.append("")
+    lines.append(verdict_lines(numbers)[0])
+    accuracies = []
+    for role, scores in numbers["models"].items():
+        accuracies.append(f"{role} {scores['top1']:.2%}")
+    lines.append(f"Top-1 accuracy: {', '.join(accuracies)}")
+    lines.append(f"Figure: {results_dir / 'accuracy_comparison.png'}")
+    lines.append(f"Report: {results_dir / REPORT_NAME}")
+    return "\n".join(textwrap.fill(line, REPORT_WIDTH, break_on_hyphens=False,
+                                   break_long_words=False) for line in lines)
+
+
 def heading_lines(numbers):
     scores = numbers["models"]
     teacher = scores["teacher"]["model_name"] if "teacher" in scores else "no longer available"
@@ -1248,8 +1284,17 @@ def confusion_table(numbers, shown=5):
     return lines
 
 
+# Files --------------------------------------------------------------------------------------------
+
 def write_numbers(trained, labels, numbers, report, results_dir):
-    """predictions.npz (the first seed's), comparison.json and the report."""
+    """The report, comparison.json, the tables, and predictions.npz of the first seed."""
+    write_text(results_dir / REPORT_NAME, report)
+    write_text(results_dir / "comparison.json",
+               json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False))
+    write_text(results_dir / "comparison_table.md", markdown_table(numbers))
+    write_text(results_dir / "comparison_table.tex", latex_table(numbers))
+    write_text(results_dir / "per_class_accuracy.csv", per_class_csv(numbers))
+
     probabilities = {}
     for role, group in trained.items():
         probabilities[role] = np.exp(group[0].log_probs).astype(np.float32)
@@ -1257,19 +1302,127 @@ def write_numbers(trained, labels, numbers, report, results_dir):
     with utils.atomic_write(results_dir / "predictions.npz", "wb") as file:
         np.savez_compressed(file, labels=labels, class_names=class_names, **probabilities)
 
-    write_text(results_dir / REPORT_NAME, report)
-    write_text(results_dir / "comparison.json",
-               json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False))
-
 
 def write_text(path, text):
     with utils.atomic_write(path) as file:
         file.write(printable(text))
 
 
+def setting_parts(numbers):
+    """What was compared, for the head of a table and below a figure: dataset, pair, loss, ..."""
+    dataset = numbers["dataset"]
+    training = numbers["training"]
+    scores = numbers["models"]
+    parts = [f"{dataset['name']}, {dataset['num_classes']} classes",
+             f"{dataset['test_images']:,} test images",
+             f"student {scores['distilled']['model_name']}"]
+    if "teacher" in scores:
+        parts.append(f"teacher {scores['teacher']['model_name']}")
+    if training["distillation_loss"]:
+        parts.append(f"{training['distillation_loss']}, T = {training['temperature']:g}, "
+                     f"α = {training['alpha']:g}")
+    parts.append(f"{training['epochs']} epochs")
+    parts.append(seeds_text(numbers))
+    return parts
+
+
+def setting_line(numbers):
+    return " · ".join(setting_parts(numbers))
+
+
+def comparison_rows(numbers):
+    """Heads and rows, all texts, of the table for a paper or a README: teacher, baseline and
+    distilled student, ± the standard deviation over the seeds."""
+    heads = ["", "model", "top-1 (%)", "gain, points (95 % CI)"]
+    if "top5" in numbers["models"]["baseline"]:
+        heads.append("top-5 (%)")
+    heads += ["macro-F1 (%)", "NLL", "parameters (M)", "MACs (M)"]
+
+    rows = []
+    for role in ("teacher", "baseline", "distilled"):
+        if role not in numbers["models"]:
+            continue
+        scores = numbers["models"][role]
+        cost = numbers["inference"][role]
+        row = [role, scores["model_name"], score_text(scores, "top1"), ""]
+        if role == "distilled":
+            comparison = numbers["comparison"]
+            row[3] = f"{points(comparison['gain'])} ({ci_text(verdict_interval(comparison))})"
+        if "top5" in scores:
+            row.append(score_text(scores, "top5"))
+        row.append(score_text(scores, "macro_f1"))
+        row.append(f"{scores['calibration']['nll']:.3f}")
+        row.append(f"{cost['parameters'] / 1e6:.2f}")
+        row.append(f"{cost['macs'] / 1e6:,.1f}")
+        rows.append(row)
+    return heads, rows
+
+
+def score_text(scores, key):
+    text = f"{100 * scores[key]:.2f}"
+    if scores["sd"]:
+        text += f" ± {100 * scores['sd'][key]:.2f}"
+    return text
+
+
+def markdown_table(numbers):
+    heads, rows = comparison_rows(numbers)
+    lines = [setting_line(numbers), ""]
+    for cells in (heads, ["---"] * len(heads), *rows):
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def latex_table(numbers):
+    r"""A tabular for \usepackage{booktabs}."""
+    heads, rows = comparison_rows(numbers)
+    lines = [f"% {setting_line(numbers)}", rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
+             r"\toprule", latex_row(heads), r"\midrule"]
+    for row in rows:
+        lines.append(latex_row(row))
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def latex_row(cells):
+    escaped = []
+    for cell in cells:
+        text = re.sub(r"([&%$#_{}])", r"\\\1", cell)
+        text = re.sub(r"(^|[ (])-(?=\d)", r"\1$-$", text)  # a minus is longer than a hyphen
+        escaped.append(text.replace("±", r"$\pm$"))
+    return " & ".join(escaped) + r" \\"
+
+
+def per_class_csv(numbers):
+    """A row for each class: its test images, accuracies, gain, and p (see `gains_by_class`)."""
+    roles = list(numbers["models"])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "test_images", *roles, "gain", "p"])
+    for name, images in numbers["dataset"]["images_per_class"].items():
+        row = [name, images]
+        change = numbers["class_changes"].get(name)
+        if change is None:  # the class has no test images
+            row += [""] * (len(roles) + 2)
+        else:
+            row += [numbers["models"][role]["per_class_accuracy"][name] for role in roles]
+            row += [change["gain"], change["p"]]
+        writer.writerow(row)
+    return text.getvalue()
+
+
 # Figures ------------------------------------------------------------------------------------------
 
 matplotlib.use("Agg")  # no window, also without a display
+
+FIGURE_WIDTH = 7      # inches, of a page; no text is below 6 pt there
+MAX_CHANGES = 30      # classes of which the changes are shown
+MAX_NAMED = 50        # classes whose names a confusion matrix has room for, at 6 pt
+MAX_NAMED_BESIDE = 20  # the same, of one that stands beside another
+MAX_ANNOTATED = 20    # classes whose cells have room for a number
+MAX_ORDERED = 300     # classes up to which neighbours are optimised, which takes C**3 steps
+GALLERY_COLUMNS = 4
+GALLERY_MOST = 8      # pictures of each kind
 
 # Colours of Okabe and Ito, which the colour-blind tell apart; lines and markers differ in grey too.
 STYLES = {
@@ -1277,6 +1430,8 @@ STYLES = {
     "distilled": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "Distilled"},
     "teacher": {"color": "#595959", "linestyle": ":", "marker": "^", "label": "Teacher"},
 }
+GAIN_COLOR = "#009E73"
+LOSS_COLOR = "#D55E00"
 
 # Matplotlib takes each character from the first of these that has it. The first comes with it; the
 # others are the systems' own for Chinese, Japanese, Korean, Arabic, Hindi.
@@ -1289,17 +1444,16 @@ FONT_FAMILIES = (
 
 
 def write_figures(trained, labels, test, numbers, results_dir):
-    """Write every figure as PNG and PDF into `results_dir`."""
-    installed = set(fontManager.get_font_names())
-    families = [family for family in FONT_FAMILIES if family in installed]
-    seaborn.set_theme(style="whitegrid", context="paper", font=families, rc={
-        "figure.constrained_layout.use": True,
-        "savefig.dpi": 200,
-        "savefig.bbox": "tight",
-        "text.parse_math": False,  # a $ is no formula in a class name
-    })
+    """Write every figure as PNG and PDF into `results_dir`, one after the other for memory."""
+    set_figure_style()
+    caption = figure_caption(numbers)
 
     def save(name, figure):
+        # Below all else, so that no layout has to make room for it.
+        figure.draw_without_rendering()
+        bottom = figure.get_tightbbox().y0 / figure.get_figheight()
+        figure.text(0.5, bottom - 0.01, caption, ha="center", va="top", fontsize=6,
+                    color="#666666")
         for extension, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with utils.atomic_write(results_dir / f"{name}.{extension}", "wb") as file:
                 figure.savefig(file, format=extension, metadata=metadata)
@@ -1308,53 +1462,230 @@ def write_figures(trained, labels, test, numbers, results_dir):
     with warnings.catch_warnings():
         # A character that no font has is a box in the figure, which says enough.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        save("training_curves", training_curves(trained))
         save("accuracy_comparison", accuracy_comparison(numbers))
+        save("training_curves", training_curves(trained))
         save("distillation_diagnostics", distillation_diagnostics(trained))
-        save("reliability_diagram", reliability_diagram(trained, labels))
+        save("reliability_diagram", reliability_diagram(trained, labels, numbers))
         save("class_changes", class_changes(numbers))
         save("gallery", gallery(trained, labels, test))
 
-        shares = {role: confusion_shares(group[0], labels) for role, group in trained.items()}
+        shares = confusion_shares(trained, labels)
+        names = trained["baseline"][0].info["class_names"]
         order = class_order(sum(shares.values()))
+        most = most_confused_classes(sum(shares.values()), MAX_NAMED_BESIDE)
         for role, matrix in shares.items():
-            save(f"confusion_matrix_{role}", confusion_matrix(trained[role][0], matrix, order))
+            title = f"Confusion matrix, {role} ({numbers['models'][role]['model_name']})"
+            save(f"confusion_matrix_{role}",
+                 confusion_matrix(title, matrix, names, order, most, SHARE_SCALE))
+        difference = shares["distilled"] - shares["baseline"]
+        title = "Confusion matrix, difference: distilled minus baseline"
+        save("confusion_matrix_difference",
+             confusion_matrix(title, difference, names, order, most, difference_scale(difference)))
+
+
+def set_figure_style():
+    installed = set(fontManager.get_font_names())
+    families = [family for family in FONT_FAMILIES if family in installed]
+    seaborn.set_theme(style="whitegrid", context="paper", font=families, rc={
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 200,
+        "savefig.bbox": "tight",
+        "text.parse_math": False,  # a $ is no formula in a class name
+        "figure.titlesize": 9,
+        "axes.titlesize": 8,
+        "axes.labelsize": 7.5,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "legend.fontsize": 7,
+        "grid.color": "#e8e8e8",
+    })
+
+
+def figure_caption(numbers):
+    """The setting in lines that break between its parts only."""
+    parts = setting_parts(numbers)
+    unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
+    return textwrap.fill(" · ".join(unbroken), 150)
+
+
+# Figures: scores ----------------------------------------------------------------------------------
+
+def accuracy_comparison(numbers):
+    """The figure to show others: accuracies, and the gain with the verdict in its title."""
+    rows = len(gain_rows(numbers))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 1.5 + 0.24 * rows))
+    draw_accuracies(left, numbers)
+    draw_gains(right, numbers)
+    return figure
+
+
+def draw_accuracies(axis, numbers):
+    """Mean with 95 % CI of each role on a fitted axis; each seed faint below its mean."""
+    roles = [role for role in ("teacher", "baseline", "distilled") if role in numbers["models"]]
+    names = []
+    for y, role in enumerate(roles):
+        scores = numbers["models"][role]
+        style = STYLES[role]
+        mean = 100 * scores["top1"]
+        low, high = scores["top1_ci"]
+        axis.errorbar(mean, y, xerr=[[mean - 100 * low], [100 * high - mean]], capsize=4,
+                      marker=style["marker"], color=style["color"])
+        seeds = scores["by_seed"]["top1"]
+        if len(seeds) > 1:
+            axis.plot([100 * accuracy for accuracy in seeds], [y + 0.25] * len(seeds),
+                      linestyle="", marker=style["marker"], markersize=3, alpha=0.45,
+                      color=style["color"])
+        names.append(f"{style['label']}  {mean:.2f} %")
+    axis.set_yticks(range(len(roles)), names)
+    axis.grid(visible=False, axis="y")
+    label = "accuracy (%), 95 % CI"
+    if len(numbers["seeds"]) > 1:
+        label = "accuracy (%), mean and 95 % CI; faint: single seeds"
+    axis.set(ylim=(len(roles) - 0.4, -0.6), xlabel=label,
+             title="Top-1 accuracy on the test images")
+
+
+def gain_rows(numbers):
+    """(name, gain, its interval) of every seed and, of several, of all together."""
+    comparison = numbers["comparison"]
+    rows = []
+    for seed, gain, ci in zip(numbers["seeds"], comparison["gain_by_seed"],
+                              comparison["ci_by_seed"], strict=True):
+        rows.append((f"seed {seed}", gain, ci))
+    if len(rows) > 1:
+        rows.append(("all seeds", comparison["gain"], verdict_interval(comparison)))
+    return rows
+
+
+def draw_gains(axis, numbers):
+    """The gain with its 95 % CI, by seed and together."""
+    rows = gain_rows(numbers)
+    names = []
+    for y, (name, gain, (low, high)) in enumerate(rows):
+        color = "black" if y == len(rows) - 1 else "#999999"
+        axis.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]],
+                      capsize=4, fmt="o", markersize=5, color=color)
+        names.append(f"{name}  {points(gain)}")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), names)
+    axis.grid(visible=False, axis="y")
+
+    comparison = numbers["comparison"]
+    axis.set(ylim=(len(rows) - 0.4, -0.6),
+             xlabel="gain over the baseline, percentage points",
+             title=f"{points(comparison['gain'])} points (95 % CI "
+                   f"{ci_text(verdict_interval(comparison))}): {comparison['verdict']}")
+
+
+def reliability_diagram(trained, labels, numbers):
+    """Accuracy against confidence, as trained and after temperature scaling, with the counts."""
+    panels = {"as trained": False}
+    if all(model.temperature for group in trained.values() for model in group):
+        panels["temperature fitted on validation images"] = True
+
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(FIGURE_WIDTH * len(panels) / 2, 4.2), squeeze=False, sharex=True,
+        sharey="row", height_ratios=(3, 1))
+    for (above, below), (title, is_scaled) in zip(axes.T, panels.items(), strict=True):
+        above.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
+        for role, group in trained.items():
+            key = "calibration_scaled" if is_scaled else "calibration"
+            ece = numbers["models"][role][key]["ece"]
+            draw_reliability(above, below, role, group, labels, is_scaled, ece)
+        above.set(title=title, xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
+        above.legend(loc="best")
+        below.set_xlabel("confidence (%)")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[1, 0].set(ylabel="test images", ylim=(0, None))
+    figure.suptitle("Accuracy against confidence, in bins of 10 images and more")
+    return figure
+
+
+def draw_reliability(above, below, role, group, labels, is_scaled, ece):
+    """One role's curve, seeds pooled, and its test images by bin; below the diagonal it is
+    overconfident."""
+    answers = []
+    for model in group:
+        log_probs = model.log_probs
+        if is_scaled:
+            log_probs = log_softmax(log_probs / model.temperature, axis=1)
+        answers.append(top_answers(log_probs, labels))
+    confidence = np.concatenate([seed_confidence for seed_confidence, _ in answers])
+    correct = np.concatenate([seed_correct for _, seed_correct in answers])
+
+    mean_confidence, accuracy, counts = reliability(confidence, correct)
+    filled = counts >= 10  # the accuracy of fewer images is noise
+    style = STYLES[role] | {"label": f"{STYLES[role]['label']}, ECE {ece:.3f}"}
+    above.plot(100 * mean_confidence[filled], 100 * accuracy[filled], markersize=3.5, **style)
+    edges = np.linspace(0, 100, CALIBRATION_BINS + 1)
+    below.stairs(counts / len(group), edges, color=style["color"], linestyle=style["linestyle"])
 
 
 # Figures: training --------------------------------------------------------------------------------
 
 def plot_history(axis, group, column, scale=1, **style):
-    """A column of the histories, where it is not empty, over the epochs: a line a seed, the first
-    of them labelled."""
+    """A column of the histories, where it is not empty, over the epochs: of one seed a line, of
+    several a faint line each and their mean, which bears the label."""
     style = {**style, "marker": None}
+    values_by_seed = []
     for model in group:
-        rows = [row for row in model.history if row.get(column) is not None]
-        if rows:
-            epochs = [row["epoch"] for row in rows]
-            values = [row[column] * scale for row in rows]
-            axis.plot(epochs, values, **style)
-            style["label"] = None
+        values = {row["epoch"]: row[column] * scale for row in model.history
+                  if row.get(column) is not None}
+        if values:
+            values_by_seed.append(values)
+
+    if len(values_by_seed) > 1:
+        faint = {**style, "linewidth": 0.7, "alpha": 0.4, "label": None}
+        for values in values_by_seed:
+            axis.plot(list(values), list(values.values()), **faint)
+    if values_by_seed:
+        epochs = [epoch for epoch in values_by_seed[0]
+                  if all(epoch in values for values in values_by_seed)]
+        means = [statistics.fmean(values[epoch] for values in values_by_seed) for epoch in epochs]
+        axis.plot(epochs, means, **style)
 
 
-def style_epoch_axis(axis, title, unit, **legend):
+def style_epoch_axis(axis, title, unit):
     axis.set(title=title, xlabel="epoch", ylabel=unit)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    if axis.lines:
-        axis.legend(**legend)
+
+
+def add_one_legend(figure, columns):
+    """A legend below the panels, with every label of theirs once."""
+    handles = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        # transFigure, or the legend would move when saving enlarges the picture by what is below.
+        figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=columns,
+                      bbox_to_anchor=(0.5, 0), bbox_transform=figure.transFigure)
 
 
 def training_curves(trained):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    draw_cross_entropy(left, trained)
+    """Losses and accuracy over the epochs; seeds faint, their mean bold."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 2.8))
+    draw_training_loss(left, trained)
+    draw_validation_loss(middle, trained)
     draw_validation_accuracy(right, trained)
+    add_one_legend(figure, columns=3)
     return figure
 
 
-def draw_cross_entropy(axis, trained):
+def draw_training_loss(axis, trained):
     for role, group in trained.items():
         plot_history(axis, group, "ce_loss", **STYLES[role])
-    style_epoch_axis(axis, "Cross-entropy on training images, a line a seed",
-                     "cross-entropy (nats)")
+    smoothing = trained["baseline"][0].info["config"].get("label_smoothing")
+    title = "Training cross-entropy"
+    if smoothing:
+        title += f"\n(labels smoothed by {smoothing:g},\nthe teacher's are not)"
+    style_epoch_axis(axis, title, "nats")
+
+
+def draw_validation_loss(axis, trained):
+    for role, group in trained.items():
+        plot_history(axis, group, "val_loss", **STYLES[role])
+    style_epoch_axis(axis, "Validation cross-entropy", "nats")
 
 
 def draw_validation_accuracy(axis, trained):
@@ -1362,23 +1693,22 @@ def draw_validation_accuracy(axis, trained):
         plot_history(axis, group, "val_accuracy", 100, **STYLES[role])
         for model in group:
             if model.history:
-                axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"],
+                axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"], markersize=4,
                           color=STYLES[role]["color"], marker=STYLES[role]["marker"],
                           fillstyle="none")  # hides none below
-    style_epoch_axis(axis, "Validation accuracy; the mark is the best epoch", "accuracy (%)")
+    style_epoch_axis(axis, "Validation accuracy\n(mark: best epoch)", "%")
 
 
 def distillation_diagnostics(trained):
-    """Why the teacher helped or not, on the training images as augmented, a line a seed."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8))
+    """Why the teacher helped or not, on the training images as augmented."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 3.2))
     draw_loss_parts(left, trained["distilled"])
     draw_entropies(middle, trained)
     draw_training_accuracy(right, trained)
-    for axis in (left, middle, right):
-        axis.set_ylim(bottom=0)
-        if axis.lines:
-            axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    figure.suptitle("On the training images as augmented, the students as they learned")
+    left.set_ylim(bottom=0)
+    right.set_ylim(bottom=0)
+    add_one_legend(figure, columns=3)
+    figure.suptitle("On the training images as augmented, while the students learn")
     return figure
 
 
@@ -1386,12 +1716,11 @@ def draw_loss_parts(axis, distilled):
     info = distilled[0].info
     if info.get("teacher"):  # --distilled-checkpoint may name a student that had none
         alpha = info["config"]["alpha"]
-        color = STYLES["distilled"]["color"]
-        plot_history(axis, distilled, "distill_loss", alpha, color=color, linestyle="-",
+        plot_history(axis, distilled, "distill_loss", alpha, color=GAIN_COLOR, linestyle="-",
                      label=f"{alpha:g} × distillation loss ({info['config']['distillation_loss']})")
-        plot_history(axis, distilled, "ce_loss", 1 - alpha, color=color, linestyle=":",
+        plot_history(axis, distilled, "ce_loss", 1 - alpha, color=LOSS_COLOR, linestyle="--",
                      label=f"{1 - alpha:.3g} × cross-entropy")
-    style_epoch_axis(axis, "Parts of the distilled student's loss", "as weighted in the loss")
+    style_epoch_axis(axis, "Distilled student's loss", "as weighted in the loss")
 
 
 def draw_entropies(axis, trained):
@@ -1399,11 +1728,14 @@ def draw_entropies(axis, trained):
         plot_history(axis, trained[role], "entropy", **STYLES[role])
     info = trained["distilled"][0].info
     if info.get("teacher"):
-        plot_history(axis, trained["distilled"], "target_entropy", color=STYLES["teacher"]["color"],
-                     linestyle="-.", label="Soft targets, as the loss sees them")
+        plot_history(axis, trained["distilled"], "target_entropy", color="#CC79A7",
+                     linestyle="-.", label="Soft targets in the loss")
         plot_history(axis, trained["distilled"], "teacher_entropy", **STYLES["teacher"])
-    classes = info["num_classes"]
-    axis.axhline(np.log(classes), color="black", linewidth=0.8, label=f"uniform, ln {classes}")
+    uniform = math.log(info["num_classes"])
+    axis.axhline(uniform, color="black", linewidth=0.8)
+    axis.annotate(f"uniform, ln {info['num_classes']}", (0.03, uniform), va="bottom", fontsize=6.5,
+                  xycoords=("axes fraction", "data"))
+    axis.set_ylim(0, 1.15 * uniform)
     style_epoch_axis(axis, "Entropy of the predictions", "nats")
 
 
@@ -1418,189 +1750,224 @@ def draw_training_accuracy(axis, trained):
     style_epoch_axis(axis, "Accuracy", "%")
 
 
-# Figures: scores ----------------------------------------------------------------------------------
-
-def accuracy_comparison(numbers):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    draw_accuracies(left, numbers)
-    draw_gains(right, numbers)
-    return figure
-
-
-def draw_accuracies(axis, numbers):
-    """Accuracies, ± the standard deviation over seeds."""
-    for role, scores in numbers["models"].items():
-        error = 100 * scores["sd"]["top1"] if scores["sd"] else None
-        bars = axis.bar(role.capitalize(), 100 * scores["top1"], 0.6, yerr=error, capsize=6,
-                        color=STYLES[role]["color"])
-        axis.bar_label(bars, fmt="%.1f", padding=3)
-    dataset = numbers["dataset"]
-    spread = ", ± deviation over seeds" if len(numbers["seeds"]) > 1 else ""
-    axis.set(ylabel=f"top-1 accuracy (%){spread}", ylim=(0, 109),
-             title=f"{dataset['test_images']} test images of {dataset['name']}, "
-                   f"{dataset['num_classes']} classes")
-
-
-def draw_gains(axis, numbers):
-    """The gain with its 95 % CI, by seed and together."""
-    comparison = numbers["comparison"]
-    names = [f"seed {seed}" for seed in numbers["seeds"]]
-    gains = list(comparison["gain_by_seed"])
-    intervals = list(comparison["ci_by_seed"])
-    if len(names) > 1:
-        names.append("together")
-        gains.append(comparison["gain"])
-        intervals.append(comparison[f"ci_over_{comparison['verdict_ci']}"])
-
-    last = len(names) - 1
-    for y, (gain, (low, high)) in enumerate(zip(gains, intervals, strict=True)):
-        color = "black" if y == last else "#999999"
-        axis.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]],
-                      capsize=6, fmt="o", color=color)
-    axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(names)), names)
-    axis.set(ylim=(last + 0.5, -0.5), xlabel="gain, percentage points (95 % CI)",
-             title=f"Distilled minus baseline: {comparison['verdict']}")
-
-
-def reliability_diagram(trained, labels):
-    panels = {"As trained": {}}
-    scaled = {}
-    for role, group in trained.items():
-        panels["As trained"][role] = [model.log_probs for model in group]
-        if all(model.temperature for model in group):
-            scaled[role] = [log_softmax(model.log_probs / model.temperature, axis=1)
-                            for model in group]
-    if scaled:
-        panels["Temperature fitted on validation images"] = scaled
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.4), squeeze=False)
-    for axis, (title, log_probs) in zip(axes[0], panels.items(), strict=True):
-        draw_reliability(axis, title, log_probs, labels)
-    figure.suptitle("How often a model that is so sure is right, in bins of 10 images and more")
-    return figure
-
-
-def draw_reliability(axis, title, log_probs_by_role, labels):
-    """Accuracy against confidence, seeds pooled; below the diagonal a model is too sure."""
-    axis.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
-    for role, by_seed in log_probs_by_role.items():
-        confidence, accuracy, counts = reliability(
-            np.concatenate(by_seed), np.tile(labels, len(by_seed)))
-        filled = counts >= 10  # the accuracy of fewer images is noise
-        axis.plot(100 * confidence[filled], 100 * accuracy[filled], markersize=4, **STYLES[role])
-    axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)",
-             xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
-    axis.legend(loc="upper left")
-
-
 # Figures: classes and pictures --------------------------------------------------------------------
 
-def class_changes(numbers):
-    """Accuracy of every class of both students, in the order of the change."""
-    before = numbers["models"]["baseline"]["per_class_accuracy"]
-    after = numbers["models"]["distilled"]["per_class_accuracy"]
-    names = sorted(before, key=lambda name: after[name] - before[name])
-    height = max(2.8, 0.8 + 0.135 * len(names))
-    figure, axis = plt.subplots(figsize=(6.5, height))
-    draw_class_changes(axis, names, before, after)
+def short_name(name, length):
+    return name if len(name) <= length else name[:length - 1] + "…"
 
-    images_each = numbers["dataset"]["test_images"] / len(names)
-    axis.set_title("Accuracy by class, largest gain on top; "
-                   f"one image is {100 / images_each:.1f} points")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False)
+
+def class_changes(numbers):
+    """Accuracy of both students by class, in the order of the gain; of many classes the ends."""
+    changes = numbers["class_changes"]
+    names = sorted(changes, key=lambda name: changes[name]["gain"])
+    title = "Accuracy by class, in the order of the gain"
+    if len(names) > MAX_CHANGES:
+        half = MAX_CHANGES // 2
+        title = f"Accuracy by class: the {half} largest and {half} smallest gains of {len(names)}"
+        names = names[:half] + names[-half:]
+
+    figure, axis = plt.subplots(figsize=(FIGURE_WIDTH, 1.3 + 0.16 * len(names)))
+    draw_class_changes(axis, names, numbers)
+    if len(names) < len(changes):
+        axis.axhline(len(names) / 2 - 0.5, color="#999999", linewidth=0.8, linestyle=":")
+    axis.set_title(title)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.16 * len(names) + 0.6)),
+                ncols=2, frameon=False)
     return figure
 
 
-def draw_class_changes(axis, names, before, after):
+def draw_class_changes(axis, names, numbers):
+    """A line from the baseline's to the distilled student's accuracy, by class."""
+    before = numbers["models"]["baseline"]["per_class_accuracy"]
+    after = numbers["models"]["distilled"]["per_class_accuracy"]
+    tick_labels = []
+    for y, name in enumerate(names):
+        color = GAIN_COLOR if after[name] >= before[name] else LOSS_COLOR
+        axis.plot([100 * before[name], 100 * after[name]], [y, y], color=color, linewidth=1.6,
+                  zorder=1)
+        is_noise = numbers["class_changes"][name]["p"] >= 0.05
+        label = short_name(name, 30)
+        tick_labels.append(label if is_noise else f"* {label}")
+
     y = np.arange(len(names))
-    old = [100 * before[name] for name in names]
-    new = [100 * after[name] for name in names]
-    axis.hlines(y, old, new, color="#999999", linewidth=1)
-    axis.plot(old, y, **{**STYLES["baseline"], "linestyle": "", "markersize": 6.5})
-    axis.plot(new, y, **{**STYLES["distilled"], "linestyle": "", "markersize": 3.5})
-    axis.set_yticks(y, names, fontsize=9 if len(names) <= 20 else 6.5)
-    axis.set(xlabel="accuracy (%)", xlim=(-2, 102), ylim=(-1, len(names)))
+    points_of = {"baseline": before, "distilled": after}
+    for role, size in (("baseline", 6), ("distilled", 3.5)):  # where they coincide both show
+        style = STYLES[role] | {"linestyle": "", "markersize": size}
+        axis.plot([100 * points_of[role][name] for name in names], y, **style)
+    axis.set_yticks(y, tick_labels)
+    axis.set(ylim=(-0.8, len(names) - 0.2),
+             xlabel="accuracy (%)        * more than noise (sign test, 5 % false discoveries)")
 
 
-def gallery(trained, labels, test, most=8):
-    """A random choice of the images that the distilled student corrects or newly gets wrong."""
+def gallery(trained, labels, test):
+    """A random choice of the images that the distilled student corrects or newly misclassifies."""
     baseline = trained["baseline"][0]
     distilled = trained["distilled"][0]
     was_correct = baseline.predictions == labels
     is_correct = distilled.predictions == labels
-    images_by_change = {
-        "corrected": np.flatnonzero(~was_correct & is_correct),
-        "newly wrong": np.flatnonzero(was_correct & ~is_correct),
-    }
-    shown = []
-    for change, images in images_by_change.items():
-        count = min(most, len(images) // 4 * 4 or 4)  # whole rows of four, where there are so many
-        for i in np.random.default_rng(0).permutation(images)[:count]:
-            shown.append((change, i))
+    corrected = np.flatnonzero(~was_correct & is_correct)
+    misclassified = np.flatnonzero(was_correct & ~is_correct)
+    shown = choose_pictures(corrected, misclassified)
 
-    rows = math.ceil(len(shown) / 4)
-    figure = plt.figure(figsize=(9, 0.4 + 2.3 * max(1, rows)))
-    for place, (change, i) in enumerate(shown, start=1):
-        axis = figure.add_subplot(rows, 4, place)
-        draw_picture(axis, data_loader.load_image(test, i), change, i, labels[i], baseline,
-                     distilled)
-    counts = " and ".join(f"{len(images)} {change}" for change, images in images_by_change.items())
-    figure.suptitle(f"Chosen at random from the test images that the distilled student, seed "
-                    f"{distilled.info['config']['seed']}, changes: {counts}", fontsize=10)
+    columns = min(GALLERY_COLUMNS, max(1, len(shown)))
+    rows = max(1, len(shown) // columns)
+    figure = plt.figure(figsize=(FIGURE_WIDTH * columns / GALLERY_COLUMNS, 0.5 + 2.25 * rows))
+    first = {role: group[0] for role, group in trained.items()}
+    crop = data_loader.crop_to_size(distilled.info)
+    for place, i in enumerate(shown, start=1):
+        axis = figure.add_subplot(rows, columns, place)
+        image = crop(data_loader.load_image(test, i))
+        draw_picture(axis, image, i, labels[i], first, is_correct[i])
+
+    seed = distilled.info["config"]["seed"]
+    figure.suptitle(f"Test images, random choice of seed {seed}: {len(corrected):,} corrected "
+                    f"(green),\n{len(misclassified):,} newly misclassified (orange)")
     return figure
 
 
-def draw_picture(axis, image, change, i, label, baseline, distilled):
-    names = baseline.info["class_names"]
-    lines = [f"{change}: {names[label]!r}"]
-    for role, model in (("Baseline", baseline), ("Distilled", distilled)):
+def choose_pictures(corrected, misclassified):
+    """Indices of up to GALLERY_MOST images of each kind, in whole rows, the corrected first."""
+    random = np.random.default_rng(0)
+    chosen = [random.permutation(images)[:GALLERY_MOST].tolist()
+              for images in (corrected, misclassified)]
+    total = len(chosen[0]) + len(chosen[1])
+    if total > GALLERY_COLUMNS:
+        for _ in range(total % GALLERY_COLUMNS):
+            max(chosen, key=len).pop()
+    return chosen[0] + chosen[1]
+
+
+def draw_picture(axis, image, i, label, model_by_role, is_corrected):
+    """The square that the model sees, above it the class and what each model takes it for."""
+    names = model_by_role["baseline"].info["class_names"]
+    lines = [f"Class: {short_name(names[label], 22)}"]
+    for role, model in model_by_role.items():
         confidence = np.exp(model.log_probs[i].max())
-        lines.append(f"{role}: {names[model.predictions[i]]!r} {confidence:.0%}")
-    axis.axis("off")
+        answer = short_name(names[model.predictions[i]], 15)
+        lines.append(f"{STYLES[role]['label']}: {answer} {confidence:.0%}")
     axis.imshow(image)
-    axis.set_title("\n".join(lines), fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title("\n".join(lines), fontsize=6.5, loc="left")
+    axis.spines[:].set(color=GAIN_COLOR if is_corrected else LOSS_COLOR, linewidth=2)
 
 
-def confusion_shares(model, labels):
-    """(C, C), what share of each true class's images (rows) is taken for each class."""
-    classes = np.arange(model.info["num_classes"])
-    return metrics.confusion_matrix(labels, model.predictions, labels=classes, normalize="true")
+# Figures: confusion matrices ----------------------------------------------------------------------
+
+class Scale(NamedTuple):
+    """How a matrix is coloured."""
+    cmap: str
+    norm: matplotlib.colors.Normalize
+    label: str
+
+
+# The square root lets a few percent be seen.
+SHARE_SCALE = Scale("Blues", matplotlib.colors.PowerNorm(0.5, 0, 100),
+                    "share of the true class (%), square-root scale")
+
+
+def difference_scale(difference):
+    limit = max(1, 100 * np.abs(difference).max())
+    norm = matplotlib.colors.FuncNorm((signed_root, signed_square), -limit, limit)
+    return Scale("PuOr_r", norm, "percentage points (distilled minus baseline), square-root scale")
+
+
+def signed_root(values):
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def signed_square(values):
+    return np.sign(values) * np.square(values)
+
+
+def confusion_shares(trained, labels):
+    """{role: (C, C)}, what share of each true class's images (rows) is taken for each class, mean
+    over the seeds; 0 for classes without images."""
+    shares = {}
+    for role, group in trained.items():
+        counts = confusion_counts(group, labels)
+        shares[role] = counts / counts.sum(1, keepdims=True).clip(1)
+    return shares
 
 
 def class_order(confusion):
     """The order of classes in a confusion matrix (C, C): their own up to 20, else one in which
     those that are taken for each other are neighbours (average linkage)."""
-    if len(confusion) <= 20:
+    if len(confusion) <= MAX_ANNOTATED:
         return np.arange(len(confusion))
     similarity = confusion + confusion.T
     distance = 1 - similarity / similarity.max()
     pairs = distance[np.triu_indices(len(distance), k=1)]
-    return hierarchy.leaves_list(hierarchy.linkage(pairs, "average", optimal_ordering=True))
+    tree = hierarchy.linkage(pairs, "average", optimal_ordering=len(confusion) <= MAX_ORDERED)
+    return hierarchy.leaves_list(tree)
 
 
-def confusion_matrix(model, shares, order):
-    """A confusion matrix (C, C), classes in `order`; up to 20 of them with the numbers."""
-    names = np.array(model.info["class_names"])[order]
-    few = len(names) <= 20
-    side = max(5.0, 0.14 * len(names))
-    figure, axis = plt.subplots(figsize=(side, side * 0.93))
-    seaborn.heatmap(
-        100 * shares[np.ix_(order, order)], ax=axis, square=True, cmap="Blues",
-        norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
-        annot=few, fmt=".0f", xticklabels=names, yticklabels=names,
-        linewidths=0 if few else 0.2, linecolor="#eeeeee",
-        cbar_kws={"label": "share of the true class (%)", "shrink": 0.7})
-    axis.tick_params(labelsize=9 if few else 6.5, rotation=0)
-    axis.tick_params(axis="x", rotation=0 if len("".join(names)) <= 30 else 90)
+def most_confused_classes(confusion, count):
+    """The `count` classes, sorted, in the most frequent errors of a matrix (C, C)."""
+    errors = confusion.copy()
+    np.fill_diagonal(errors, 0)
+    classes = []
+    for place in np.argsort(-errors, axis=None, kind="stable"):
+        for label in np.unravel_index(place, errors.shape):
+            if label not in classes and len(classes) < count:
+                classes.append(int(label))
+        if len(classes) >= min(count, len(confusion)):
+            break
+    return sorted(classes)
 
-    title = (f"Confusion matrix, {model.info['run']} ({model.info['model_name']}), "
-             f"seed {model.info['config']['seed']}")
-    if not few:
-        title += "; similar classes adjacent"
-    axis.set_title(title, fontsize=11 if few else 14)
-    axis.set(xlabel="predicted class", ylabel="true class")
+
+def confusion_matrix(title, matrix, names, order, most_confused, scale):
+    """A matrix (C, C) with the names of all classes or, where they are many, as an image without
+    names beside one of the classes `most_confused`."""
+    if len(names) <= MAX_NAMED:
+        side = min(FIGURE_WIDTH - 0.5, 3 + 0.2 * len(names))
+        figure, axis = plt.subplots(figsize=(side + 0.5, side))
+        mesh = draw_matrix(axis, matrix, names, order, scale)
+        figure.colorbar(mesh, ax=axis, label=scale.label, shrink=0.7)
+    else:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 4.1),
+                                             width_ratios=(1, 1.5))
+        draw_matrix(left, matrix, None, order, scale)
+        left.set_title(f"all {len(names)} classes, similar classes adjacent")
+
+        part = matrix[np.ix_(most_confused, most_confused)]
+        part_names = [names[i] for i in most_confused]
+        part_order = class_order(np.abs(part))
+        mesh = draw_matrix(right, part, part_names, part_order, scale)
+        right.set_title(f"the {len(most_confused)} most confused classes")
+        figure.colorbar(mesh, ax=(left, right), label=scale.label, location="bottom", shrink=0.5,
+                        aspect=40)
+    figure.suptitle(title)
     return figure
+
+
+def draw_matrix(axis, matrix, names, order, scale):
+    """Cells in percent, with names where there are `names`, and with numbers where they are few."""
+    cells = 100 * matrix[np.ix_(order, order)]
+    # A PDF holds the cells as an image: a million squares would take minutes to show.
+    mesh = axis.pcolormesh(cells, cmap=scale.cmap, norm=scale.norm, rasterized=True)
+    axis.invert_yaxis()
+    axis.set_aspect("equal")
+    axis.grid(visible=False)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    if names is None:
+        axis.set(xticks=[], yticks=[])
+        return mesh
+
+    centres = np.arange(len(order)) + 0.5
+    ordered_names = [short_name(names[i], 16) for i in order]
+    size = 7 if len(names) <= MAX_ANNOTATED else 6
+    upright = len("".join(ordered_names)) <= 30
+    axis.set_xticks(centres, ordered_names, fontsize=size, rotation=0 if upright else 90)
+    axis.set_yticks(centres, ordered_names, fontsize=size)
+    if len(names) <= MAX_ANNOTATED:
+        for row, column in np.ndindex(*cells.shape):
+            value = cells[row, column]
+            if abs(value) >= 0.5:
+                # White on the dark ends of the scale, where its square root passes 0.6.
+                is_dark = abs(value) > 0.36 * scale.norm.vmax
+                axis.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center",
+                          fontsize=6, color="white" if is_dark else "black")
+    return mesh
 
 
 if __name__ == "__main__":
