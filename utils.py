@@ -140,7 +140,8 @@ class KnownError(NamedTuple):
 MEMORY_ADVICE = (
     "there is too little memory; close other programs that use it, or halve --batch-size and "
     "double --accumulate-steps, which gives the same updates except for BatchNorm, or lower "
-    "--image-size; if memory is not short (cuDNN reports other failures like this too), try another --amp-dtype")
+    "--image-size; if memory is not short (cuDNN reports other failures like this too), try "
+    "another --amp-dtype")
 WORKER_ADVICE = (
     "a process that reads images was killed, usually for lack of memory or, in a container, of "
     "/dev/shm; lower --num-workers, and the same command resumes")
