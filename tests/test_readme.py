@@ -96,6 +96,7 @@ def prediction(folder, picture):
     return f"{probability:.1%} {info['class_names'][index]}"
 
 
+@pytest.mark.slow
 def test_recipe_for_a_picture_of_the_quick_run(tmp_path):
     first_recipe = next(text for language, text in FENCE.findall(CHECKPOINTS)
                         if language == "python")
@@ -104,12 +105,14 @@ def test_recipe_for_a_picture_of_the_quick_run(tmp_path):
         assert image.width == image.height
 
 
+@pytest.mark.slow
 def test_recipe_of_the_readme(folder):
     show = "print(model.training, len(model.blocks))"
     printed = run(recipe("For Your Colleagues", README) + show, folder)
     assert printed.split() == ["False", "7"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heading", ["With timm alone", "From the single file"])
 @pytest.mark.parametrize("kind", ["plain", "grey", "black and white", "rgba", "palette", "turned"])
 def test_recipes_without_the_project_see_the_same_pixels(folder, heading, kind):
@@ -118,6 +121,7 @@ def test_recipes_without_the_project_see_the_same_pixels(folder, heading, kind):
     assert run(recipe(heading), folder).strip() == prediction(folder, "picture.png")
 
 
+@pytest.mark.slow
 def test_recipe_with_the_project(folder):
     lines = run(recipe("With the project"), folder).splitlines()
     assert len(lines) == 3
@@ -125,6 +129,7 @@ def test_recipe_with_the_project(folder):
     assert lines[0] == prediction(folder, "picture.png")
 
 
+@pytest.mark.slow
 def test_recipe_that_classifies_a_folder(folder):
     pictures = folder / "pictures" / "some"
     pictures.mkdir(parents=True)
@@ -141,6 +146,7 @@ def test_recipe_that_classifies_a_folder(folder):
     assert "a.txt" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package, heading, output", [
     ("pytorch_grad_cam", "GradCAM", "gradcam.png"), ("shap", "SHAP", "shap.png")])
 def test_recipes_of_the_explainability_team(folder, package, heading, output):
@@ -153,6 +159,7 @@ def test_recipes_of_the_explainability_team(folder, package, heading, output):
         assert image.height > 300
 
 
+@pytest.mark.slow
 def test_onnx_recipe(folder):
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
@@ -222,6 +229,7 @@ def test_a_broken_picture_is_named(folder, name, content):
         data_loader.read_image(file)
 
 
+@pytest.mark.slow
 def test_streamlit_recipe(folder, monkeypatch):
     testing = pytest.importorskip("streamlit.testing.v1")
     monkeypatch.chdir(folder)
@@ -299,6 +307,7 @@ def test_control_shuffles_the_wrong_classes_only(monkeypatch):
     assert not torch.equal(shuffled, control.shuffle_wrong_classes(logits, labels))
 
 
+@pytest.mark.slow
 def test_control_trains_with_the_shuffled_teacher(arguments, monkeypatch):
     """The loop's distillation loss gets the teacher's logits shuffled by that step's own labels."""
     control = load_script("control")
@@ -321,6 +330,7 @@ def test_control_trains_with_the_shuffled_teacher(arguments, monkeypatch):
     assert np.mean(teacher_accuracy) > 0.3  # far above chance level: these labels are the step's
 
 
+@pytest.mark.slow
 def test_search_ranks_by_validation_accuracy(folder, monkeypatch):
     """Two settings on tiny models: both run, and the better one is printed first."""
     train = [sys.executable, str(ROOT / "train_baseline.py"), "--quick", "--student-model",
@@ -349,6 +359,7 @@ def test_search_ranks_by_validation_accuracy(folder, monkeypatch):
         assert f"{utils.load_checkpoint(checkpoint)['val_accuracy']:.2%}" == f"{accuracy}%"
 
 
+@pytest.mark.slow
 def test_figure_of_lengths(tmp_path):
     for folder, gain in (("length_10", 0.01), ("length_kd_10", 0.0), ("length_50", 0.03)):
         report = {
@@ -555,6 +566,7 @@ def test_settings_are_those_of_config():
         assert row[1] == f"`{getattr(config, names([row])[0])}`"
 
 
+@pytest.mark.slow
 def test_model_sizes():
     from torch.utils.flop_counter import FlopCounterMode
     for row, name in zip(rows(README, "Model Sizes"), ("efficientnet_b0", "efficientnet_b2"),
@@ -599,6 +611,7 @@ def test_columns_of_a_history():
     assert names(rows(RESULTS, "What a history holds")) == list(utils.HISTORY_COLUMNS)
 
 
+@pytest.mark.slow
 def test_keys_of_the_comparison(train, arguments):
     """Every key that evaluate.py writes is explained, and each explained section is written."""
     train("baseline")
