@@ -33,7 +33,9 @@ STUDENT_MODEL = "efficientnet_b0"   # timm's name of the student
 PRETRAINED = True             # start both from ImageNet weights
 STUDENT_WEIGHTS = None        # student's weight file (.pth, .safetensors), None: timm's download
 TEACHER_WEIGHTS = None        # teacher's weight file, None: timm's download
-TEACHER_CHECKPOINT = None     # best_model.pth to teach with; None: TEACHER_MODEL, fine-tuned first
+# A teacher that knows the classes already: a best_model.pth of this project, or for TEACHER_MODEL a
+# weight file of yours with its head, or a folder in timm's layout (config.json, model.safetensors).
+TEACHER_CHECKPOINT = None     # teacher of one's own, file or folder; None: fine-tune TEACHER_MODEL
 
 # Distillation: loss = ALPHA * distill_loss + (1 - ALPHA) * cross-entropy; distill_loss is
 # T^2 * KL for kd. The three losses differ in scale: what suits one as ALPHA and T suits no other.
@@ -210,6 +212,12 @@ def existing_file(text):
     return file
 
 
+def existing_path(text):
+    file_or_folder = os.path.expanduser(text)
+    require(os.path.exists(file_or_folder), text, "an existing file or folder")
+    return file_or_folder
+
+
 def existing_folder(text):
     folder = os.path.expanduser(text)
     require(os.path.isdir(folder), text, "an existing folder")
@@ -253,7 +261,7 @@ DISTILLATION = {  # train_distillation.py
 TEACHER = {  # train_distillation.py; the student depends on them through its teacher alone
     "TEACHER_MODEL": model_name,
     "TEACHER_WEIGHTS": existing_file,
-    "TEACHER_CHECKPOINT": existing_file,
+    "TEACHER_CHECKPOINT": existing_path,
     "TEACHER_EPOCHS": positive_int,
     "TEACHER_LEARNING_RATE": positive_float,
 }

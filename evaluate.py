@@ -106,7 +106,8 @@ def main(args):
                          for path in paths[role]]
     teacher_path, no_teacher = find_teacher(trained["distilled"], args)
     if teacher_path:
-        trained["teacher"] = [load_trained(teacher_path, reference, test, data, args, device)]
+        trained["teacher"] = [load_trained(teacher_path, reference, test, data, args, device,
+                                           is_teacher=True)]
 
     # Numbers
     labels = test.labels.numpy()
@@ -268,10 +269,14 @@ def printable_names(class_names):
     return names
 
 
-def load_trained(path, reference, test, data, args, device):
+def load_trained(path, reference, test, data, args, device, is_teacher=False):
     """The TrainedModel of a checkpoint. `reference` is another checkpoint's dict: its classes must
     be this one's, else UserError, and `data` (or None) has its split."""
-    model, info = models.load_model(path, device)
+    if is_teacher:
+        model, info = models.load_recorded_teacher(path, reference["teacher"])
+        model.to(device)
+    else:
+        model, info = models.load_model(path, device)
     mismatch = data_loader.describe_class_mismatch(info["class_names"], reference["class_names"])
     if mismatch or info["dataset"] != reference["dataset"]:
         message = (f"{path} cannot be compared with the distilled student: one is of "
@@ -316,7 +321,7 @@ def find_teacher(students, args):
     # The whole folder of checkpoints may have moved since.
     recorded_path = Path(recorded[0]["path"])
     for path in (recorded_path, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
-        if path.is_file() and utils.sha256(path) == digest:
+        if path.exists() and utils.sha256(models.weight_file(path)) == digest:
             return path, None
     return None, f"the teacher {recorded_path} is gone, or has changed (its SHA-256 differs)"
 

@@ -9,9 +9,11 @@ import copy
 import functools
 import gc
 import itertools
+import json
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -359,6 +361,66 @@ def min_teacher_accuracy(num_classes):
     return max(3 / num_classes, 2 / num_classes + 0.02)
 
 
+def load_teacher_model(path, name, num_classes):
+    """(model in eval mode, info) of a checkpoint of this project, or (model, None) of weights of
+    the timm model `name` that were trained elsewhere, with their head as it is.
+
+    `path` is a weight file (see load_weights) or a folder in timm's layout. UserError where its
+    classifier is not one of `num_classes` classes. That these are the same classes in the same
+    order no file says: measure the model before it teaches.
+    """
+    file = weight_file(path)
+    content = read_weight_file(file)
+    if isinstance(content, dict) and "format_version" in content:
+        return load_model(file)
+
+    model = build_model(name, num_classes)
+    if Path(path).is_dir():
+        use_timm_config(model, Path(path, "config.json"))
+    num_tensors, has_head = load_weights(model, file)
+    if not has_head:
+        raise utils.UserError(f"{path} cannot teach here: it has no classifier of {num_classes} "
+                              "classes, the number of this dataset")
+    print_once(f"{name}: {num_tensors} tensors loaded from {path}, its head included")
+    return model.eval(), None
+
+
+def load_recorded_teacher(path, recorded):
+    """(model in eval mode, info) of the teacher that a student's checkpoint describes in its entry
+    "teacher". That of a teacher made elsewhere has the "info" that its own file lacks."""
+    if "info" not in recorded:
+        return load_model(path)
+    info = {**recorded["info"], "epoch": 0, "val_accuracy": recorded["val_accuracy"]}
+    model, _ = load_teacher_model(path, info["model_name"], info["num_classes"])
+    return model, info
+
+
+def weight_file(path):
+    """The file that holds the weights of `path`: itself, or in a folder the one timm looks for."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise utils.UserError(f"{path} is no folder in timm's layout, which holds config.json and "
+                          "model.safetensors")
+
+
+def use_timm_config(model, file):
+    """Normalise as the config.json of a timm folder says; UserError if it is of another model."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        architecture = config["architecture"]
+        cfg = config.get("pretrained_cfg", config)  # older versions of timm have one level alone
+        model.pretrained_cfg |= {"mean": cfg["mean"], "std": cfg["std"]}
+        set_normalisation(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise utils.UserError(f"{file} is missing, or no config.json of timm") from None
+    if architecture != model.pretrained_cfg["architecture"]:
+        raise utils.UserError(f"{file} is of the model {architecture}; give it as --teacher-model")
+
+
 FOLDABLE = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # subclasses do more with their weights
 
 
@@ -369,6 +431,9 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
     for module in teacher.modules():
         if type(module) in FOLDABLE:
             module.to(dtype)
+    if not all(weight.isfinite().all() for weight in teacher.parameters()):
+        raise utils.UserError("the teacher's weights do not fit into fp16; take --amp-dtype bf16 "
+                              "or fp32")
     teacher.train = lambda mode=True: teacher
     return teacher
 
@@ -424,22 +489,31 @@ def capture_cuda_graph(model, size, args):
     eager_forward = model.forward
     captured_mode = model.training
     state = copy.deepcopy(model.state_dict())
+    captured_logits = None
 
     def forward(images):
+        nonlocal captured_logits
         # Autocast belongs inside what is captured (pytorch #71631, #120930). Evaluation has none.
         if model.training != captured_mode:
             return eager_forward(images)
         with utils.autocast(images.device, args):
-            return eager_forward(images)
+            captured_logits = eager_forward(images)
+        return captured_logits
 
     model.forward = forward
     images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
     images = images.to(memory_format=torch.channels_last)
     try:
         torch.cuda.make_graphed_callables(model, (images,))
+    except torch.OutOfMemoryError:
+        raise  # utils.user_message has advice on it
     except (RuntimeError, AssertionError) as error:  # after which CUDA may be of no more use
         raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
 
+    # The graph holds on to its logits, and through them to autograd nodes of all parameters that
+    # belong to the stream of the capture. Reused, each would cost an event in every step.
+    captured_logits.detach_()
+    captured_logits = None
     model.load_state_dict(state)  # warming up has moved BatchNorm's statistics
     return model
 
@@ -581,7 +655,8 @@ def wrong_entries(info):
 def export_best_student(checkpoint_dir, info):
     """Copy the best student to best_model.pth and, as timm writes models, to best_model/.
 
-    Students compete that have the dataset, classes and split of `info` (a checkpoint's dict).
+    Students compete that have the dataset, classes and split of `info` (a checkpoint's dict). One
+    line says which run and epoch it is, and from when, so that an old file is not taken for new.
     """
     folder = Path(checkpoint_dir)
     file = folder / "best_model.pth"
@@ -589,19 +664,28 @@ def export_best_student(checkpoint_dir, info):
     if utils.RANK:
         return
 
-    best_path, val_accuracy = choose_best_student(folder, info)
+    best_path = choose_best_student(folder, info)
     if best_path is None:
+        if file.exists():
+            print(f"{file} is left as it is: it is of other images, classes or split than these")
         return
+
+    best = utils.load_checkpoint(best_path)
+    run = best_path.parent.relative_to(folder).as_posix()
+    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(best_path.stat().st_mtime))
     with utils.atomic_write(file, "wb") as best_model:
         best_model.write(best_path.read_bytes())
-    print(f"best student so far: {best_path.parent.relative_to(folder)}, {val_accuracy:.2%} on "
-          f"validation images; copied to {file}")
-    export_timm_folder(file, folder / "best_model")
+    print(f"best student so far: {run}, {best['val_accuracy']:.2%} on validation images (epoch "
+          f"{best['epoch']}, saved {saved}); copied to {file}")
+
+    origin = {"run": run, "epoch": best["epoch"], "val_accuracy": best["val_accuracy"],
+              "saved": saved}
+    export_timm_folder(file, folder / "best_model", origin)
 
 
 def choose_best_student(folder, info):
-    """(path, validation accuracy) of the best student below `folder` on the images of `info`; a
-    tie goes to the baseline. (None, 0.0) where there is no such student."""
+    """Path of the best student below `folder` on the images of `info`, by validation accuracy; a
+    tie goes to the baseline. None where no student has these images."""
     best_path = None
     best_accuracy = 0.0
     for run in ("baseline", "distilled"):
@@ -613,7 +697,7 @@ def choose_best_student(folder, info):
             if same_images and is_best:
                 best_path = path
                 best_accuracy = checkpoint["val_accuracy"]
-    return best_path, best_accuracy
+    return best_path
 
 
 def student_checkpoints(folder):
@@ -626,8 +710,9 @@ def student_checkpoints(folder):
     return sorted(file for file in files if file.is_file())
 
 
-def export_timm_folder(file, folder):
-    """Write the model of a best_model.pth as timm writes models: config.json, model.safetensors."""
+def export_timm_folder(file, folder, origin):
+    """Write the model of a best_model.pth as timm writes models: config.json, which also says the
+    model's `origin` (a dict), and model.safetensors."""
     model, info = load_model(file)
     model.pretrained_cfg |= {
         "mean": info["mean"],
@@ -638,7 +723,7 @@ def export_timm_folder(file, folder):
         "test_input_size": None,
         "test_crop_pct": None,
     }
-    more = {"label_names": info["class_names"], "sha256": utils.sha256(file)}
+    more = {"label_names": info["class_names"], "sha256": utils.sha256(file), "origin": origin}
     beside = folder.with_name(".new_best")
 
     shutil.rmtree(folder, ignore_errors=True)

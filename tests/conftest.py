@@ -1,6 +1,7 @@
-"""Shared by all tests: the project on the path, one torch thread, small datasets and models.
+"""Shared by all tests: the project on the path, one torch thread, tiny models and datasets.
 
-    python -m pytest tests
+    python -m pytest tests                   # everything
+    python -m pytest tests -m "not slow"     # without kills, full disks, torchrun, whole scripts
 """
 import os
 import signal
@@ -24,10 +25,14 @@ import train_baseline  # noqa: E402
 import train_distillation  # noqa: E402
 import utils  # noqa: E402
 
-STUDENT, TEACHER = ["--student-model", "test_efficientnet"], ["--teacher-model", "test_resnet"]
+STUDENT = ["--student-model", "test_efficientnet"]
+TEACHER = ["--teacher-model", "test_resnet"]
 SCRIPTS = {"baseline": "train_baseline.py", "distillation": "train_distillation.py",
            "evaluate": "evaluate.py"}
+TIMINGS = ("seconds", "images_per_second")  # columns of the history that no two runs share
 
+
+# Markers ------------------------------------------------------------------------------------------
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes, not seconds; leave out with -m 'not slow'")
@@ -40,20 +45,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+# Training in this process -------------------------------------------------------------------------
+
 @pytest.fixture(autouse=True)
-def handlers_stay():
-    """A script in this process ends it at Ctrl-C; afterwards pytest answers again."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def restore_process_state():
+    """utils.run_script sets signal handlers, and a Run leaves its progress there."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
+    utils.Run.progress = ""
 
 
-def flags_of(script, folder):
-    """--quick on tiny models in float32, its weights not averaged, all folders below `folder`."""
-    flags = ["--quick", "--checkpoint-dir", folder / "checkpoints", "--results-dir",
-             folder / "results", "--data-dir", folder / "data", "--device", "cpu"]
+def small_flags(script, folder):
+    """--quick with tiny models in float32, without EMA, and all folders below `folder`."""
+    flags = ["--quick", "--device", "cpu"]
+    flags += ["--checkpoint-dir", folder / "checkpoints"]
+    flags += ["--results-dir", folder / "results"]
+    flags += ["--data-dir", folder / "data"]
     if script != "evaluate":
         flags += [*STUDENT, "--ema-decay", "0"]
     if script == "distillation":
@@ -65,91 +74,142 @@ def flags_of(script, folder):
 def arguments(tmp_path):
     """A function that parses flags for a script, with all folders below a temporary one."""
     def parse(script, *flags):
-        args = config.parse_args(script, "", [*flags_of(script, tmp_path), *map(str, flags)])
+        args = config.parse_args(script, "", [*small_flags(script, tmp_path), *map(str, flags)])
         if script != "evaluate" and args.amp_dtype == "auto":
-            args.amp_dtype = "fp32"
+            args.amp_dtype = "fp32"  # as utils.setup would
         return args
     return parse
 
 
 @pytest.fixture
 def train(arguments, monkeypatch):
-    """A function that trains as a script does, two short epochs; it returns the folder."""
-    monkeypatch.setattr("models.min_teacher_accuracy", lambda classes: 0.0)  # two epochs teach little
+    """A function that trains as a script does, two short epochs; it returns the checkpoint folder.
+    """
+    monkeypatch.setattr("models.min_teacher_accuracy", lambda num_classes: 0.0)
     mains = {"baseline": train_baseline.main, "distillation": train_distillation.main}
 
     def call(script, *flags):
-        few = ["--num-epochs", "2", "--batch-size", "128"]
+        short = ["--num-epochs", "2", "--batch-size", "128"]
         if script == "distillation":
-            few += ["--teacher-epochs", "2"]
-        args = arguments(script, *few, *flags)
+            short += ["--teacher-epochs", "2"]
+        args = arguments(script, *short, *flags)
         mains[script](args)
         return Path(args.checkpoint_dir)
     return call
 
 
-def start(script, folder, *flags, own_group=False):
-    """A script as a process of its own, on tiny models below `folder`."""
-    command = [sys.executable, ROOT / SCRIPTS[script], *flags_of(script, folder), *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, encoding="utf-8", start_new_session=own_group,
-                            env={**os.environ, "PYTHONUTF8": "1"})
+# Scripts as processes -----------------------------------------------------------------------------
+
+def run_command(command, own_session=False):
+    """Start a process with pipes for its output, in the project's folder."""
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, encoding="utf-8",
+                            start_new_session=own_session, env={**os.environ, "PYTHONUTF8": "1"})
 
 
-def ended(process, seconds=300):
-    """(exit status, stdout, stderr) of a process, which has met no traceback."""
+def start(script, folder, *flags):
+    """Start a script on tiny models, with all folders below `folder`."""
+    return run_command([sys.executable, ROOT / SCRIPTS[script], *small_flags(script, folder),
+                        *flags])
+
+
+def finish(process, seconds=300):
+    """Wait for a process; return (exit status, stdout, stderr). It must show no traceback."""
     out, err = process.communicate(timeout=seconds)
     assert "Traceback" not in err, err
     return process.returncode, out, err
 
 
+def assert_one_message(err, *words):
+    """Standard error holds a single line, with each of `words` in it."""
+    assert err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+
+
+def live_processes():
+    """(process, parent, group) numbers of all processes but those that have ended (zombies)."""
+    columns = ["ps", "-e", "-o", "pid=,ppid=,pgid=,stat="]
+    rows = []
+    for line in subprocess.run(columns, capture_output=True, text=True).stdout.splitlines():
+        process, parent, group, state = line.split()
+        if not state.startswith("Z"):
+            rows.append((int(process), int(parent), int(group)))
+    return rows
+
+
 def children_of(process):
     """Numbers of the processes that `process` has started, in their order."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,stat="], capture_output=True,
-                            text=True).stdout.split()
-    rows = list(zip(listed[::3], listed[1::3], listed[2::3], strict=True))
-    return sorted(int(pid) for pid, parent, state in rows
-                  if int(parent) == process.pid and not state.startswith("Z"))
+    return sorted(number for number, parent, _ in live_processes() if parent == process.pid)
 
 
-def wait_for(condition, seconds=180):
+def members_of_group(group):
+    """Numbers of the processes in a process group: one that was started with own_session=True, and
+    all that it has started in turn."""
+    return [number for number, _, group_of_it in live_processes() if group_of_it == group]
+
+
+def wait_until(condition, seconds=180):
     end = time.time() + seconds
     while not condition():
-        assert time.time() < end
+        assert time.time() < end, "waited in vain"
         time.sleep(0.01)
 
 
-def weights(folder):
-    return torch.load(folder / "best_model.pth", weights_only=True)["state_dict"]
+# What a run has written ---------------------------------------------------------------------------
+
+def quick_folder(folder, run="baseline"):
+    """Where a script started with `small_flags(script, folder)` saves the run."""
+    return folder / "checkpoints" / "quick" / run
+
+
+def has_epoch(run_folder):
+    """Whether a run has saved an epoch."""
+    last_path = run_folder / "last.pth"
+    return last_path.exists() and len(utils.load_checkpoint(last_path)["history"]) > 0
+
+
+def history_of(run_folder):
+    return utils.load_checkpoint(run_folder / "last.pth")["history"]
+
+
+def best_weights(run_folder):
+    return torch.load(run_folder / "best_model.pth", weights_only=True)["state_dict"]
 
 
 def save_best(target, model, info, val_accuracy=0.5):
     """A best_model.pth as a run writes it."""
     utils.save_checkpoint({**info, "state_dict": model.state_dict(), "epoch": 1,
-                     "val_accuracy": val_accuracy}, target)
+                           "val_accuracy": val_accuracy}, target)
+
+
+def without_timings(history):
+    rows = []
+    for row in history:
+        rows.append({name: number for name, number in row.items() if name not in TIMINGS})
+    return rows
+
+
+def outcome(run_folder):
+    """All that a run came to: its best weights, its last states, its history without timings."""
+    last = utils.load_checkpoint(run_folder / "last.pth")
+    return {"best": best_weights(run_folder), "states": last["states"],
+            "history": without_timings(last["history"])}
 
 
 def assert_equal_weights(one, two):
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
 
 
-def untimed(history):
-    """Rows of a history without what a clock measured."""
-    timed = ("seconds", "images_per_second")
-    return [{name: value for name, value in row.items() if name not in timed} for row in history]
+def assert_same_outcome(one, two):
+    assert_equal_weights(one["best"], two["best"])
+    assert_equal_weights(one["states"]["model"], two["states"]["model"])
+    assert one["history"] == two["history"]
 
 
-def result(folder):
-    """All that a run came to: its best weights, its last states, its history but for timings."""
-    last = utils.load_checkpoint(folder / "last.pth")
-    return weights(folder), last["states"], untimed(last["history"])
-
-
-def assert_same_result(one, two):
-    assert_equal_weights(one[0], two[0])
-    assert_equal_weights(one[1]["model"], two[1]["model"])
-    assert one[2] == two[2]
-
+# Datasets -----------------------------------------------------------------------------------------
 
 def write_pictures(folder, classes=("cat", "dog", "eel"), counts=(("train", 8), ("test", 3)),
                    sizes=((40, 60), (70, 50))):

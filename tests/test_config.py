@@ -347,6 +347,7 @@ def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, mo
     ("distillation", "--teacher-model efficientnet_b8 --teacher-checkpoint config.py"),
     ("distillation", "--teacher-model vit_tiny_patch16_224 --teacher-image-size 224"),
     ("distillation", "--teacher-epochs 2 --warmup-epochs 3 --teacher-checkpoint config.py"),
+    ("distillation", "--teacher-checkpoint tests"),  # a folder
     ("distillation", "--teacher-epochs 2 --warmup-epochs 2"),
     ("distillation", "--distillation-loss kd --batch-size 1 --accumulate-steps 2"),
     ("distillation", "--distillation-loss dist --batch-size 3 --mixup-alpha 0"),
@@ -387,6 +388,7 @@ OUTSIDE = {  # values just outside the range
     "CLIP_GRAD": ["-1e-9"], "MIXUP_ALPHA": ["-1e-9"], "CUTMIX_ALPHA": ["-1e-9"],
     "LABEL_SMOOTHING": ["-1e-9", "1"], "EMA_DECAY": ["-1e-9", "1"],
 }
+FOLDERS = {"STUDENT_WEIGHTS": ["."], "TEACHER_WEIGHTS": ["."]}  # where a file is wanted
 AT_THE_EDGE = {  # values that are just legal
     "IMAGE_SIZE": ["32"], "TEACHER_IMAGE_SIZE": ["32"], "BATCH_SIZE": ["1"],
     "ACCUMULATE_STEPS": ["1"], "NUM_EPOCHS": ["1"], "TEACHER_EPOCHS": ["1"], "NUM_WORKERS": ["0"],
@@ -400,7 +402,7 @@ AT_THE_EDGE = {  # values that are just legal
 
 def wrong_values(name):
     kind = next(kind for kind in WRONG_VALUES if allowed(name).startswith(kind))
-    return WRONG_VALUES[kind] + OUTSIDE.get(name, [])
+    return WRONG_VALUES[kind] + OUTSIDE.get(name, []) + FOLDERS.get(name, [])
 
 
 @pytest.mark.parametrize("name", [name for name in CONSTANTS if name not in BOOLEANS])

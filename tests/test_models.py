@@ -480,6 +480,13 @@ def test_frozen_teacher_stays_in_eval_mode():
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_teacher_whose_weights_overflow_in_fp16_is_refused():
+    teacher = models.build_model("test_efficientnet", 5)
+    teacher.conv_stem.weight.data[0] = 1e6
+    with pytest.raises(utils.UserError, match="fp16"):
+        models.freeze_teacher(teacher, 32, torch.float16)
+
+
 def with_digits_statistics(model):
     """`model` in eval mode, its BatchNorms' statistics those of digits, and 64 of them."""
     digits = torch.from_numpy(load_digits().images[:64] / 16).float()
@@ -537,6 +544,92 @@ def test_teacher_mismatch_names_what_differs(changed, words):
     assert all(word in mismatch for word in words)
 
 
+def save_teacher(kind, path, num_classes=5):
+    """A test_efficientnet as a person may have it; returns its path and the model."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=num_classes)
+    if kind == "weight file":
+        path = path / "teacher.pth"
+        torch.save({"state_dict": with_prefix("module.", model.state_dict())}, path)
+    elif kind == "safetensors":
+        path = path / "teacher.safetensors"
+        safetensors.torch.save_file(model.state_dict(), path)
+    elif kind == "timm folder":
+        path = path / "teacher"
+        model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.3, 0.3)}
+        timm.models.save_for_hf(model, path, safe_serialization=True)
+    return path, model.eval()
+
+
+@pytest.mark.parametrize("kind", ["weight file", "safetensors", "timm folder"])
+def test_teacher_made_elsewhere_is_loaded_with_its_head_and_its_normalisation(tmp_path, kind):
+    path, source = save_teacher(kind, tmp_path)
+    model, info = models.load_teacher_model(path, "test_efficientnet", 5)
+    assert info is None
+    assert not model.training
+    images = torch.rand(2, 3, 32, 32)
+    mean = torch.tensor(source.pretrained_cfg["mean"]).view(3, 1, 1)
+    std = torch.tensor(source.pretrained_cfg["std"]).view(3, 1, 1)
+    torch.testing.assert_close(models.forward(model, images), source((images - mean) / std),
+                               rtol=1e-4, atol=1e-5)
+    assert models.weight_file(path).is_file()
+
+
+def test_teacher_of_this_project_comes_with_its_info(tmp_path):
+    info = save_student(tmp_path, "teacher", 0.9)
+    _, loaded = models.load_teacher_model(tmp_path / "teacher" / "best_model.pth", "test_vit", 10)
+    assert loaded["model_name"] == info["model_name"] == "test_efficientnet"
+    assert loaded["val_accuracy"] == 0.9
+
+
+@pytest.mark.parametrize("kind", ["weight file", "safetensors", "timm folder"])
+def test_recorded_teacher_is_loaded_again(tmp_path, kind):
+    """As a student's checkpoint describes it, whatever --teacher-model is by then."""
+    path, _ = save_teacher(kind, tmp_path)
+    teacher, _ = models.load_teacher_model(path, "test_efficientnet", 5)
+    recorded = {"val_accuracy": 0.8, "info": {"model_name": "test_efficientnet", "num_classes": 5}}
+    again, info = models.load_recorded_teacher(path, recorded)
+    assert info["val_accuracy"] == 0.8
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(models.forward(again, images), models.forward(teacher, images))
+
+    save_student(tmp_path, "teacher", 0.9)
+    ours = tmp_path / "teacher" / "best_model.pth"
+    assert models.load_recorded_teacher(ours, {"val_accuracy": 0.9})[1]["val_accuracy"] == 0.9
+
+
+def test_exported_best_student_can_teach(tmp_path):
+    model = models.build_model("test_efficientnet", 10)
+    models.export_best_student(tmp_path, save_student(tmp_path, "baseline", 0.9, model))
+    teacher, _ = models.load_teacher_model(tmp_path / "best_model", "test_efficientnet", 10)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(models.forward(teacher, images), models.forward(model.eval(), images))
+
+
+@pytest.mark.parametrize("kind", ["weight file", "safetensors", "timm folder"])
+def test_teacher_of_another_number_of_classes_is_refused(tmp_path, kind):
+    path, _ = save_teacher(kind, tmp_path, num_classes=7)
+    with pytest.raises(utils.UserError, match="5 classes"):
+        models.load_teacher_model(path, "test_efficientnet", 5)
+
+
+def test_timm_folder_of_another_model_names_it(tmp_path):
+    path, _ = save_teacher("timm folder", tmp_path)
+    with pytest.raises(utils.UserError, match="test_efficientnet; .*--teacher-model"):
+        models.load_teacher_model(path, "test_resnet", 5)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_folder_that_is_not_timms_is_refused(tmp_path, content):
+    path, _ = save_teacher("timm folder", tmp_path)
+    if content is None:
+        (path / "model.safetensors").unlink()
+    else:
+        (path / "config.json").write_text(content)
+    with pytest.raises(utils.UserError, match=r"config\.json"):
+        models.load_teacher_model(path, "test_efficientnet", 5)
+
+
 # CUDA graphs --------------------------------------------------------------------------------------
 
 def pretended_capture(replays, fault=None):
@@ -590,6 +683,41 @@ def test_failed_capture_is_one_sentence(arguments, monkeypatch, fault):
         models.capture_cuda_graph(model.train(), 32, args)
     assert "\n" not in str(error.value)
     assert str(fault).splitlines()[0] in str(error.value)
+
+
+def gradient_nodes(model):
+    """The autograd node that accumulates the gradient of each parameter, as long as one lives."""
+    return [parameter.view_as(parameter).grad_fn.next_functions[0][0]
+            for parameter in model.parameters()]
+
+
+def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch):
+    """torch's graph keeps its logits for as long as the model lives. Their autograd nodes, of the
+    stream of the capture, must not be those that training uses."""
+    kept = []
+
+    def make_graphed(model, sample):
+        kept.append(model(*sample))
+        for node in gradient_nodes(model):
+            node.metadata["of the capture"] = True
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed)
+    args = arguments("baseline", "--cuda-graph", "--amp-dtype", "fp32", "--batch-size", "4")
+    model = models.build_model("test_efficientnet", 10).train()
+    models.capture_cuda_graph(model, 32, args)
+
+    assert kept[0].grad_fn is None
+    assert not any("of the capture" in node.metadata for node in gradient_nodes(model))
+
+
+def test_memory_that_ends_in_a_capture_keeps_its_advice(arguments, monkeypatch):
+    fault = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
+    args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
+    model = models.build_model("test_efficientnet", 10).train()
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        models.capture_cuda_graph(model, 32, args)
+    assert "--batch-size" in utils.user_message(error.value)
 
 
 # Checkpoints --------------------------------------------------------------------------------------
@@ -746,6 +874,28 @@ def test_students_on_other_data_do_not_compete(tmp_path, changes):
     save_student(tmp_path, "baseline", 0.9, **changes)
     models.export_best_student(tmp_path, save_student(tmp_path, "distilled", 0.5))
     assert utils.load_checkpoint(tmp_path / "best_model.pth")["run"] == "distilled"
+
+
+def test_best_student_says_from_which_run_and_when(tmp_path, capsys):
+    info = save_student(tmp_path, "baseline/seed_1", 0.9)
+    os.utime(tmp_path / "baseline" / "seed_1" / "best_model.pth", (0, 1_600_000_000))
+    models.export_best_student(tmp_path, info)
+    out = capsys.readouterr().out
+    for word in ("baseline/seed_1", "90.00%", "epoch 1", "2020-09-1"):
+        assert word in out
+    config_json = json.loads((tmp_path / "best_model" / "config.json").read_text())
+    assert config_json["origin"]["run"] == "baseline/seed_1"
+    assert config_json["origin"]["saved"].startswith("2020-09-1")
+
+
+def test_best_model_of_other_images_is_left_and_said(tmp_path, capsys):
+    info = save_student(tmp_path, "baseline", 0.9)
+    models.export_best_student(tmp_path, info)
+    content = (tmp_path / "best_model.pth").read_bytes()
+    capsys.readouterr()
+    models.export_best_student(tmp_path, {**info, "split_fingerprint": "another"})
+    assert "best_model.pth" in capsys.readouterr().out
+    assert (tmp_path / "best_model.pth").read_bytes() == content
 
 
 @pytest.mark.parametrize("crop_pct, interpolation", [(1.0, "bicubic"), (0.875, "bilinear")])
