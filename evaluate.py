@@ -961,7 +961,7 @@ def heading_lines(numbers):
     return [
         f"Baseline {scores['baseline']['model_name']} against distilled "
         f"{scores['distilled']['model_name']} (teacher: {teacher})",
-        f"{dataset['name']}: {dataset['test_images']} test images of {dataset['num_classes']} "
+        f"{dataset['name']}: {dataset['test_images']:,} test images of {dataset['num_classes']} "
         f"classes, {seeds_text(numbers)}",
     ]
 
@@ -1077,7 +1077,7 @@ def verdict_lines(numbers):
     lines.append(f"95 % CI over the test images alone: {ci_text(comparison['ci_over_images'])}; "
                  f"over the seeds alone: {over_seeds}. McNemar's exact test by seed: p = "
                  f"{p_values}.")
-    if comparison["ci_over_both"] == comparison["ci_over_images"]:
+    if np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
         lines.append("The interval over seeds and images is that over the images, since the seeds "
                      "differ no more than the choice of images makes them differ.")
     return lines
@@ -1087,7 +1087,7 @@ def source_lines(numbers):
     """Where the gain comes from: images that one student alone has right; the teacher's part."""
     comparison = numbers["comparison"]
     average = "On average over the seeds, of" if len(numbers["seeds"]) > 1 else "Of"
-    lines = [f"{average} {numbers['dataset']['test_images']} test images the distilled student "
+    lines = [f"{average} {numbers['dataset']['test_images']:,} test images the distilled student "
              f"alone classifies {count_text(comparison['only_distilled_correct'])} correctly, the "
              f"baseline alone {count_text(comparison['only_baseline_correct'])}."]
 
