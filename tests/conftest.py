@@ -84,13 +84,13 @@ def arguments(tmp_path):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    """256 training images and 64 validation images at most, of any dataset: a moment's epoch."""
+    """128 training images and 32 validation images at most, of any dataset: a moment's epoch."""
     open_dataset = data_loader.open_dataset
 
     def open_few(args):
         data = open_dataset(args)
-        train = data.train.select(range(min(256, len(data.train.labels))))
-        val = data.val.select(range(min(64, len(data.val.labels))))
+        train = data.train.select(range(min(128, len(data.train.labels))))
+        val = data.val.select(range(min(32, len(data.val.labels))))
         return data._replace(train=train, val=val)
 
     monkeypatch.setattr(data_loader, "open_dataset", open_few)
@@ -98,7 +98,7 @@ def few_images(monkeypatch):
 
 @pytest.fixture
 def train(arguments, few_images, monkeypatch):
-    """A function that trains as a script does, two epochs of eight steps; it returns the checkpoint
+    """A function that trains as a script does, two epochs of four steps; it returns the checkpoint
     folder."""
     monkeypatch.setattr("models.min_teacher_accuracy", lambda num_classes: 0.0)
     mains = {"baseline": train_baseline.main, "distillation": train_distillation.main}
