@@ -21,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start; two on b
 torch.set_num_threads(1)
 
 import config  # noqa: E402
+import data_loader  # noqa: E402
 import train_baseline  # noqa: E402
 import train_distillation  # noqa: E402
 import utils  # noqa: E402
@@ -82,14 +83,28 @@ def arguments(tmp_path):
 
 
 @pytest.fixture
-def train(arguments, monkeypatch):
-    """A function that trains as a script does, two short epochs; it returns the checkpoint folder.
-    """
+def few_images(monkeypatch):
+    """128 training images and 32 validation images at most, of any dataset: a moment's epoch."""
+    open_dataset = data_loader.open_dataset
+
+    def open_few(args):
+        data = open_dataset(args)
+        train = data.train.select(range(min(128, len(data.train.labels))))
+        val = data.val.select(range(min(32, len(data.val.labels))))
+        return data._replace(train=train, val=val)
+
+    monkeypatch.setattr(data_loader, "open_dataset", open_few)
+
+
+@pytest.fixture
+def train(arguments, few_images, monkeypatch):
+    """A function that trains as a script does, two epochs of four steps; it returns the checkpoint
+    folder."""
     monkeypatch.setattr("models.min_teacher_accuracy", lambda num_classes: 0.0)
     mains = {"baseline": train_baseline.main, "distillation": train_distillation.main}
 
     def call(script, *flags):
-        short = ["--num-epochs", "2", "--batch-size", "128"]
+        short = ["--num-epochs", "2", "--batch-size", "32"]
         if script == "distillation":
             short += ["--teacher-epochs", "2"]
         args = arguments(script, *short, *flags)

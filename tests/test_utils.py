@@ -172,6 +172,7 @@ def test_reader_of_the_output_that_goes_away_is_one_message(tmp_path):
     assert status == 0
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("flags, status, word", [
     (["--batch-size", "1"], 2, "--batch-size"),
     (["--batch-size", "5000"], 2, "1293"),  # training images
@@ -373,11 +374,12 @@ def test_history_that_is_open_elsewhere_costs_no_epoch(train, tmp_path, monkeypa
     assert len(table.read_text(encoding="utf-8").splitlines()) == 3
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("seconds, status", [(1, 0), (math.inf, 1)])
 def test_checkpoint_that_is_open_elsewhere_is_tried_again(
         arguments, monkeypatch, capsys, seconds, status):
     """A virus scanner lets go after a second; another program does not, and is named."""
-    args = arguments("baseline", "--num-epochs", "1", "--batch-size", "128")
+    args = arguments("baseline", "--num-epochs", "1")
     best_path = utils.run_folder("baseline", args) / "best_model.pth"
     monkeypatch.setattr(os, "replace", refuse_to_replace(best_path, seconds))
     if status:
@@ -691,11 +693,12 @@ def test_read_only_folder_is_one_message(small_disk):
     assert_one_message(err, "error: ", "Read-only file system")
 
 
+@pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("flag", ["--checkpoint-dir", "--results-dir"])
 def test_file_in_place_of_a_folder_is_one_message(arguments, tmp_path, capsys, flag):
     file = tmp_path / "file"
     file.write_text("")
-    args = arguments("baseline", flag, file, "--num-epochs", "1", "--batch-size", "128")
+    args = arguments("baseline", flag, file, "--num-epochs", "1")
     assert utils.run_script(train_baseline.main, args) == 1
     assert_one_message(capsys.readouterr().err, "error: ", "file")
 
