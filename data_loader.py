@@ -12,10 +12,12 @@ import contextlib
 import functools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import sys
+import threading
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup
@@ -40,6 +42,7 @@ CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in 
 CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)  # its width / height
 EXIF_ORIENTATION = 0x0112    # the tag of how a camera was held; from 5 on, width and height swap
+MAX_ASPECT_RATIO = 10        # of a picture that is resized whole before its middle is cut out
 DOWNLOAD_TIMEOUT = 20        # s without an answer
 EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
 
@@ -357,17 +360,24 @@ def decode(folder, files):
 
 @contextlib.contextmanager
 def open_image(file):
-    """A picture (path or open file) as Pillow opens it; UserError for what its decoders raise."""
+    """A picture (path or open file) as Pillow opens it; UserError for all its decoders raise."""
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = file
-        if not isinstance(file, (str, Path)):
-            # An upload has the sender's name as `filename`, an open file its path as `name`.
-            name = getattr(file, "filename", None) or getattr(file, "name", "the file")
-        raise UserError(
-            f"{name} cannot be read as a picture: {utils.first_line(error)}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{image_name(file)} is not a picture") from None
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        # The text of an OSError repeats the file's name.
+        reason = getattr(error, "strerror", None) or utils.first_line(error)
+        raise UserError(f"{image_name(file)} cannot be read as a picture: {reason}") from None
+
+
+def image_name(file):
+    """What to call a picture (path or open file) in a message."""
+    if isinstance(file, (str, Path)):
+        return file
+    # An upload has the sender's name as `filename`, an open file its path as `name`.
+    return getattr(file, "filename", None) or getattr(file, "name", "the file")
 
 
 def read_image(file, min_side=None):
@@ -424,7 +434,21 @@ def crop_to_size(info):
     shorter_side = math.floor(size / info["crop_pct"])
     resize_shorter = transforms.Resize(
         shorter_side, transforms.InterpolationMode(info["interpolation"]))
-    return transforms.Compose([to_rgb, resize_shorter, transforms.CenterCrop(size)])
+    return transforms.Compose(
+        [to_rgb, cut_strip, resize_shorter, transforms.CenterCrop(size)])
+
+
+def cut_strip(image):
+    """The middle of a very long picture, of which only the square in the middle will be seen. One
+    of 65,000 x 1 px would take 17 GB with its shorter side enlarged to 256 px."""
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width = min(image.width, longest)
+    height = min(image.height, longest)
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def build_transform(info):
@@ -587,10 +611,18 @@ def random_views(images, sizes, interpolation, augmentation, i, seed):
 
 
 def init_worker(_):
-    """Let the parent alone decide when a worker ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches all processes of a terminal
+    """Let a worker end when its parent says so or ends itself, and at nothing else."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
     # Of the thread that hands over pictures, when the parent has ended.
     sys.excepthook = lambda *_: None
+    # Under forkserver, which is Python 3.14's way, torch's own watch looks at the server, and that
+    # lives as long as its workers.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def storage_device(pixels, device):
