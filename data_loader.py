@@ -43,6 +43,7 @@ CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resize
 CROP_RATIO = (3 / 4, 4 / 3)  # its width / height
 EXIF_ORIENTATION = 0x0112    # the tag of how a camera was held; from 5 on, width and height swap
 MAX_ASPECT_RATIO = 10        # of a picture that is resized whole before its middle is cut out
+FEW_VAL_IMAGES = 300         # below it one image moves the validation accuracy noticeably
 DOWNLOAD_TIMEOUT = 20        # s without an answer
 EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
 
@@ -81,8 +82,7 @@ def open_dataset(args):
     own_val = load_other_parts(class_names, args)
 
     if own_val is None:
-        train_indices, val_indices = stratified_split(
-            images.labels.numpy(), args.val_fraction, args.split_seed)
+        train_indices, val_indices = split_train_val(images, class_names, args)
         train = images.select(train_indices)
         val = images.select(val_indices)
         chosen = {"val_indices": val_indices.tolist()}
@@ -95,7 +95,10 @@ def open_dataset(args):
     check_batch_size(train, args)
     augmentation = choose_augmentation(train, args)
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
-          f"{len(val.labels)} validation images")
+          f"{len(val.labels)} validation images, which choose the epoch")
+    if len(val.labels) < FEW_VAL_IMAGES:
+        print(f"warning: one validation image is {100 / len(val.labels):.1f} points of accuracy; "
+              "a larger --val-fraction chooses the epoch more reliably")
     return Dataset(name, class_names, train, val, fingerprint, augmentation)
 
 
@@ -130,15 +133,40 @@ def describe_class_mismatch(one, other):
     return ""
 
 
+def split_train_val(images, class_names, args):
+    """Sorted indices of the images to train on and of those to validate on."""
+    labels = images.labels.numpy()
+    counts = np.bincount(labels, minlength=len(class_names))
+    single = [name for name, count in zip(class_names, counts, strict=True) if count < 2]
+    if single:
+        raise UserError(f"a class needs two training images or more, one of them to validate on; "
+                        f"{len(single)} have fewer: {', '.join(single[:10])}")
+    return stratified_split(labels, args.val_fraction, args.split_seed)
+
+
 def stratified_split(labels, fraction, seed):
-    """Sorted indices of the larger and the smaller part of `labels` (N,), stratified by class."""
-    try:
-        larger, smaller = train_test_split(np.arange(len(labels)), test_size=fraction,
-                                           stratify=labels, random_state=seed)
-    except ValueError as error:
-        raise UsageError(f"the {len(labels)} training images cannot be split with --val-fraction "
-                         f"{fraction:g}, every class on both sides: {error}") from None
+    """Sorted indices of the larger and the smaller part of `labels` (N,), stratified by class. Each
+    class has at least one image in both, for which it needs two."""
+    num_classes = len(np.unique(labels))
+    count = math.ceil(fraction * len(labels))
+    count = min(max(count, num_classes), len(labels) - num_classes)
+    larger, smaller = train_test_split(
+        np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed)
+
+    # scikit-learn rounds: of 100, 60 and 3 images a tenth is 11, 6 and 0.
+    larger, smaller = add_missing_classes(larger, smaller, labels, seed)
+    smaller, larger = add_missing_classes(smaller, larger, labels, seed)
     return np.sort(larger), np.sort(smaller)
+
+
+def add_missing_classes(source, target, labels, seed):
+    """Move a random index of each class that `target` lacks from `source`; both, afterwards."""
+    for missing in np.setdiff1d(labels[source], labels[target]):
+        generator = np.random.default_rng([seed, missing])
+        moved = generator.choice(np.sort(source[labels[source] == missing]))
+        source = source[source != moved]
+        target = np.append(target, moved)
+    return source, target
 
 
 def split_fingerprint(class_names, images, chosen):

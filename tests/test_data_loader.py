@@ -30,6 +30,7 @@ import scipy.io
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
 
 import data_loader
 import utils
@@ -131,6 +132,42 @@ def test_split_stays_the_same_from_version_to_version(arguments):
     """Checkpoints record the fingerprint: with another one a teacher would be trained anew."""
     data = data_loader.open_dataset(arguments("baseline"))
     assert data.split_fingerprint.startswith("9260df50bd7e")
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("counts", [(100, 60, 3), (2, 2, 2), (2, 500), (7, 300, 2, 2), (50,) * 10])
+def test_each_class_is_on_both_sides(counts, fraction):
+    """Of 100, 60 and 3 pictures a tenth is 11, 6 and 0 to scikit-learn. Where it gives each class
+    an image on both sides, the split is its own."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    for seed in range(20):
+        train, val = data_loader.stratified_split(labels, fraction, seed)
+        assert np.array_equal(np.sort(np.concatenate([train, val])), np.arange(len(labels)))
+        assert (np.diff(train) > 0).all() and (np.diff(val) > 0).all()
+        in_train = np.bincount(labels[train], minlength=len(counts))
+        in_val = np.bincount(labels[val], minlength=len(counts))
+        assert in_train.min() >= 1 and in_val.min() >= 1
+        assert np.abs(in_val - fraction * np.array(counts)).max() <= max(2, len(counts))
+
+        try:
+            expected = train_test_split(np.arange(len(labels)), test_size=fraction,
+                                        stratify=labels, random_state=seed)
+        except ValueError:  # fewer images than classes on one side
+            continue
+        if all(len(np.unique(labels[part])) == len(counts) for part in expected):
+            assert np.array_equal(train, np.sort(expected[0]))
+            assert np.array_equal(val, np.sort(expected[1]))
+
+
+@pytest.mark.parametrize("count, is_warned", [(100, True), (1500, False)])
+def test_few_validation_images_are_warned_about(arguments, monkeypatch, capsys, count, is_warned):
+    images = data_loader.Images(torch.zeros(2 * count, 3, 8, 8, dtype=torch.uint8), None,
+                                torch.arange(2 * count) % 2, [])
+    monkeypatch.setattr(data_loader, "load_split", lambda *_: (images, ["a", "b"]))
+    data_loader.open_dataset(arguments("baseline", "--val-fraction", "0.1"))
+    out = capsys.readouterr().out
+    assert f"{2 * count // 10} validation images" in out
+    assert ("warning" in out) == is_warned
 
 
 def test_digits_test_part_is_a_fixed_fifth_that_training_does_not_hold(arguments):
@@ -1002,7 +1039,7 @@ def spoil(folder, fault):
     ("many", ["12 of 24", "cat/000.png"]),
     ("empty class", ["train/eel", "no picture"]),
     ("no train", ["pictures/train"]),
-    ("one picture", ["--val-fraction"])])
+    ("one picture", ["cat", "two"])])
 def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, words):
     folder = write_pictures(tmp_path / "pictures")
     spoil(folder, fault)
