@@ -1,10 +1,12 @@
 """Datasets, their split into training, validation and test images, and the batches made of them.
 
-`open_dataset` gives training and validation images; of test images it sees but whether a folder's
-can be decoded. A loader yields images (B, 3, S, S) on the device, floats in [0, 1]; each model
-normalises them itself. Small square images of one size (CIFAR, digits) lie on the device as one
-uint8 tensor and are augmented there by the batch; photographs, and resized crops of any image, by
-worker processes.
+`open_dataset` gives the training and validation images. Of the test images it only learns whether
+the files of a folder can be decoded; evaluate.py reads them with `load_split`.
+
+A loader yields images (B, 3, S, S) on the device, floats in [0, 1]; each model normalises them
+itself. Small square images of one size (CIFAR, digits) are held on the device as one uint8 tensor
+and augmented there a batch at a time. Photographs, and random resized crops of any image, are made
+by worker processes.
 """
 import contextlib
 import functools
@@ -31,13 +33,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.contrib.concurrent import thread_map
 
 import utils
-from utils import UserError, UsageError, first_line, load_checkpoint, save_checkpoint
+from utils import UsageError, UserError
 
-SMALL = 96                   # px: square images of one size up to this side are kept on the device
+SMALL_SIDE = 96              # px: square images of one size up to this side are held on the device
 CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in He et al. 2015
 CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)  # its width / height
-TURNED = 0x0112              # EXIF's tag of how a camera was held; from 5 on, width is height
+EXIF_ORIENTATION = 0x0112    # the tag of how a camera was held; from 5 on, width and height swap
 DOWNLOAD_TIMEOUT = 20        # s without an answer
 EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
 
@@ -50,9 +52,10 @@ class Images(NamedTuple):
     names: list                  # of an image folder's files, for the fingerprint; else []
 
     def select(self, indices):
+        labels = self.labels[indices]
         if self.pixels is not None:
-            return Images(self.pixels[indices], None, self.labels[indices], [])
-        return Images(None, [self.files[i] for i in indices], self.labels[indices], [])
+            return Images(self.pixels[indices], None, labels, [])
+        return Images(None, [self.files[i] for i in indices], labels, [])
 
 
 class Dataset(NamedTuple):
@@ -69,89 +72,149 @@ class Dataset(NamedTuple):
 
 @utils.main_process_first()
 def open_dataset(args):
-    """The `Dataset` of args. Raises UserError if it cannot be had, UsageError if args do not fit."""
-    name, augmentation = args.dataset_name, args.augmentation
-    whole, class_names = load_split(name, "train", args)
-    others = ["val"] if name == "Flowers102" else []
-    if name == "ImageFolder":  # a fault in test/ would else show after the training
-        others = ["test", "val"] if Path(args.dataset_dir, "val").is_dir() else ["test"]
-    found = {part: load_split(name, part, args) for part in others}
-    for part, (_, names) in found.items():
-        if odd := describe_class_mismatch(names, class_names):
-            raise UserError(f"{part}/ and train/ must have the same class folders; {odd}")
-    if "val" in found:
-        train, (val, _) = whole, found["val"]
-        chosen = {"val": val.labels.tolist(), "val_names": val.names}
-    else:
-        train_indices, val_indices = stratified_split(whole.labels.numpy(), args.val_fraction, args.split_seed)
-        train, val = whole.select(train_indices), whole.select(val_indices)
+    """The `Dataset` of args. UserError where it cannot be had, UsageError where args do not fit."""
+    name = args.dataset_name
+    images, class_names = load_split(name, "train", args)
+    own_val = load_other_parts(class_names, args)
+
+    if own_val is None:
+        train_indices, val_indices = stratified_split(
+            images.labels.numpy(), args.val_fraction, args.split_seed)
+        train = images.select(train_indices)
+        val = images.select(val_indices)
         chosen = {"val_indices": val_indices.tolist()}
-    content = {"class_names": class_names, "labels": whole.labels.tolist(), "names": whole.names}
-    fingerprint = sha256(json.dumps(content | chosen).encode()).hexdigest()
-    if len(train.labels) < args.batch_size * args.accumulate_steps:
-        raise UsageError(f"--batch-size {args.batch_size} --accumulate-steps {args.accumulate_steps} "
-                       f"is more than the {len(train.labels)} training images")
-    if augmentation in ("crop", "flip_crop") and train.pixels is None:
-        raise UsageError(f"--augmentation {augmentation} pads and crops small images; "
-                       "photographs take resized_crop or none")
-    if augmentation == "auto":
-        for_small = "crop" if name == "Digits" else "flip_crop"  # a mirrored digit is no digit
-        augmentation = "resized_crop" if train.pixels is None else for_small
+    else:
+        train = images
+        val = own_val
+        chosen = {"val": val.labels.tolist(), "val_names": val.names}
+    fingerprint = split_fingerprint(class_names, images, chosen)
+
+    check_batch_size(train, args)
+    augmentation = choose_augmentation(train, args)
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
           f"{len(val.labels)} validation images")
     return Dataset(name, class_names, train, val, fingerprint, augmentation)
 
 
+def load_other_parts(class_names, args):
+    """The validation images of a dataset that brings its own, else None. The pictures in test/ are
+    only checked: a fault among them would otherwise show after the training."""
+    parts = []
+    if args.dataset_name == "Flowers102":
+        parts = ["val"]
+    elif args.dataset_name == "ImageFolder":
+        parts = ["test"]
+        if Path(args.dataset_dir, "val").is_dir():
+            parts.append("val")
+
+    own_val = None
+    for part in parts:
+        images, names = load_split(args.dataset_name, part, args)
+        if mismatch := describe_class_mismatch(names, class_names):
+            raise UserError(f"{part}/ and train/ must have the same class folders; {mismatch}")
+        if part == "val":
+            own_val = images
+    return own_val
+
+
 def describe_class_mismatch(one, other):
-    """How two lists of class names differ, in a phrase; "" where they are alike."""
-    odd = sorted(set(one) ^ set(other))
-    return (f"{len(odd)} differ: {', '.join(odd[:10])}" if odd else
-            "their order differs" if one != other else "")
-
-
-def duplicates_of_training_images(test, data):
-    """Names of the `test` images that training or validation images repeat to the bit."""
-    as_files = all(images.files for images in (test, data.train, data.val))
-    def digests(images):
-        return [sha256(Path(images.files[i]).read_bytes() if as_files else
-                       load_image(images, i).tobytes()).digest() for i in range(len(images.labels))]
-    known = {*digests(data.train), *digests(data.val)}
-    return [test.names[i] if test.names else f"number {i}"
-            for i, digest in enumerate(digests(test)) if digest in known]
+    """How two lists of class names differ, in a phrase; "" where they are the same."""
+    different = sorted(set(one) ^ set(other))
+    if different:
+        return f"{len(different)} differ: {', '.join(different[:10])}"
+    if one != other:
+        return "their order differs"
+    return ""
 
 
 def stratified_split(labels, fraction, seed):
-    """Indices of the larger and the smaller part of `labels` (N,), stratified, in their order."""
+    """Sorted indices of the larger and the smaller part of `labels` (N,), stratified by class."""
     try:
-        parts = train_test_split(np.arange(len(labels)), test_size=fraction, stratify=labels,
-                                 random_state=seed)
+        larger, smaller = train_test_split(np.arange(len(labels)), test_size=fraction,
+                                           stratify=labels, random_state=seed)
     except ValueError as error:
         raise UsageError(f"the {len(labels)} training images cannot be split with --val-fraction "
-                       f"{fraction:g}, every class on both sides: {error}") from None
-    return [np.sort(part) for part in parts]
+                         f"{fraction:g}, every class on both sides: {error}") from None
+    return np.sort(larger), np.sort(smaller)
+
+
+def split_fingerprint(class_names, images, chosen):
+    """SHA-256 of all training `images` and of those `chosen` among or beside them to validate."""
+    content = {"class_names": class_names, "labels": images.labels.tolist(), "names": images.names}
+    return sha256(json.dumps(content | chosen).encode()).hexdigest()
+
+
+def check_batch_size(train, args):
+    """UsageError where not even one update can be made of the training images."""
+    if len(train.labels) < args.batch_size * args.accumulate_steps:
+        raise UsageError(f"--batch-size {args.batch_size} --accumulate-steps "
+                         f"{args.accumulate_steps} is more than the {len(train.labels)} "
+                         "training images")
+
+
+def choose_augmentation(train, args):
+    """The augmentation that args name or, for "auto", the one that suits the images."""
+    are_photographs = train.pixels is None
+    if args.augmentation in ("crop", "flip_crop") and are_photographs:
+        raise UsageError(f"--augmentation {args.augmentation} pads and crops small images; "
+                         "photographs take resized_crop or none")
+    if args.augmentation != "auto":
+        return args.augmentation
+    if are_photographs:
+        return "resized_crop"
+    if args.dataset_name == "Digits":
+        return "crop"  # a mirrored digit is no digit
+    return "flip_crop"
 
 
 def load_split(name, part, args):
     """The `part` (train, val or test) of dataset `name`: (Images, class names in its own order)."""
     if name == "ImageFolder":
         return read_folder(Path(args.dataset_dir, part), args.data_dir)
+
     if name == "Digits":
         digits = load_digits()
         train, test = stratified_split(digits.target, fraction=0.2, seed=0)
         chosen = test if part == "test" else train
-        gray = torch.from_numpy(digits.images[chosen] * (255 / 16)).round().byte()  # of 0 to 16
+        # Values from 0 to 16 become grey levels from 0 to 255.
+        grey = torch.from_numpy(digits.images[chosen] * (255 / 16)).round().byte()
         labels = torch.from_numpy(digits.target[chosen]).long()
-        return Images(gray[:, None].repeat(1, 3, 1, 1), None, labels, []), list("0123456789")
+        return Images(grey[:, None].repeat(1, 3, 1, 1), None, labels, []), list("0123456789")
+
     if name == "Flowers102":
         flowers = download(datasets.Flowers102, args.data_dir, split=part)
         labels = torch.tensor(flowers._labels)  # neither these nor the files have a public name
         return Images(None, flowers._image_files, labels, []), list(flowers.classes)
-    if name not in ("CIFAR10", "CIFAR100"):  # a checkpoint may say anything
-        raise UserError(f"there is no dataset {name!r} here")
-    cifar = download(getattr(datasets, name), args.data_dir, train=part != "test")
-    pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return Images(pixels, None, torch.tensor(cifar.targets), []), list(cifar.classes)
 
+    if name in ("CIFAR10", "CIFAR100"):
+        cifar = download(getattr(datasets, name), args.data_dir, train=part != "test")
+        pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+        return Images(pixels, None, torch.tensor(cifar.targets), []), list(cifar.classes)
+
+    # The command line allows no other name, but a checkpoint can hold any.
+    raise UserError(f"there is no dataset {name!r} here")
+
+
+def duplicates_of_training_images(test, data):
+    """Names of the `test` images that equal a training or validation image to the bit."""
+    parts = (test, data.train, data.val)
+    # Files are compared unopened, unless one part is held as pixels alone.
+    as_files = all(images.files is not None for images in parts)
+
+    def digests(images):
+        for i in range(len(images.labels)):
+            if as_files:
+                content = Path(images.files[i]).read_bytes()
+            else:
+                content = load_image(images, i).tobytes()
+            yield sha256(content).digest()
+
+    known = {*digests(data.train), *digests(data.val)}
+    found = [i for i, digest in enumerate(digests(test)) if digest in known]
+    return [test.names[i] if test.names else f"number {i}" for i in found]
+
+
+# Downloads ----------------------------------------------------------------------------------------
 
 def download(cls, data_dir, **part):
     """A torchvision dataset, downloaded on first use. Raises UserError with what to do by hand."""
@@ -160,96 +223,137 @@ def download(cls, data_dir, **part):
     try:
         return cls(root=data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
-        if not isinstance(error, (ConnectionError, TimeoutError)) and getattr(error, "errno", None):
-            raise  # it is the disk
-        if cls is datasets.Flowers102:
-            files = {Path(data_dir, "flowers-102", file): (cls._download_url_prefix + file, md5)
-                     for file, md5 in cls._file_dict.values()}
-        else:
-            files = {Path(data_dir, cls.filename): (cls.url, cls.tgz_md5)}
+        is_network = isinstance(error, (ConnectionError, TimeoutError))
+        if getattr(error, "errno", None) and not is_network:
+            raise  # the disk's, of which utils.user_message speaks
         reason = getattr(error, "reason", None) or error
-        by_hand = ", ".join(f"{url} to {path}" for path, (url, _) in files.items())
-        damaged = [f"; {path} is damaged, its MD5 should be {md5}" for path, (_, md5) in
-                   files.items() if path.is_file() and not check_integrity(path, md5)]
-        raise UserError(f"downloading {cls.__name__} failed ({reason}); download {by_hand} by hand "
-                        "and run the same command again, or try the project without any download "
-                        "with --quick" + "".join(damaged)) from None
+        raise UserError(f"downloading {cls.__name__} failed ({reason}); "
+                        f"{download_hint(cls, data_dir)}") from None
     finally:
         socket.setdefaulttimeout(None)
 
 
-# Pictures -----------------------------------------------------------------------------------------
+def download_hint(cls, data_dir):
+    """Which files of a torchvision dataset to download by hand, where to, and which are damaged."""
+    if cls is datasets.Flowers102:
+        folder = Path(data_dir, "flowers-102")
+        files = [(folder / file, cls._download_url_prefix + file, md5)
+                 for file, md5 in cls._file_dict.values()]
+    else:
+        files = [(Path(data_dir, cls.filename), cls.url, cls.tgz_md5)]
+
+    by_hand = ", ".join(f"{url} to {path}" for path, url, _ in files)
+    hint = (f"download {by_hand} by hand and run the same command again, or try the project "
+            "without any download with --quick")
+    for path, _, md5 in files:
+        if path.is_file() and not check_integrity(path, md5):
+            hint += f"; {path} is damaged, its MD5 should be {md5}"
+    return hint
+
+
+# Folders of pictures ------------------------------------------------------------------------------
 
 def read_folder(folder, data_dir):
     """The pictures of `folder`/<class>/*, classes in sorted order: (Images, class names).
 
-    All are decoded once, so that a broken one is found before training. What came out is kept in
-    `data_dir`/decoded/ for the next time, while names, sizes and dates of the files stay the same.
+    All are decoded once, so that a broken one is found before training. The result is cached in
+    `data_dir`/decoded/, for as long as names, sizes and dates of the files stay the same.
     """
     class_names, files, labels = list_pictures(folder)
     names = [file.relative_to(folder).as_posix() for file in files]
+
     stats = [file.stat() for file in files]
-    known_by = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, stats, strict=True)]
-    signature = sha256(json.dumps(known_by).encode()).hexdigest()
+    state = [(name, stat.st_size, stat.st_mtime_ns)
+             for name, stat in zip(names, stats, strict=True)]
+    signature = sha256(json.dumps(state).encode()).hexdigest()
     place = sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    kept = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{place}.pth")
-    try:
-        content = load_checkpoint(kept) if kept.exists() else {}
-    except UserError:
-        print(f"{kept} is damaged and will be made again")
-        content = {}
+    cache = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{place}.pth")
+
+    content = load_cache(cache)
     if content.get("signature") != signature:
         content = {"signature": signature, "pixels": decode(folder, files)}
         try:
-            save_checkpoint(content, kept)
+            utils.save_checkpoint(content, cache)
         except OSError as error:
-            print(f"the decoded pictures could not be kept in {kept} ({error.strerror}); "
+            print(f"the decoded pictures could not be saved to {cache} ({error.strerror}); "
                   "they will be decoded again next time")
+
     pixels = content["pixels"]
-    return Images(pixels, files if pixels is None else None, labels, names), class_names
+    if pixels is not None:
+        return Images(pixels, None, labels, names), class_names
+    return Images(None, files, labels, names), class_names
+
+
+def load_cache(cache):
+    """The content of a file of decoded pictures, {} where there is none that can be read."""
+    if not cache.exists():
+        return {}
+    try:
+        return utils.load_checkpoint(cache)
+    except UserError:
+        print(f"{cache} is damaged and will be made again")
+        return {}
 
 
 def list_pictures(folder):
-    """Class names, sorted, and paths and labels of the pictures below folder/<class>/. Links to
-    folders in there (they may lead in a circle), hidden and other files are passed over."""
-    found = sorted(entry for entry in folder.glob("[!.]*") if entry.is_dir())
-    files, labels, passed = [], [], 0
-    for label, class_folder in enumerate(found):
-        paths = [Path(place, name) for place, _, names in os.walk(class_folder) for name in names]
-        pictures = sorted(
-            path for path in paths if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
-            and path.is_file() and "/." not in path.relative_to(folder).as_posix())
+    """Class names, sorted, and paths and labels of the pictures below folder/<class>/.
+
+    Passed over are hidden files, files that are no pictures, and links to folders in there, which
+    may lead in a circle.
+    """
+    class_folders = sorted(entry for entry in folder.glob("[!.]*") if entry.is_dir())
+    files = []
+    labels = []
+    num_passed_over = 0
+    for label, class_folder in enumerate(class_folders):
+        found = [Path(place, name) for place, _, names in os.walk(class_folder) for name in names]
+        pictures = sorted(path for path in found if is_picture(path, folder))
         if not pictures:
             raise UserError(f"{class_folder} should be a class and has no picture")
         files += pictures
         labels += [label] * len(pictures)
-        passed += len(paths) - len(pictures)
-    if len(found) < 2:
-        raise UsageError(f"{folder} must have two or more folders with pictures, one for each class")
-    if passed:
-        print_once(f"{folder}: {passed} files are no pictures or hidden, and are passed over")
-    return [entry.name for entry in found], files, torch.tensor(labels)
+        num_passed_over += len(found) - len(pictures)
+
+    if len(class_folders) < 2:
+        raise UsageError(
+            f"{folder} must have two or more folders with pictures, one for each class")
+    if num_passed_over:
+        print_once(f"{folder}: {num_passed_over} files are no pictures or hidden, "
+                   "and are passed over")
+    class_names = [entry.name for entry in class_folders]
+    return class_names, files, torch.tensor(labels)
+
+
+def is_picture(path, folder):
+    """Whether a file below `folder` is a picture by its name, and neither it nor one of the folders
+    between is hidden."""
+    has_extension = path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
+    is_hidden = "/." in path.relative_to(folder).as_posix()
+    return has_extension and not is_hidden and path.is_file()
 
 
 def decode(folder, files):
     """Pixels (N, 3, H, H) of small square pictures of one size, else None. Raises UserError."""
     def read(file):
         try:
-            image = read_image(file, 2 * SMALL)
+            image = read_image(file, min_side=2 * SMALL_SIDE)
         except UserError as error:
             return error
-        return np.asarray(image) if image.width == image.height <= SMALL else None
+        is_small = image.width == image.height <= SMALL_SIDE
+        return np.asarray(image) if is_small else None
 
     # Threads are enough, since Pillow decodes outside Python's lock.
-    images = thread_map(read, files, desc=f"reading {folder}", leave=False, disable=None)
-    faults = [str(image) for image in images if isinstance(image, UserError)]
+    results = thread_map(read, files, desc=f"reading {folder}", leave=False, disable=None)
+    faults = [str(result) for result in results if isinstance(result, UserError)]
     if faults:
         raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: "
                         + "; ".join(faults[:10]))
-    if any(image is None or image.shape != images[0].shape for image in images):
+    if any(pixels is None or pixels.shape != results[0].shape for pixels in results):
         return None
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).contiguous()
 
+
+# Pictures -----------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def open_image(file):
@@ -258,53 +362,69 @@ def open_image(file):
         with Image.open(file) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        of_upload = getattr(file, "filename", None) or getattr(file, "name", "the file")
-        name = file if isinstance(file, (str, Path)) else of_upload
-        raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from None
+        name = file
+        if not isinstance(file, (str, Path)):
+            # An upload has the sender's name as `filename`, an open file its path as `name`.
+            name = getattr(file, "filename", None) or getattr(file, "name", "the file")
+        raise UserError(
+            f"{name} cannot be read as a picture: {utils.first_line(error)}") from None
 
 
-def read_image(file, least=None):
-    """A picture (path or open file) as an RGB PIL image; UserError where it cannot be read. A JPEG
-    comes at a half, fourth or eighth of its size where both sides stay at `least` so many px."""
+def read_image(file, min_side=None):
+    """A picture (path or open file) as an RGB PIL image; UserError where it cannot be read. With
+    `min_side` a JPEG comes at a half, fourth or eighth of its size, no side below that many px."""
     with open_image(file) as image:
-        if least:  # skips most of the decoding of a large picture
-            image.draft("RGB", (least, least))
+        if min_side:  # skips most of the decoding of a large picture
+            image.draft("RGB", (min_side, min_side))
         return to_rgb(image)
 
 
 def to_rgb(image):
     """Any PIL image (grey, palette, transparent, 16 bits, turned by EXIF): upright RGB on white."""
     image = ImageOps.exif_transpose(image)
+
     if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would clip them all to white
         values = np.asarray(image, dtype=np.float64)
-        scale = 257 if values.max() > 255 else 1 / 255 if values.max() <= 1 else 1  # floats to 1
+        if values.max() > 255:
+            scale = 257
+        elif values.max() <= 1:
+            scale = 1 / 255
+        else:
+            scale = 1
         image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
-def load_image(images, i, least=None):
+def load_image(images, i, min_side=None):
     """Image `i` of one part as a person sees it: an RGB PIL image, perhaps reduced (read_image)."""
     if images.pixels is None:
-        return read_image(images.files[i], least)
+        return read_image(images.files[i], min_side)
     return transforms.functional.to_pil_image(images.pixels[i])
 
 
 def image_dimensions(images, i):
-    """(width, height) of `picture(images, i)`, from the head of its file."""
+    """(width, height) of `load_image(images, i)`, a file's from its head alone."""
     if images.pixels is not None:
-        return images.pixels.shape[3], images.pixels.shape[2]
+        height, width = images.pixels.shape[2:]
+        return width, height
     with open_image(images.files[i]) as image:
-        return image.size[::-1] if image.getexif().get(TURNED, 1) > 4 else image.size
+        width, height = image.size
+        is_on_its_side = image.getexif().get(EXIF_ORIENTATION, 1) > 4
+    return (height, width) if is_on_its_side else (width, height)
 
 
 def crop_to_size(info):
     """Transform of PIL images, as timm's: shorter side to size / crop_pct, middle square of it."""
-    size, mode = info["image_size"], transforms.InterpolationMode(info["interpolation"])
-    shorter = transforms.Resize(math.floor(size / info["crop_pct"]), mode)
-    return transforms.Compose([to_rgb, shorter, transforms.CenterCrop(size)])
+    size = info["image_size"]
+    shorter_side = math.floor(size / info["crop_pct"])
+    resize_shorter = transforms.Resize(
+        shorter_side, transforms.InterpolationMode(info["interpolation"]))
+    return transforms.Compose([to_rgb, resize_shorter, transforms.CenterCrop(size)])
 
 
 def build_transform(info):
@@ -313,37 +433,54 @@ def build_transform(info):
     return transforms.Compose([crop_to_size(info), transforms.ToTensor(), normalise])
 
 
-# Batches ------------------------------------------------------------------------------------------
+# Sources of batches: pixels on the device, or workers that read files ----------------------------
 
 class SmallImages:
     """Small images of one size, on the device or, where they do not fit, in the host's memory.
-    `sizes` are those to crop them to: the student's and, where it is another, its teacher's."""
-    def __init__(self, images, sizes, interpolation, augmentation, device):
-        self.sizes, self.interpolation, self.device = sizes, interpolation, device
-        self.pixels = images.pixels.to(storage_device(images.pixels, device))
-        self.labels, side = images.labels.to(self.pixels.device), images.pixels.shape[-1]
-        self.margin = 0 if augmentation == "none" else max(1, round(side * CROP_PADDING))
-        self.flip_share = 0.5 if augmentation == "flip_crop" else 0
+    `sizes` are those to resize them to: the student's and, where it is another, its teacher's."""
 
-    def batches(self, order, batch_size, generator, mine=slice(None)):
-        """Yield (views, labels (B,)) of the images `order[mine]` (indices), all on the device: for
-        each of `sizes` the same crops (B, 3, S, S), floats in [0, 1], channels_last."""
-        corners = torch.randint(2 * self.margin + 1, (len(order), 2, 1), generator=generator)[mine]
-        flips = torch.rand(len(order), 1, generator=generator)[mine] < self.flip_share
-        corners, flips = corners.to(self.device), flips.to(self.device)
-        line = torch.arange(self.pixels.shape[-1], device=self.device)
-        channel = torch.arange(3, device=self.device)[:, None, None]
-        order = order[mine].to(self.pixels.device)
-        parts = (part.split(batch_size) for part in (order, corners, flips))
-        for chosen, corner, flip in zip(*parts, strict=True):
-            pixels = self.pixels[chosen].to(self.device)  # a copy only where they are on the host
-            rows, columns = (corner + line).unbind(1)  # each (B, H)
-            columns = torch.where(flip, columns.flip(1), columns)
-            image = torch.arange(len(pixels), device=self.device)[:, None, None, None]
-            padded = F.pad(pixels, [self.margin] * 4)  # with black
-            crops = padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]] / 255
+    def __init__(self, images, sizes, interpolation, augmentation, device):
+        self.sizes = sizes
+        self.interpolation = interpolation
+        self.device = device
+        self.pixels = images.pixels.to(storage_device(images.pixels, device))
+        self.labels = images.labels.to(self.pixels.device)
+
+        side = images.pixels.shape[-1]
+        self.margin = 0 if augmentation == "none" else max(1, round(side * CROP_PADDING))
+        self.flip_probability = 0.5 if augmentation == "flip_crop" else 0
+
+    def batches(self, order, batch_size, generator, rank_rows=slice(None)):
+        """Yield (views, labels (B,)) of the images `order[rank_rows]` (indices), all on the device:
+        for each of `sizes` the same crops (B, 3, S, S), floats in [0, 1], channels_last."""
+        # Drawn for all images of `order` at once, so that each process gets its rows of the same
+        # numbers, and a batch of other size the same crops.
+        corners = torch.randint(2 * self.margin + 1, (len(order), 2, 1), generator=generator)
+        flips = torch.rand(len(order), 1, generator=generator) < self.flip_probability
+
+        order = order[rank_rows].to(self.pixels.device)
+        corners = corners[rank_rows].to(self.device)
+        flips = flips[rank_rows].to(self.device)
+        for indices, corner, flip in zip(order.split(batch_size), corners.split(batch_size),
+                                         flips.split(batch_size), strict=True):
+            pixels = self.pixels[indices].to(self.device)  # a copy only where they are on the host
+            crops = shift_and_flip(pixels, corner, flip, self.margin)
             views = [resize(crops, size, self.interpolation) for size in self.sizes]
-            yield views, self.labels[chosen].to(self.device)
+            yield views, self.labels[indices].to(self.device)
+
+
+def shift_and_flip(pixels, corner, flip, margin):
+    """Crops of uint8 `pixels` (B, 3, H, H) padded with a black margin, as floats in [0, 1].
+    `corner` (B, 2, 1) holds each crop's top and left, `flip` (B, 1) whether it is mirrored."""
+    line = torch.arange(pixels.shape[-1], device=pixels.device)
+    rows, columns = (corner + line).unbind(1)  # each (B, H)
+    columns = torch.where(flip, columns.flip(1), columns)
+
+    # One gather for the whole batch; a loop over its images would launch a kernel for each.
+    image = torch.arange(len(pixels), device=pixels.device)[:, None, None, None]
+    channel = torch.arange(3, device=pixels.device)[:, None, None]
+    padded = F.pad(pixels, [margin] * 4)
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]] / 255
 
 
 def resize(images, size, mode):
@@ -355,95 +492,120 @@ def resize(images, size, mode):
 
 
 class Photographs:
-    """Images of which workers make views: `view(images, i, seed)` is a list of PIL images."""
-    def __init__(self, images, view, device, num_workers, keep_workers=False):
-        self.device, self.labels = device, images.labels.tolist()
-        self.items = []  # refilled for each epoch, so that the DataLoader keeps its workers
-        self.decoded = torch.utils.data.DataLoader(
-            EchoDataset(), batch_sampler=self.items, num_workers=num_workers,
-            collate_fn=functools.partial(decode_batch, functools.partial(view, images)),
-            persistent_workers=keep_workers and num_workers > 0,
-            worker_init_fn=init_worker, pin_memory=device.type == "cuda",
-            generator=torch.Generator())  # or it would draw from the global one, as dropout does
+    """Images of which workers make views: `make_views(i, seed)` is a list of PIL images."""
 
-    def batches(self, order, batch_size, generator, mine=slice(None)):
+    def __init__(self, labels, make_views, device, num_workers, keep_workers=False):
+        self.labels = labels.tolist()
+        self.device = device
+        # The list of batches is refilled for each epoch, so that the DataLoader can stay, and with
+        # it the workers, which take seconds to start where they are not forked.
+        self.batches_to_read = []
+        self.loader = torch.utils.data.DataLoader(
+            EchoDataset(),
+            batch_sampler=self.batches_to_read,
+            collate_fn=functools.partial(read_batch, make_views),
+            num_workers=num_workers,
+            persistent_workers=keep_workers and num_workers > 0,
+            worker_init_fn=init_worker,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the global one, as dropout does
+        )
+
+    def batches(self, order, batch_size, generator, rank_rows=slice(None)):
         """As SmallImages.batches. Raises UserError where a picture cannot be read any more."""
         seeds = torch.randint(2**31, (len(order),), generator=generator)
-        chosen = zip(order[mine].tolist(), seeds[mine].tolist(), strict=True)
-        items = [(i, seed, self.labels[i]) for i, seed in chosen]
-        self.items[:] = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
-        for batch in self.decoded:
+        items = [(i, seed, self.labels[i]) for i, seed in
+                 zip(order[rank_rows].tolist(), seeds[rank_rows].tolist(), strict=True)]
+        self.batches_to_read[:] = [items[start:start + batch_size]
+                                   for start in range(0, len(items), batch_size)]
+
+        for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
             *views, labels = (part.to(self.device, non_blocking=True) for part in batch)
-            yield [(view / 255).contiguous(memory_format=torch.channels_last)
-                   for view in views], labels
+            views = [(view / 255).contiguous(memory_format=torch.channels_last) for view in views]
+            yield views, labels
 
 
 class EchoDataset:
-    """A dataset of whatever it is asked for: here the sampler says it all."""
+    """Returns what it is asked for: the sampler's items say all that a worker needs to know."""
+
     def __getitem__(self, item):
         return item
 
 
-def decode_batch(view, items):
-    """[views (B, 3, S, S) uint8 of each size, labels (B,)] of (i, seed, label) triples; or a
-    UserError: raised, it would come out of the worker with its traceback in its text."""
+def read_batch(make_views, items):
+    """[views (B, 3, S, S) uint8 of each size, labels (B,)] of (i, seed, label) triples. A UserError
+    is returned: raised, it would come out of the worker with its traceback in its text."""
     try:
-        batch = [[*map(pil_to_tensor, view(i, seed)), label] for i, seed, label in items]
+        batch = [[*map(pil_to_tensor, make_views(i, seed)), label] for i, seed, label in items]
     except UserError as error:
         return error
     return torch.utils.data.default_collate(batch)
 
 
-def center_crop_view(info, images, i, seed):
-    """What evaluation sees of a photograph; nothing is random in it."""
+def center_crop_view(images, info, i, seed):
+    """What evaluation sees of image `i`, as a list of one; nothing is random in it."""
     return [crop_to_size(info)(load_image(images, i))]
 
 
-def random_views(sizes, interpolation, augmentation, images, i, seed):
+def random_views(images, sizes, interpolation, augmentation, i, seed):
     """A random resized crop (Szegedy et al. 2015) of image `i`, mirrored or not, at each of the
     `sizes`. With augmentation "none" it is the whole image."""
     width, height = image_dimensions(images, i)
-    top, left, h, w, flip = 0, 0, height, width, False
-    if augmentation != "none":
+    if augmentation == "none":
+        top, left, crop_height, crop_width = 0, 0, height, width
+        is_mirrored = False
+    else:
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
             torch.manual_seed(seed)
-            top, left, h, w = transforms.RandomResizedCrop.get_params(
+            top, left, crop_height, crop_width = transforms.RandomResizedCrop.get_params(
                 torch.empty(0, height, width), CROP_SCALE, CROP_RATIO)
-            flip = torch.rand(()).item() < 0.5
-    views, decoded = [], {}
-    for size in sizes:  # each from a decoding that follows from its own size alone
-        least = math.ceil(size * max(width / w, height / h))  # so that no crop is enlarged for it
-        shrink = next(s for s in (8, 4, 2, 1) if s == 1 or s * least <= min(width, height))
-        if shrink not in decoded:
-            decoded[shrink] = load_image(images, i, least)
-        whole = decoded[shrink]
-        x, y = whole.width / width, whole.height / height
-        right, bottom = min((left + w) * x, whole.width), min((top + h) * y, whole.height)
-        view = whole.resize((size, size), Image.Resampling[interpolation.upper()],
-                            (left * x, top * y, right, bottom))
-        views.append(ImageOps.mirror(view) if flip else view)
+            is_mirrored = torch.rand(()).item() < 0.5
+
+    views = []
+    decoded = {}  # by what a JPEG's sides are divided by
+    for size in sizes:
+        # Enough pixels that the crop is not enlarged. It follows from this size alone, so that a
+        # student sees the same pixels whatever the size of its teacher's.
+        min_side = math.ceil(size * max(width / crop_width, height / crop_height))
+        divisors = [divisor for divisor in (8, 4, 2) if divisor * min_side <= min(width, height)]
+        divisor = max(divisors, default=1)
+        if divisor not in decoded:
+            decoded[divisor] = load_image(images, i, min_side)
+        image = decoded[divisor]
+
+        # The crop's edges in the decoded image; its sides may have been rounded up.
+        x_scale = image.width / width
+        y_scale = image.height / height
+        right = min((left + crop_width) * x_scale, image.width)
+        bottom = min((top + crop_height) * y_scale, image.height)
+        view = image.resize((size, size), Image.Resampling[interpolation.upper()],
+                            (left * x_scale, top * y_scale, right, bottom))
+        views.append(ImageOps.mirror(view) if is_mirrored else view)
     return views
 
 
 def init_worker(_):
-    """Ctrl-C reaches workers too; one that died of it would end training before it is saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = lambda *_: None  # of the thread that sends pictures, when the parent has ended
+    """Let the parent alone decide when a worker ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches all processes of a terminal
+    # Of the thread that hands over pictures, when the parent has ended.
+    sys.excepthook = lambda *_: None
 
 
 def storage_device(pixels, device):
     """Where images live: on the device, or on the host if they need over half its free memory."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what a model before this one has left would count as taken
-        size, free = pixels.numel(), torch.cuda.mem_get_info(device)[0]
-        if size > free / 2:
-            print_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has "
-                     f"{free / 2**30:.1f} GB free")
-            return torch.device("cpu")
-    return device
+    if device.type != "cuda":
+        return device
+
+    torch.cuda.empty_cache()  # what a model before this one has left would count as taken
+    size = pixels.numel()
+    free, _ = torch.cuda.mem_get_info(device)
+    if size <= free / 2:
+        return device
+    print_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has "
+               f"{free / 2**30:.1f} GB free")
+    return torch.device("cpu")
 
 
 print_once = functools.cache(print)  # a line, however many loaders of the same images a run makes
@@ -454,30 +616,49 @@ def derive_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+# Loaders ------------------------------------------------------------------------------------------
+
 class TrainingLoader:
     """Batches of data.train for a model of `info`. All that is random in an epoch follows from
-    (args.seed, epoch) alone. args.accumulate_steps batches make one update, and the last one that
-    is not whole is dropped. Mixup mixes image i with B-1-i: a process takes such pairs whole."""
+    (args.seed, epoch) alone.
+
+    args.accumulate_steps batches make one update, and the last update that is not whole is dropped.
+    Of several processes each yields its rows of the same batches.
+    """
+
     def __init__(self, data, info, args, device):
-        self.seed, self.device, self.count = args.seed, device, len(data.train.labels)
-        self.batch_size, self.accumulate_steps = args.batch_size, args.accumulate_steps
-        pairs = sorted(range(self.batch_size), key=lambda i: min(i, self.batch_size - 1 - i))
-        self.part, size = self.batch_size // utils.WORLD_SIZE, info["image_size"]
-        self.places = torch.tensor(sorted(pairs[utils.RANK * self.part:][:self.part]))
-        sizes = list(dict.fromkeys((size, getattr(args, "teacher_image_size", None) or size)))
-        how = sizes, info["interpolation"], data.augmentation
+        self.seed = args.seed
+        self.device = device
+        self.num_images = len(data.train.labels)
+        self.batch_size = args.batch_size
+        self.accumulate_steps = args.accumulate_steps
+        self.rank_batch_size = self.batch_size // utils.WORLD_SIZE
+        self.rank_places = rank_places(self.batch_size, self.rank_batch_size)
+
+        # One size where the teacher's is the student's, and then one tensor for both.
+        sizes = [info["image_size"]]
+        teacher_size = getattr(args, "teacher_image_size", None)
+        if teacher_size and teacher_size not in sizes:
+            sizes.append(teacher_size)
+
         if data.train.pixels is None or data.augmentation == "resized_crop":
-            view = functools.partial(random_views, *how)
-            self.source = Photographs(data.train, view, device, args.num_workers, True)
+            make_views = functools.partial(
+                random_views, data.train, sizes, info["interpolation"], data.augmentation)
+            self.source = Photographs(
+                data.train.labels, make_views, device, args.num_workers, keep_workers=True)
         else:
-            self.source = SmallImages(data.train, *how, device)
+            self.source = SmallImages(
+                data.train, sizes, info["interpolation"], data.augmentation, device)
+
         self.mixup = None
-        if args.mixup_alpha or args.cutmix_alpha:  # label smoothing is the loss's
-            self.mixup = Mixup(args.mixup_alpha, args.cutmix_alpha, label_smoothing=0.0,
-                               num_classes=info["num_classes"])
+        if args.mixup_alpha or args.cutmix_alpha:
+            self.mixup = Mixup(args.mixup_alpha, args.cutmix_alpha, num_classes=info["num_classes"],
+                               label_smoothing=0.0)  # which the loss does
 
     def __len__(self):
-        return self.count // (self.batch_size * self.accumulate_steps) * self.accumulate_steps
+        """Batches of an epoch."""
+        updates = self.num_images // (self.batch_size * self.accumulate_steps)
+        return updates * self.accumulate_steps
 
     def epoch(self, epoch):
         """Yield (images, labels) batch by batch; labels are (B,), or mixed (B, C) floats."""
@@ -488,31 +669,50 @@ class TrainingLoader:
         """Yield (images, teacher_images, labels): the same crops of the same pictures, each at its
         own size; where the sizes are equal, the same tensor."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        order = torch.randperm(self.count, generator=generator)[:len(self) * self.batch_size]
-        mine = torch.arange(len(order)).view(-1, self.batch_size)[:, self.places].flatten()
-        batches = self.source.batches(order, self.part, generator, mine)
+        order = torch.randperm(self.num_images, generator=generator)
+        order = order[:len(self) * self.batch_size]
+        rows = torch.arange(len(order)).view(-1, self.batch_size)
+        rank_rows = rows[:, self.rank_places].flatten()
+
+        batches = self.source.batches(order, self.rank_batch_size, generator, rank_rows)
         for number, (views, labels) in enumerate(batches):
             if self.mixup:
-                mixed = []
-                for view in views:
-                    np.random.seed(derive_seed(self.seed, epoch, number))  # for timm, all views alike
-                    mixed.append(self.mixup(view, labels))
-                views, (labels, *_) = zip(*mixed, strict=True)
+                views, labels = self.mix(views, labels, derive_seed(self.seed, epoch, number))
             yield views[0], views[-1], labels
+
+    def mix(self, views, labels, seed):
+        """Views mixed in the same way, and their labels (B, C)."""
+        mixed_views = []
+        for view in views:
+            np.random.seed(seed)  # timm draws from NumPy's global generator
+            mixed_view, mixed_labels = self.mixup(view, labels)
+            mixed_views.append(mixed_view)
+        return mixed_views, mixed_labels  # the same for all: CutMix takes no two sizes
+
+
+def rank_places(batch_size, rank_batch_size):
+    """The places within each batch that belong to this process. Mixup mixes image i with B-1-i, so
+    each process takes such pairs whole."""
+    by_pair = sorted(range(batch_size), key=lambda i: min(i, batch_size - 1 - i))
+    first = utils.RANK * rank_batch_size
+    return torch.tensor(sorted(by_pair[first:first + rank_batch_size]))
 
 
 class EvaluationLoader:
     """All `images` once, in order, as the model of `info` wants them: yields (images, labels)."""
+
     def __init__(self, images, info, args, device):
-        size, self.count = info["image_size"], len(images.labels)
+        size = info["image_size"]
+        self.num_images = len(images.labels)
         self.batch_size = min(512, max(16, EVAL_PIXELS // size**2))
         if images.pixels is None:
-            view = functools.partial(center_crop_view, info)
-            self.source = Photographs(images, view, device, args.num_workers)
+            make_views = functools.partial(center_crop_view, images, info)
+            self.source = Photographs(images.labels, make_views, device, args.num_workers)
         else:
             self.source = SmallImages(images, [size], info["interpolation"], "none", device)
 
     def __iter__(self):
-        order, nothing_random = torch.arange(self.count), torch.Generator()
-        for (images,), labels in self.source.batches(order, self.batch_size, nothing_random):
+        order = torch.arange(self.num_images)
+        unused_generator = torch.Generator()  # nothing is random here
+        for (images,), labels in self.source.batches(order, self.batch_size, unused_generator):
             yield images, labels

@@ -4,12 +4,16 @@
     python evaluate.py --quick    # those of the quick run
 
 Dataset, split, image size and crop are the checkpoints' own. Writes into results/ the report for
-people, comparison.json and predictions.npz for programs, and then every figure as PNG and PDF.
+people, comparison.json and predictions.npz for programs, tables as Markdown, LaTeX and CSV, and
+then every figure as PNG and PDF.
 """
 import argparse
+import csv
+import io
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import textwrap
@@ -18,8 +22,10 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
+import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn
@@ -47,6 +53,8 @@ SCORES = {
     "val_accuracy": "validation accuracy",
 }
 MIN_SEEDS = 3          # from so many seeds on, the verdict takes them for a sample too
+MIN_DISCORDANT = 25    # images on which the students differ; with fewer the verdict is undecided
+MIN_CLASSES_TOP5 = 6   # with fewer, five guesses are nearly always right
 CALIBRATION_BINS = 15  # of confidence, equal in width: as Guo et al. 2017
 CONFUSED_PAIRS = 10    # pairs of classes that comparison.json lists for each model
 
@@ -91,14 +99,15 @@ def main(args):
     # Load: every model answers the test images once.
     paths, left_out = find_students(args)
     _, reference = models.load_model(paths["distilled"][0])
-    test, data, no_validation = open_images(reference, args)
+    test, data, missing_classes, no_validation = open_images(reference, args)
     trained = {}
     for role in STUDENTS:
         trained[role] = [load_trained(path, reference, test, data, args, device)
                          for path in paths[role]]
     teacher_path, no_teacher = find_teacher(trained["distilled"], args)
     if teacher_path:
-        trained["teacher"] = [load_trained(teacher_path, reference, test, data, args, device)]
+        trained["teacher"] = [load_trained(teacher_path, reference, test, data, args, device,
+                                           is_teacher=True)]
 
     # Numbers
     labels = test.labels.numpy()
@@ -111,6 +120,7 @@ def main(args):
         "left_out": left_out,
         "trained_on": data_loader.duplicates_of_training_images(test, data) if data else [],
         "no_validation": no_validation,
+        "missing_classes": [printable(name) for name in missing_classes],
     }
 
     # What is written first is safe from whatever may happen to a figure.
@@ -119,10 +129,9 @@ def main(args):
     models.export_best_student(args.checkpoint_dir, reference)
     write_figures(trained, labels, test, numbers, results_dir)
 
-    print("\n" + report.partition("Details\n")[0] + f"Details: {results_dir / REPORT_NAME}, "
-          f"to show: {results_dir / 'accuracy_comparison.png'}")
+    print(f"\n{summary_text(numbers, results_dir)}")
     if args.quick:
-        print("Next, the real thing: python train_baseline.py")
+        print(f"The real comparison starts with: {config.format_command('baseline', [])}")
 
 
 # Load ---------------------------------------------------------------------------------------------
@@ -206,8 +215,8 @@ def how_to_make(role, args):
 
 
 def open_images(info, args):
-    """(test images, data to train and validate, None) of the dataset and the split of `info`, a
-    checkpoint's dict, or (test images, None, why the others cannot be had)."""
+    """The images of `info`, a checkpoint's dict: test images, data that it was trained on (or
+    None), names of the classes without test images, and why there is no data (or None)."""
     settings = argparse.Namespace(**info["config"])
     settings.data_dir = args.data_dir
     settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may lie elsewhere now
@@ -216,23 +225,58 @@ def open_images(info, args):
                         "say where with --dataset-dir DIR")
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings)
-    mismatch = data_loader.describe_class_mismatch(class_names, info["class_names"])
-    if mismatch:
-        raise UserError(f"the test images have other classes than the checkpoints; {mismatch}")
+    test = number_as_checkpoint(test, class_names, info["class_names"])
+    missing_classes = [name for name in info["class_names"] if name not in class_names]
 
     try:
         data = data_loader.open_dataset(settings)
     except UserError as error:
-        return test, None, str(error)
+        return test, None, missing_classes, str(error)
     if data.split_fingerprint != info["split_fingerprint"]:
-        return test, None, "the training images are no longer those of the checkpoints"
-    return test, data, None
+        why = "the training images are no longer those of the checkpoints"
+        return test, None, missing_classes, why
+    return test, data, missing_classes, None
 
 
-def load_trained(path, reference, test, data, args, device):
+def number_as_checkpoint(test, class_names, known_names):
+    """The `test` images with labels that count the checkpoint's `known_names`, of which a test
+    folder may lack some. UserError for a class that the checkpoint does not know."""
+    unknown = [name for name in class_names if name not in known_names]
+    if unknown:
+        raise UserError(f"the test images have {len(unknown)} classes that the checkpoints do not "
+                        f"know: {', '.join(unknown[:10])}")
+    if class_names == known_names:
+        return test
+    new_labels = torch.tensor([known_names.index(name) for name in class_names])
+    return test._replace(labels=new_labels[test.labels])
+
+
+def printable(text):
+    """`text` with a replacement character for each byte of a file's name that is no UTF-8."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def printable_names(class_names):
+    """The names as evaluate.py writes them, numbered where two would otherwise be the same."""
+    names = []
+    for name in map(printable, class_names):
+        unique_name = name
+        count = 1
+        while unique_name in names:
+            count += 1
+            unique_name = f"{name} ({count})"
+        names.append(unique_name)
+    return names
+
+
+def load_trained(path, reference, test, data, args, device, is_teacher=False):
     """The TrainedModel of a checkpoint. `reference` is another checkpoint's dict: its classes must
     be this one's, else UserError, and `data` (or None) has its split."""
-    model, info = models.load_model(path, device)
+    if is_teacher:
+        model, info = models.load_recorded_teacher(path, reference["teacher"])
+        model.to(device)
+    else:
+        model, info = models.load_model(path, device)
     mismatch = data_loader.describe_class_mismatch(info["class_names"], reference["class_names"])
     if mismatch or info["dataset"] != reference["dataset"]:
         message = (f"{path} cannot be compared with the distilled student: one is of "
@@ -253,6 +297,7 @@ def load_trained(path, reference, test, data, args, device):
         history = utils.load_checkpoint(last_path)["history"]
 
     log_probs = infer_log_probs(model, info, test, args, device)
+    info["class_names"] = printable_names(info["class_names"])
     return TrainedModel(path, model, info, log_probs, temperature, history)
 
 
@@ -276,7 +321,7 @@ def find_teacher(students, args):
     # The whole folder of checkpoints may have moved since.
     recorded_path = Path(recorded[0]["path"])
     for path in (recorded_path, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
-        if path.is_file() and utils.sha256(path) == digest:
+        if path.exists() and utils.sha256(models.weight_file(path)) == digest:
             return path, None
     return None, f"the teacher {recorded_path} is gone, or has changed (its SHA-256 differs)"
 
@@ -318,17 +363,21 @@ def compare(trained, labels, validation_images):
     """
     first = trained["baseline"][0].info
     folder = Path(first["config"]["dataset_dir"] or first["dataset"])
+    class_sizes = np.bincount(labels, minlength=first["num_classes"])
     numbers = {
         "dataset": {
-            "name": folder.resolve().name,
+            "name": printable(folder.resolve().name),
             "num_classes": first["num_classes"],
             "test_images": len(labels),
             "validation_images": validation_images,
+            "images_per_class": dict(zip(first["class_names"], class_sizes.tolist(), strict=True)),
         },
         "seeds": [student.info["config"]["seed"] for student in trained["distilled"]],
+        "training": training_settings(trained["distilled"][0].info),
         "versions": first["versions"],
         "models": {role: score_role(group, labels) for role, group in trained.items()},
         "comparison": compare_students(trained, labels),
+        "class_changes": gains_by_class(trained, labels),
         "most_confused": most_confused(trained, labels),
     }
     if is_cifar100(first["class_names"]):
@@ -340,8 +389,19 @@ def compare(trained, labels, validation_images):
             by_seed = [fidelity(student, trained["teacher"][0]) for student in trained[role]]
             numbers["fidelity"][role] = mean_over_seeds(by_seed)
         numbers["teacher_effect"] = teacher_effect(trained, labels)
-        numbers["comparison"] |= compare_with_teacher(numbers["models"])
+        numbers["comparison"] |= compare_with_teacher(trained, labels)
     return numbers
+
+
+def training_settings(info):
+    """What a reader asks first of a distilled student's training; None for what it has not."""
+    settings = info["config"]
+    return {
+        "epochs": settings["num_epochs"],
+        "distillation_loss": settings.get("distillation_loss"),
+        "temperature": settings.get("temperature"),
+        "alpha": settings.get("alpha"),
+    }
 
 
 def score_role(group, labels):
@@ -349,7 +409,8 @@ def score_role(group, labels):
     by_seed = [score_model(model, labels) for model in group]
     main_scores = {}
     for name in SCORES:
-        main_scores[name] = [scores[name] for scores in by_seed]
+        if name in by_seed[0]:
+            main_scores[name] = [scores[name] for scores in by_seed]
 
     sd = None
     if len(group) > 1:
@@ -359,6 +420,7 @@ def score_role(group, labels):
         "image_size": group[0].info["image_size"],
         "epochs": [model.info["epoch"] for model in group],  # that of the checkpoint, by seed
         **mean_over_seeds(by_seed),
+        "top1_ci": confidence_interval(correct_answers(group, labels)),
         "by_seed": main_scores,
         "sd": sd,
     }
@@ -379,20 +441,22 @@ def mean_over_seeds(by_seed):
 
 
 def score_model(model, labels):
-    """What one model scores on the test images; a class without any counts as 0."""
-    classes = np.arange(model.info["num_classes"])
+    """What one model scores on the test images; by class, of the classes that have some."""
+    classes = np.unique(labels)
+    class_names = [model.info["class_names"][i] for i in classes]
     _, recalls, f1, _ = metrics.precision_recall_fscore_support(
         labels, model.predictions, labels=classes, zero_division=0)
-    top5 = np.argsort(model.log_probs, axis=1, kind="stable")[:, -5:]  # (N, 5), or all classes
 
     scores = {
         "val_accuracy": model.info["val_accuracy"],
         "top1": float((model.predictions == labels).mean()),
-        "top5": float((top5 == labels[:, None]).any(1).mean()),
         "macro_f1": float(f1.mean()),
         "calibration": calibration(model.log_probs, labels),
-        "per_class_accuracy": dict(zip(model.info["class_names"], recalls.tolist(), strict=True)),
+        "per_class_accuracy": dict(zip(class_names, recalls.tolist(), strict=True)),
     }
+    if model.info["num_classes"] >= MIN_CLASSES_TOP5:
+        top5 = np.argsort(model.log_probs, axis=1, kind="stable")[:, -5:]  # (N, 5)
+        scores["top5"] = float((top5 == labels[:, None]).any(1).mean())
     if model.temperature:
         scaled = log_softmax(model.log_probs / model.temperature, axis=1)
         scores["calibration_scaled"] = {"temperature": model.temperature}
@@ -405,7 +469,7 @@ def calibration(log_probs, labels):
     rows = np.arange(len(labels))
     probabilities = np.exp(log_probs)
     brier = (probabilities**2).sum(1) - 2 * probabilities[rows, labels] + 1
-    confidence, accuracy, counts = reliability(log_probs, labels)
+    confidence, accuracy, counts = reliability(*top_answers(log_probs, labels))
     return {
         "nll": float(-log_probs[rows, labels].mean()),
         "brier": float(brier.mean()),
@@ -413,11 +477,14 @@ def calibration(log_probs, labels):
     }
 
 
-def reliability(log_probs, labels):
-    """Mean confidence (the top probability), accuracy and number of images, each (BINS,), by bins
-    of confidence (0, 1/15], (1/15, 2/15], ...; an empty one has 0 of all three."""
-    confidence = np.exp(log_probs.max(1))
-    correct = log_probs.argmax(1) == labels
+def top_answers(log_probs, labels):
+    """(N,) confidences, each the top probability, and (N,) whether that answer is correct."""
+    return np.exp(log_probs.max(1)), log_probs.argmax(1) == labels
+
+
+def reliability(confidence, correct):
+    """Mean confidence, accuracy and number of images, each (CALIBRATION_BINS,), by bins of
+    confidence (0, 1/15], (1/15, 2/15], ...; an empty one has 0 of all three."""
     bins = np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1
     bins = np.clip(bins, 0, CALIBRATION_BINS - 1)
 
@@ -475,7 +542,7 @@ def most_confused(trained, labels):
     """
     names = trained["baseline"][0].info["class_names"]
     counts = {role: confusion_counts(group, labels) for role, group in trained.items()}
-    class_sizes = np.bincount(labels, minlength=len(names))
+    class_sizes = np.bincount(labels, minlength=len(names))  # 0 only where all counts are 0
 
     pairs_by_role = {}
     for role in trained:
@@ -554,16 +621,20 @@ def teacher_effect(trained, labels):
 
 # Statistics ---------------------------------------------------------------------------------------
 
+def correct_answers(group, labels):
+    """(seeds, N), whether each model of a role classifies each test image correctly."""
+    return np.array([model.predictions == labels for model in group])
+
+
 def compare_students(trained, labels):
     """The gain, distilled minus baseline in top-1 accuracy, and what follows from it.
 
     Students of one seed are compared image by image. McNemar's test (1947) is exact and two-sided,
     on the images that only one student classifies correctly.
     """
-    correct = {}
-    for role in STUDENTS:
-        correct[role] = np.array([student.predictions == labels for student in trained[role]])
-    gains = correct["distilled"].astype(float) - correct["baseline"]  # (seeds, N) of -1, 0, 1
+    baseline_correct = correct_answers(trained["baseline"], labels)
+    distilled_correct = correct_answers(trained["distilled"], labels)
+    gains = distilled_correct.astype(float) - baseline_correct  # (seeds, N) of -1, 0, 1
 
     only_baseline = (gains < 0).sum(1).tolist()   # images, by seed
     only_distilled = (gains > 0).sum(1).tolist()
@@ -573,21 +644,30 @@ def compare_students(trained, labels):
 
     gain_by_seed = gains.mean(1).tolist()
     ci_over_seeds, t_test_p = t_test(gain_by_seed)
-    several_seeds = len(gain_by_seed) > 1
-    ci = {
-        "images": confidence_interval(gains.mean(0, keepdims=True)),
-        "both": confidence_interval(gains) if several_seeds else None,
-    }
-    verdict_ci = "both" if len(gain_by_seed) >= MIN_SEEDS else "images"
+    ci_over_images = confidence_interval(gains.mean(0, keepdims=True))
+    ci_over_both = None
+    if len(gain_by_seed) > 1:
+        ci_over_both = confidence_interval(gains)
+
+    if len(gain_by_seed) >= MIN_SEEDS:
+        verdict_ci = "both"
+        ci = ci_over_both
+    else:
+        verdict_ci = "images"
+        ci = ci_over_images
+    discordant = int((gains != 0).any(0).sum())
+    word, reason = verdict(ci, discordant, mcnemar_p)
     return {
-        "verdict": verdict(ci[verdict_ci]),
+        "verdict": word,
+        "undecided_because": reason,
         "gain": statistics.fmean(gain_by_seed),
         "gain_by_seed": gain_by_seed,
         "verdict_ci": verdict_ci,
-        "ci_over_images": ci["images"],
+        "ci_over_images": ci_over_images,
         "ci_over_seeds": ci_over_seeds,
-        "ci_over_both": ci["both"],
+        "ci_over_both": ci_over_both,
         "ci_by_seed": [confidence_interval(row[None]) for row in gains],
+        "discordant_images": discordant,
         "only_baseline_correct": statistics.fmean(only_baseline),
         "only_distilled_correct": statistics.fmean(only_distilled),
         "mcnemar_p_by_seed": mcnemar_p,
@@ -595,13 +675,48 @@ def compare_students(trained, labels):
     }
 
 
-def verdict(ci):
+def verdict(ci, discordant, mcnemar_p):
+    """("better", "worse" or "undecided", why it is undecided or None).
+
+    `ci` is the interval of the gain, `discordant` the number of images on which the students
+    differ, `mcnemar_p` the exact test of each seed. The interval takes the mean for normal, which
+    it is not with few such images; of one seed the exact test must agree with it.
+    """
     low, high = ci
-    if low > 0:
-        return "better"
-    if high < 0:
-        return "worse"
-    return "undecided"
+    if low <= 0 <= high:
+        return "undecided", "the interval includes zero"
+    if discordant < MIN_DISCORDANT:
+        return "undecided", (f"the students differ on {discordant} images only; "
+                             f"{MIN_DISCORDANT} or more are needed")
+    if len(mcnemar_p) == 1 and mcnemar_p[0] >= 0.05:
+        return "undecided", (f"McNemar's exact test (p = {mcnemar_p[0]:.2g}) does not confirm the "
+                             "interval")
+    return "better" if low > 0 else "worse", None
+
+
+def gains_by_class(trained, labels):
+    """{class: gain in accuracy and p}, for the classes that have test images.
+
+    `p` is that of a sign test on the class's images, by the sum of their gains over the seeds (with
+    one seed McNemar's exact test), adjusted for the number of classes (Benjamini, Hochberg 1995):
+    of the classes with p < 0.05 one in twenty is expected to be noise.
+    """
+    gains = (correct_answers(trained["distilled"], labels).astype(float)
+             - correct_answers(trained["baseline"], labels))
+    class_names = trained["baseline"][0].info["class_names"]
+    present = np.unique(labels)
+
+    p_values = []
+    for label in present:
+        sums = gains[:, labels == label].sum(0)
+        p_values.append(exact_mcnemar(int((sums < 0).sum()), int((sums > 0).sum())))
+    adjusted = stats.false_discovery_control(p_values)
+
+    changes = {}
+    for label, p in zip(present, adjusted, strict=True):
+        gain = float(gains[:, labels == label].mean())
+        changes[class_names[label]] = {"gain": gain, "p": float(p)}
+    return changes
 
 
 def confidence_interval(gains):
@@ -657,14 +772,21 @@ def t_test(gain_by_seed):
     return [float(bound) for bound in test.confidence_interval()], float(test.pvalue)
 
 
-def compare_with_teacher(scores):
-    """Whether the teacher is better than the baseline, and what share of its lead was recovered."""
-    baseline_accuracy = scores["baseline"]["top1"]
-    lead = scores["teacher"]["top1"] - baseline_accuracy
-    gain = scores["distilled"]["top1"] - baseline_accuracy
+def compare_with_teacher(trained, labels):
+    """The teacher's lead over the baseline, with its interval, and what share of it was recovered:
+    None unless the lead is more than noise, since a gain divided by noise means nothing."""
+    baseline_correct = correct_answers(trained["baseline"], labels)
+    distilled_correct = correct_answers(trained["distilled"], labels)
+    teacher_correct = correct_answers(trained["teacher"], labels)  # (1, N)
+    lead_ci = confidence_interval(teacher_correct.astype(float) - baseline_correct)
+
+    lead = float(teacher_correct.mean() - baseline_correct.mean())
+    gain = float(distilled_correct.mean() - baseline_correct.mean())
     return {
+        "teacher_lead": lead,
+        "teacher_lead_ci": lead_ci,
         "teacher_beats_baseline": lead > 0,
-        "advantage_recovered": gain / lead if lead > 0 else None,
+        "advantage_recovered": gain / lead if lead_ci[0] > 0 else None,
     }
 
 
@@ -815,6 +937,23 @@ def report_text(numbers):
     return "\n\n".join(paragraphs) + "\n"
 
 
+def summary_text(numbers, results_dir):
+    """What the script prints last: what was compared, the verdict, accuracies, where to look."""
+    lines = heading_lines(numbers)
+    for warning in warning_texts(numbers):
+        lines.append(f"WARNING: {warning}.")
+    lines.append("")
+    lines.append(verdict_lines(numbers)[0])
+    accuracies = []
+    for role, scores in numbers["models"].items():
+        accuracies.append(f"{role} {scores['top1']:.2%}")
+    lines.append(f"Top-1 accuracy: {', '.join(accuracies)}")
+    lines.append(f"Figure: {results_dir / 'accuracy_comparison.png'}")
+    lines.append(f"Report: {results_dir / REPORT_NAME}")
+    return "\n".join(textwrap.fill(line, REPORT_WIDTH, break_on_hyphens=False,
+                                   break_long_words=False) for line in lines)
+
+
 def heading_lines(numbers):
     scores = numbers["models"]
     teacher = scores["teacher"]["model_name"] if "teacher" in scores else "no longer available"
@@ -822,7 +961,7 @@ def heading_lines(numbers):
     return [
         f"Baseline {scores['baseline']['model_name']} against distilled "
         f"{scores['distilled']['model_name']} (teacher: {teacher})",
-        f"{dataset['name']}: {dataset['test_images']} test images of {dataset['num_classes']} "
+        f"{dataset['name']}: {dataset['test_images']:,} test images of {dataset['num_classes']} "
         f"classes, {seeds_text(numbers)}",
     ]
 
@@ -839,22 +978,53 @@ def warning_texts(numbers):
     if notes["unfair"]:
         texts.append("This is no fair pair, these differ between the two runs: "
                      + "; ".join(notes["unfair"]))
-    if not numbers["comparison"].get("teacher_beats_baseline", True):
-        texts.append("The teacher does not beat the baseline on these images; "
-                     "little can be learned from it")
+    texts += weakness_texts(numbers)
+    if notes["missing_classes"]:
+        texts.append(f"{len(notes['missing_classes'])} classes have no test images, and all "
+                     f"numbers are of the others: {shorten_list(notes['missing_classes'])}")
     if notes["no_teacher"]:
         texts.append(f"No teacher in this report: {notes['no_teacher']}")
     if notes["trained_on"]:
-        shown = ", ".join(notes["trained_on"][:5])
-        if len(notes["trained_on"]) > 5:
-            shown += ", …"
         texts.append(f"{len(notes['trained_on'])} test images are, to the bit, among the training "
-                     f"or validation images too: {shown}")
+                     f"or validation images too: {shorten_list(notes['trained_on'])}")
     if notes["no_validation"]:
         texts.append(f"No temperature scaling: {notes['no_validation']}")
     if notes["left_out"]:
         texts.append(f"Left out: {', '.join(notes['left_out'])}")
     return texts
+
+
+def weakness_texts(numbers):
+    """What makes the comparison say little: a weak teacher, students near chance level."""
+    texts = []
+    comparison = numbers["comparison"]
+    if "teacher_lead" in comparison:
+        lead = (f"{points(comparison['teacher_lead'])} percentage points, 95 % CI "
+                f"{ci_text(comparison['teacher_lead_ci'])}")
+        if not comparison["teacher_beats_baseline"]:
+            texts.append(f"The teacher does not beat the baseline on these images ({lead}); little "
+                         "can be learned from it")
+        elif comparison["teacher_lead_ci"][0] <= 0:
+            texts.append(f"The teacher's lead over the baseline ({lead}) may be noise")
+
+    class_sizes = numbers["dataset"]["images_per_class"].values()
+    chance = max(class_sizes) / sum(class_sizes)  # of always naming the largest class
+    enough = max(chance, models.min_teacher_accuracy(numbers["dataset"]["num_classes"]))
+    for role in STUDENTS:
+        accuracy = numbers["models"][role]["top1"]
+        if accuracy <= enough:
+            texts.append(f"The {role} student, at {accuracy:.2%}, is hardly above chance level "
+                         f"({chance:.2%}); train longer or on more images before comparing")
+    return texts
+
+
+def shorten_list(names, shown=5):
+    text = ", ".join(names[:shown])
+    return f"{text}, …" if len(names) > shown else text
+
+
+def verdict_interval(comparison):
+    return comparison[f"ci_over_{comparison['verdict_ci']}"]
 
 
 def points(fraction):
@@ -875,21 +1045,29 @@ def verdict_lines(numbers):
     """The verdict, and with several seeds what seeds alone and images alone would say."""
     comparison = numbers["comparison"]
     seeds = len(numbers["seeds"])
-    p_values = ", ".join(f"{p:.2g}" for p in comparison["mcnemar_p_by_seed"])
+    basis = "over the test images"
     if comparison["verdict_ci"] == "both":
         basis = f"over {seeds} seeds and the test images"
-        ci = comparison["ci_over_both"]
-    else:
-        basis = f"over test images, McNemar's p = {p_values}"
-        ci = comparison["ci_over_images"]
     gain = (f"{points(comparison['gain'])} percentage points of top-1 accuracy "
-            f"(95 % CI {ci_text(ci)} {basis})")
+            f"(95 % CI {ci_text(verdict_interval(comparison))} {basis})")
 
     if comparison["verdict"] == "undecided":
-        lines = [f"Undecided whether distillation helped: {gain}, which includes zero."]
+        lines = [f"Undecided whether distillation helped: {gain}; "
+                 f"{comparison['undecided_because']}."]
     else:
         lines = [f"The distilled student is {comparison['verdict']} than the baseline: {gain}."]
+    scores = numbers["models"]
+    val_gain = scores["distilled"]["val_accuracy"] - scores["baseline"]["val_accuracy"]
+    _, high = verdict_interval(comparison)
+    if val_gain > 0 and val_gain > high:
+        lines.append(f"The gain on the validation images, {points(val_gain)} percentage points, is "
+                     "not borne out by the test images. The validation images are fewer, and they "
+                     "chose the epochs.")
+
+    p_values = ", ".join(f"{p:.2g}" for p in comparison["mcnemar_p_by_seed"])
     if seeds == 1:
+        lines.append(f"McNemar's exact test: p = {p_values}. One seed says nothing about how much "
+                     "another one would differ.")
         return lines
 
     over_seeds = "none, since all gain the same"
@@ -897,7 +1075,11 @@ def verdict_lines(numbers):
         over_seeds = (f"{ci_text(comparison['ci_over_seeds'])} "
                       f"(paired t-test p = {comparison['t_test_p']:.2g})")
     lines.append(f"95 % CI over the test images alone: {ci_text(comparison['ci_over_images'])}; "
-                 f"over the seeds alone: {over_seeds}.")
+                 f"over the seeds alone: {over_seeds}. McNemar's exact test by seed: p = "
+                 f"{p_values}.")
+    if np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
+        lines.append("The interval over seeds and images is that over the images, since the seeds "
+                     "differ no more than the choice of images makes them differ.")
     return lines
 
 
@@ -905,7 +1087,7 @@ def source_lines(numbers):
     """Where the gain comes from: images that one student alone has right; the teacher's part."""
     comparison = numbers["comparison"]
     average = "On average over the seeds, of" if len(numbers["seeds"]) > 1 else "Of"
-    lines = [f"{average} {numbers['dataset']['test_images']} test images the distilled student "
+    lines = [f"{average} {numbers['dataset']['test_images']:,} test images the distilled student "
              f"alone classifies {count_text(comparison['only_distilled_correct'])} correctly, the "
              f"baseline alone {count_text(comparison['only_baseline_correct'])}."]
 
@@ -990,7 +1172,8 @@ def score_table(numbers):
     scores = list(numbers["models"].values())
     lines = [table_row("Scores on the test images", map(str.capitalize, roles), indent="")]
     for key, label in SCORES.items():
-        lines.append(table_row(label, number_cells(scores, key, ".2%")))
+        if key in scores[0]:
+            lines.append(table_row(label, number_cells(scores, key, ".2%")))
     epochs = [", ".join(map(str, role_scores["epochs"])) for role_scores in scores]
     lines.append(table_row("best epoch, by seed", epochs))
     return lines
@@ -1101,8 +1284,17 @@ def confusion_table(numbers, shown=5):
     return lines
 
 
+# Files --------------------------------------------------------------------------------------------
+
 def write_numbers(trained, labels, numbers, report, results_dir):
-    """predictions.npz (the first seed's), comparison.json and the report."""
+    """The report, comparison.json, the tables, and predictions.npz of the first seed."""
+    write_text(results_dir / REPORT_NAME, report)
+    write_text(results_dir / "comparison.json",
+               json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False))
+    write_text(results_dir / "comparison_table.md", markdown_table(numbers))
+    write_text(results_dir / "comparison_table.tex", latex_table(numbers))
+    write_text(results_dir / "per_class_accuracy.csv", per_class_csv(numbers))
+
     probabilities = {}
     for role, group in trained.items():
         probabilities[role] = np.exp(group[0].log_probs).astype(np.float32)
@@ -1110,15 +1302,127 @@ def write_numbers(trained, labels, numbers, report, results_dir):
     with utils.atomic_write(results_dir / "predictions.npz", "wb") as file:
         np.savez_compressed(file, labels=labels, class_names=class_names, **probabilities)
 
-    with utils.atomic_write(results_dir / "comparison.json") as file:
-        json.dump(numbers, file, indent=1, ensure_ascii=False, allow_nan=False)
-    with utils.atomic_write(results_dir / REPORT_NAME) as file:
-        file.write(report)
+
+def write_text(path, text):
+    with utils.atomic_write(path) as file:
+        file.write(printable(text))
+
+
+def setting_parts(numbers):
+    """What was compared, for the head of a table and below a figure: dataset, pair, loss, ..."""
+    dataset = numbers["dataset"]
+    training = numbers["training"]
+    scores = numbers["models"]
+    parts = [f"{dataset['name']}, {dataset['num_classes']} classes",
+             f"{dataset['test_images']:,} test images",
+             f"student {scores['distilled']['model_name']}"]
+    if "teacher" in scores:
+        parts.append(f"teacher {scores['teacher']['model_name']}")
+    if training["distillation_loss"]:
+        parts.append(f"{training['distillation_loss']}, T = {training['temperature']:g}, "
+                     f"α = {training['alpha']:g}")
+    parts.append(f"{training['epochs']} epochs")
+    parts.append(seeds_text(numbers))
+    return parts
+
+
+def setting_line(numbers):
+    return " · ".join(setting_parts(numbers))
+
+
+def comparison_rows(numbers):
+    """Heads and rows, all texts, of the table for a paper or a README: teacher, baseline and
+    distilled student, ± the standard deviation over the seeds."""
+    heads = ["", "model", "top-1 (%)", "gain, points (95 % CI)"]
+    if "top5" in numbers["models"]["baseline"]:
+        heads.append("top-5 (%)")
+    heads += ["macro-F1 (%)", "NLL", "parameters (M)", "MACs (M)"]
+
+    rows = []
+    for role in ("teacher", "baseline", "distilled"):
+        if role not in numbers["models"]:
+            continue
+        scores = numbers["models"][role]
+        cost = numbers["inference"][role]
+        row = [role, scores["model_name"], score_text(scores, "top1"), ""]
+        if role == "distilled":
+            comparison = numbers["comparison"]
+            row[3] = f"{points(comparison['gain'])} ({ci_text(verdict_interval(comparison))})"
+        if "top5" in scores:
+            row.append(score_text(scores, "top5"))
+        row.append(score_text(scores, "macro_f1"))
+        row.append(f"{scores['calibration']['nll']:.3f}")
+        row.append(f"{cost['parameters'] / 1e6:.2f}")
+        row.append(f"{cost['macs'] / 1e6:,.1f}")
+        rows.append(row)
+    return heads, rows
+
+
+def score_text(scores, key):
+    text = f"{100 * scores[key]:.2f}"
+    if scores["sd"]:
+        text += f" ± {100 * scores['sd'][key]:.2f}"
+    return text
+
+
+def markdown_table(numbers):
+    heads, rows = comparison_rows(numbers)
+    lines = [setting_line(numbers), ""]
+    for cells in (heads, ["---"] * len(heads), *rows):
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def latex_table(numbers):
+    r"""A tabular for \usepackage{booktabs}."""
+    heads, rows = comparison_rows(numbers)
+    lines = [f"% {setting_line(numbers)}", rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
+             r"\toprule", latex_row(heads), r"\midrule"]
+    for row in rows:
+        lines.append(latex_row(row))
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def latex_row(cells):
+    escaped = []
+    for cell in cells:
+        text = re.sub(r"([&%$#_{}])", r"\\\1", cell)
+        text = re.sub(r"(^|[ (])-(?=\d)", r"\1$-$", text)  # a minus is longer than a hyphen
+        escaped.append(text.replace("±", r"$\pm$"))
+    return " & ".join(escaped) + r" \\"
+
+
+def per_class_csv(numbers):
+    """A row for each class: its test images, accuracies, gain, and p (see `gains_by_class`)."""
+    roles = list(numbers["models"])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "test_images", *roles, "gain", "p"])
+    for name, images in numbers["dataset"]["images_per_class"].items():
+        row = [name, images]
+        change = numbers["class_changes"].get(name)
+        if change is None:  # the class has no test images
+            row += [""] * (len(roles) + 2)
+        else:
+            row += [numbers["models"][role]["per_class_accuracy"][name] for role in roles]
+            row += [change["gain"], change["p"]]
+        writer.writerow(row)
+    return text.getvalue()
 
 
 # Figures ------------------------------------------------------------------------------------------
 
 matplotlib.use("Agg")  # no window, also without a display
+
+FIGURE_WIDTH = 7      # inches, of a page; no text is below 6 pt there
+MAX_CHANGES = 30      # classes of which the changes are shown
+MAX_NAMED = 50        # classes whose names a confusion matrix has room for, at 6 pt
+MAX_NAMED_BESIDE = 20  # the same, of one that stands beside another
+MAX_ANNOTATED = 20    # classes whose cells have room for a number
+MAX_ORDERED = 300     # classes up to which neighbours are optimised, which takes C**3 steps
+GALLERY_COLUMNS = 4
+GALLERY_MOST = 8      # pictures of each kind
 
 # Colours of Okabe and Ito, which the colour-blind tell apart; lines and markers differ in grey too.
 STYLES = {
@@ -1126,6 +1430,8 @@ STYLES = {
     "distilled": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "Distilled"},
     "teacher": {"color": "#595959", "linestyle": ":", "marker": "^", "label": "Teacher"},
 }
+GAIN_COLOR = "#009E73"
+LOSS_COLOR = "#D55E00"
 
 # Matplotlib takes each character from the first of these that has it. The first comes with it; the
 # others are the systems' own for Chinese, Japanese, Korean, Arabic, Hindi.
@@ -1138,17 +1444,16 @@ FONT_FAMILIES = (
 
 
 def write_figures(trained, labels, test, numbers, results_dir):
-    """Write every figure as PNG and PDF into `results_dir`."""
-    installed = set(fontManager.get_font_names())
-    families = [family for family in FONT_FAMILIES if family in installed]
-    seaborn.set_theme(style="whitegrid", context="paper", font=families, rc={
-        "figure.constrained_layout.use": True,
-        "savefig.dpi": 200,
-        "savefig.bbox": "tight",
-        "text.parse_math": False,  # a $ is no formula in a class name
-    })
+    """Write every figure as PNG and PDF into `results_dir`, one after the other for memory."""
+    set_figure_style()
+    caption = figure_caption(numbers)
 
     def save(name, figure):
+        # Below all else, so that no layout has to make room for it.
+        figure.draw_without_rendering()
+        bottom = figure.get_tightbbox().y0 / figure.get_figheight()
+        figure.text(0.5, bottom - 0.01, caption, ha="center", va="top", fontsize=6,
+                    color="#666666")
         for extension, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with utils.atomic_write(results_dir / f"{name}.{extension}", "wb") as file:
                 figure.savefig(file, format=extension, metadata=metadata)
@@ -1157,53 +1462,230 @@ def write_figures(trained, labels, test, numbers, results_dir):
     with warnings.catch_warnings():
         # A character that no font has is a box in the figure, which says enough.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        save("training_curves", training_curves(trained))
         save("accuracy_comparison", accuracy_comparison(numbers))
+        save("training_curves", training_curves(trained))
         save("distillation_diagnostics", distillation_diagnostics(trained))
-        save("reliability_diagram", reliability_diagram(trained, labels))
+        save("reliability_diagram", reliability_diagram(trained, labels, numbers))
         save("class_changes", class_changes(numbers))
         save("gallery", gallery(trained, labels, test))
 
-        shares = {role: confusion_shares(group[0], labels) for role, group in trained.items()}
+        shares = confusion_shares(trained, labels)
+        names = trained["baseline"][0].info["class_names"]
         order = class_order(sum(shares.values()))
+        most = most_confused_classes(sum(shares.values()), MAX_NAMED_BESIDE)
         for role, matrix in shares.items():
-            save(f"confusion_matrix_{role}", confusion_matrix(trained[role][0], matrix, order))
+            title = f"Confusion matrix, {role} ({numbers['models'][role]['model_name']})"
+            save(f"confusion_matrix_{role}",
+                 confusion_matrix(title, matrix, names, order, most, SHARE_SCALE))
+        difference = shares["distilled"] - shares["baseline"]
+        title = "Confusion matrix, difference: distilled minus baseline"
+        save("confusion_matrix_difference",
+             confusion_matrix(title, difference, names, order, most, difference_scale(difference)))
+
+
+def set_figure_style():
+    installed = set(fontManager.get_font_names())
+    families = [family for family in FONT_FAMILIES if family in installed]
+    seaborn.set_theme(style="whitegrid", context="paper", font=families, rc={
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 200,
+        "savefig.bbox": "tight",
+        "text.parse_math": False,  # a $ is no formula in a class name
+        "figure.titlesize": 9,
+        "axes.titlesize": 8,
+        "axes.labelsize": 7.5,
+        "xtick.labelsize": 7,
+        "ytick.labelsize": 7,
+        "legend.fontsize": 7,
+        "grid.color": "#e8e8e8",
+    })
+
+
+def figure_caption(numbers):
+    """The setting in lines that break between its parts only."""
+    parts = setting_parts(numbers)
+    unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
+    return textwrap.fill(" · ".join(unbroken), 150)
+
+
+# Figures: scores ----------------------------------------------------------------------------------
+
+def accuracy_comparison(numbers):
+    """The figure to show others: accuracies, and the gain with the verdict in its title."""
+    rows = len(gain_rows(numbers))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 1.5 + 0.24 * rows))
+    draw_accuracies(left, numbers)
+    draw_gains(right, numbers)
+    return figure
+
+
+def draw_accuracies(axis, numbers):
+    """Mean with 95 % CI of each role on a fitted axis; each seed faint below its mean."""
+    roles = [role for role in ("teacher", "baseline", "distilled") if role in numbers["models"]]
+    names = []
+    for y, role in enumerate(roles):
+        scores = numbers["models"][role]
+        style = STYLES[role]
+        mean = 100 * scores["top1"]
+        low, high = scores["top1_ci"]
+        axis.errorbar(mean, y, xerr=[[mean - 100 * low], [100 * high - mean]], capsize=4,
+                      marker=style["marker"], color=style["color"])
+        seeds = scores["by_seed"]["top1"]
+        if len(seeds) > 1:
+            axis.plot([100 * accuracy for accuracy in seeds], [y + 0.25] * len(seeds),
+                      linestyle="", marker=style["marker"], markersize=3, alpha=0.45,
+                      color=style["color"])
+        names.append(f"{style['label']}  {mean:.2f} %")
+    axis.set_yticks(range(len(roles)), names)
+    axis.grid(visible=False, axis="y")
+    label = "accuracy (%), 95 % CI"
+    if len(numbers["seeds"]) > 1:
+        label = "accuracy (%), mean and 95 % CI; faint: single seeds"
+    axis.set(ylim=(len(roles) - 0.4, -0.6), xlabel=label,
+             title="Top-1 accuracy on the test images")
+
+
+def gain_rows(numbers):
+    """(name, gain, its interval) of every seed and, of several, of all together."""
+    comparison = numbers["comparison"]
+    rows = []
+    for seed, gain, ci in zip(numbers["seeds"], comparison["gain_by_seed"],
+                              comparison["ci_by_seed"], strict=True):
+        rows.append((f"seed {seed}", gain, ci))
+    if len(rows) > 1:
+        rows.append(("all seeds", comparison["gain"], verdict_interval(comparison)))
+    return rows
+
+
+def draw_gains(axis, numbers):
+    """The gain with its 95 % CI, by seed and together."""
+    rows = gain_rows(numbers)
+    names = []
+    for y, (name, gain, (low, high)) in enumerate(rows):
+        color = "black" if y == len(rows) - 1 else "#999999"
+        axis.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]],
+                      capsize=4, fmt="o", markersize=5, color=color)
+        names.append(f"{name}  {points(gain)}")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), names)
+    axis.grid(visible=False, axis="y")
+
+    comparison = numbers["comparison"]
+    axis.set(ylim=(len(rows) - 0.4, -0.6),
+             xlabel="gain over the baseline, percentage points",
+             title=f"{points(comparison['gain'])} points (95 % CI "
+                   f"{ci_text(verdict_interval(comparison))}): {comparison['verdict']}")
+
+
+def reliability_diagram(trained, labels, numbers):
+    """Accuracy against confidence, as trained and after temperature scaling, with the counts."""
+    panels = {"as trained": False}
+    if all(model.temperature for group in trained.values() for model in group):
+        panels["temperature fitted on validation images"] = True
+
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(FIGURE_WIDTH * len(panels) / 2, 4.2), squeeze=False, sharex=True,
+        sharey="row", height_ratios=(3, 1))
+    for (above, below), (title, is_scaled) in zip(axes.T, panels.items(), strict=True):
+        above.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
+        for role, group in trained.items():
+            key = "calibration_scaled" if is_scaled else "calibration"
+            ece = numbers["models"][role][key]["ece"]
+            draw_reliability(above, below, role, group, labels, is_scaled, ece)
+        above.set(title=title, xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
+        above.legend(loc="best")
+        below.set_xlabel("confidence (%)")
+    axes[0, 0].set_ylabel("accuracy (%)")
+    axes[1, 0].set(ylabel="test images", ylim=(0, None))
+    figure.suptitle("Accuracy against confidence, in bins of 10 images and more")
+    return figure
+
+
+def draw_reliability(above, below, role, group, labels, is_scaled, ece):
+    """One role's curve, seeds pooled, and its test images by bin; below the diagonal it is
+    overconfident."""
+    answers = []
+    for model in group:
+        log_probs = model.log_probs
+        if is_scaled:
+            log_probs = log_softmax(log_probs / model.temperature, axis=1)
+        answers.append(top_answers(log_probs, labels))
+    confidence = np.concatenate([seed_confidence for seed_confidence, _ in answers])
+    correct = np.concatenate([seed_correct for _, seed_correct in answers])
+
+    mean_confidence, accuracy, counts = reliability(confidence, correct)
+    filled = counts >= 10  # the accuracy of fewer images is noise
+    style = STYLES[role] | {"label": f"{STYLES[role]['label']}, ECE {ece:.3f}"}
+    above.plot(100 * mean_confidence[filled], 100 * accuracy[filled], markersize=3.5, **style)
+    edges = np.linspace(0, 100, CALIBRATION_BINS + 1)
+    below.stairs(counts / len(group), edges, color=style["color"], linestyle=style["linestyle"])
 
 
 # Figures: training --------------------------------------------------------------------------------
 
 def plot_history(axis, group, column, scale=1, **style):
-    """A column of the histories, where it is not empty, over the epochs: a line a seed, the first
-    of them labelled."""
+    """A column of the histories, where it is not empty, over the epochs: of one seed a line, of
+    several a faint line each and their mean, which bears the label."""
     style = {**style, "marker": None}
+    values_by_seed = []
     for model in group:
-        rows = [row for row in model.history if row.get(column) is not None]
-        if rows:
-            epochs = [row["epoch"] for row in rows]
-            values = [row[column] * scale for row in rows]
-            axis.plot(epochs, values, **style)
-            style["label"] = None
+        values = {row["epoch"]: row[column] * scale for row in model.history
+                  if row.get(column) is not None}
+        if values:
+            values_by_seed.append(values)
+
+    if len(values_by_seed) > 1:
+        faint = {**style, "linewidth": 0.7, "alpha": 0.4, "label": None}
+        for values in values_by_seed:
+            axis.plot(list(values), list(values.values()), **faint)
+    if values_by_seed:
+        epochs = [epoch for epoch in values_by_seed[0]
+                  if all(epoch in values for values in values_by_seed)]
+        means = [statistics.fmean(values[epoch] for values in values_by_seed) for epoch in epochs]
+        axis.plot(epochs, means, **style)
 
 
-def style_epoch_axis(axis, title, unit, **legend):
+def style_epoch_axis(axis, title, unit):
     axis.set(title=title, xlabel="epoch", ylabel=unit)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    if axis.lines:
-        axis.legend(**legend)
+
+
+def add_one_legend(figure, columns):
+    """A legend below the panels, with every label of theirs once."""
+    handles = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        # transFigure, or the legend would move when saving enlarges the picture by what is below.
+        figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=columns,
+                      bbox_to_anchor=(0.5, 0), bbox_transform=figure.transFigure)
 
 
 def training_curves(trained):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    draw_cross_entropy(left, trained)
+    """Losses and accuracy over the epochs; seeds faint, their mean bold."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 2.8))
+    draw_training_loss(left, trained)
+    draw_validation_loss(middle, trained)
     draw_validation_accuracy(right, trained)
+    add_one_legend(figure, columns=3)
     return figure
 
 
-def draw_cross_entropy(axis, trained):
+def draw_training_loss(axis, trained):
     for role, group in trained.items():
         plot_history(axis, group, "ce_loss", **STYLES[role])
-    style_epoch_axis(axis, "Cross-entropy on training images, a line a seed",
-                     "cross-entropy (nats)")
+    smoothing = trained["baseline"][0].info["config"].get("label_smoothing")
+    title = "Training cross-entropy"
+    if smoothing:
+        title += f"\n(labels smoothed by {smoothing:g},\nthe teacher's are not)"
+    style_epoch_axis(axis, title, "nats")
+
+
+def draw_validation_loss(axis, trained):
+    for role, group in trained.items():
+        plot_history(axis, group, "val_loss", **STYLES[role])
+    style_epoch_axis(axis, "Validation cross-entropy", "nats")
 
 
 def draw_validation_accuracy(axis, trained):
@@ -1211,23 +1693,22 @@ def draw_validation_accuracy(axis, trained):
         plot_history(axis, group, "val_accuracy", 100, **STYLES[role])
         for model in group:
             if model.history:
-                axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"],
+                axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"], markersize=4,
                           color=STYLES[role]["color"], marker=STYLES[role]["marker"],
                           fillstyle="none")  # hides none below
-    style_epoch_axis(axis, "Validation accuracy; the mark is the best epoch", "accuracy (%)")
+    style_epoch_axis(axis, "Validation accuracy\n(mark: best epoch)", "%")
 
 
 def distillation_diagnostics(trained):
-    """Why the teacher helped or not, on the training images as augmented, a line a seed."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8))
+    """Why the teacher helped or not, on the training images as augmented."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 3.2))
     draw_loss_parts(left, trained["distilled"])
     draw_entropies(middle, trained)
     draw_training_accuracy(right, trained)
-    for axis in (left, middle, right):
-        axis.set_ylim(bottom=0)
-        if axis.lines:
-            axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
-    figure.suptitle("On the training images as augmented, the students as they learned")
+    left.set_ylim(bottom=0)
+    right.set_ylim(bottom=0)
+    add_one_legend(figure, columns=3)
+    figure.suptitle("On the training images as augmented, while the students learn")
     return figure
 
 
@@ -1235,12 +1716,11 @@ def draw_loss_parts(axis, distilled):
     info = distilled[0].info
     if info.get("teacher"):  # --distilled-checkpoint may name a student that had none
         alpha = info["config"]["alpha"]
-        color = STYLES["distilled"]["color"]
-        plot_history(axis, distilled, "distill_loss", alpha, color=color, linestyle="-",
+        plot_history(axis, distilled, "distill_loss", alpha, color=GAIN_COLOR, linestyle="-",
                      label=f"{alpha:g} × distillation loss ({info['config']['distillation_loss']})")
-        plot_history(axis, distilled, "ce_loss", 1 - alpha, color=color, linestyle=":",
+        plot_history(axis, distilled, "ce_loss", 1 - alpha, color=LOSS_COLOR, linestyle="--",
                      label=f"{1 - alpha:.3g} × cross-entropy")
-    style_epoch_axis(axis, "Parts of the distilled student's loss", "as weighted in the loss")
+    style_epoch_axis(axis, "Distilled student's loss", "as weighted in the loss")
 
 
 def draw_entropies(axis, trained):
@@ -1248,11 +1728,14 @@ def draw_entropies(axis, trained):
         plot_history(axis, trained[role], "entropy", **STYLES[role])
     info = trained["distilled"][0].info
     if info.get("teacher"):
-        plot_history(axis, trained["distilled"], "target_entropy", color=STYLES["teacher"]["color"],
-                     linestyle="-.", label="Soft targets, as the loss sees them")
+        plot_history(axis, trained["distilled"], "target_entropy", color="#CC79A7",
+                     linestyle="-.", label="Soft targets in the loss")
         plot_history(axis, trained["distilled"], "teacher_entropy", **STYLES["teacher"])
-    classes = info["num_classes"]
-    axis.axhline(np.log(classes), color="black", linewidth=0.8, label=f"uniform, ln {classes}")
+    uniform = math.log(info["num_classes"])
+    axis.axhline(uniform, color="black", linewidth=0.8)
+    axis.annotate(f"uniform, ln {info['num_classes']}", (0.03, uniform), va="bottom", fontsize=6.5,
+                  xycoords=("axes fraction", "data"))
+    axis.set_ylim(0, 1.15 * uniform)
     style_epoch_axis(axis, "Entropy of the predictions", "nats")
 
 
@@ -1267,189 +1750,224 @@ def draw_training_accuracy(axis, trained):
     style_epoch_axis(axis, "Accuracy", "%")
 
 
-# Figures: scores ----------------------------------------------------------------------------------
-
-def accuracy_comparison(numbers):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    draw_accuracies(left, numbers)
-    draw_gains(right, numbers)
-    return figure
-
-
-def draw_accuracies(axis, numbers):
-    """Accuracies, ± the standard deviation over seeds."""
-    for role, scores in numbers["models"].items():
-        error = 100 * scores["sd"]["top1"] if scores["sd"] else None
-        bars = axis.bar(role.capitalize(), 100 * scores["top1"], 0.6, yerr=error, capsize=6,
-                        color=STYLES[role]["color"])
-        axis.bar_label(bars, fmt="%.1f", padding=3)
-    dataset = numbers["dataset"]
-    spread = ", ± deviation over seeds" if len(numbers["seeds"]) > 1 else ""
-    axis.set(ylabel=f"top-1 accuracy (%){spread}", ylim=(0, 109),
-             title=f"{dataset['test_images']} test images of {dataset['name']}, "
-                   f"{dataset['num_classes']} classes")
-
-
-def draw_gains(axis, numbers):
-    """The gain with its 95 % CI, by seed and together."""
-    comparison = numbers["comparison"]
-    names = [f"seed {seed}" for seed in numbers["seeds"]]
-    gains = list(comparison["gain_by_seed"])
-    intervals = list(comparison["ci_by_seed"])
-    if len(names) > 1:
-        names.append("together")
-        gains.append(comparison["gain"])
-        intervals.append(comparison[f"ci_over_{comparison['verdict_ci']}"])
-
-    last = len(names) - 1
-    for y, (gain, (low, high)) in enumerate(zip(gains, intervals, strict=True)):
-        color = "black" if y == last else "#999999"
-        axis.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]],
-                      capsize=6, fmt="o", color=color)
-    axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(range(len(names)), names)
-    axis.set(ylim=(last + 0.5, -0.5), xlabel="gain, percentage points (95 % CI)",
-             title=f"Distilled minus baseline: {comparison['verdict']}")
-
-
-def reliability_diagram(trained, labels):
-    panels = {"As trained": {}}
-    scaled = {}
-    for role, group in trained.items():
-        panels["As trained"][role] = [model.log_probs for model in group]
-        if all(model.temperature for model in group):
-            scaled[role] = [log_softmax(model.log_probs / model.temperature, axis=1)
-                            for model in group]
-    if scaled:
-        panels["Temperature fitted on validation images"] = scaled
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.4), squeeze=False)
-    for axis, (title, log_probs) in zip(axes[0], panels.items(), strict=True):
-        draw_reliability(axis, title, log_probs, labels)
-    figure.suptitle("How often a model that is so sure is right, in bins of 10 images and more")
-    return figure
-
-
-def draw_reliability(axis, title, log_probs_by_role, labels):
-    """Accuracy against confidence, seeds pooled; below the diagonal a model is too sure."""
-    axis.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
-    for role, by_seed in log_probs_by_role.items():
-        confidence, accuracy, counts = reliability(
-            np.concatenate(by_seed), np.tile(labels, len(by_seed)))
-        filled = counts >= 10  # the accuracy of fewer images is noise
-        axis.plot(100 * confidence[filled], 100 * accuracy[filled], markersize=4, **STYLES[role])
-    axis.set(title=title, xlabel="confidence (%)", ylabel="accuracy (%)",
-             xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
-    axis.legend(loc="upper left")
-
-
 # Figures: classes and pictures --------------------------------------------------------------------
 
-def class_changes(numbers):
-    """Accuracy of every class of both students, in the order of the change."""
-    before = numbers["models"]["baseline"]["per_class_accuracy"]
-    after = numbers["models"]["distilled"]["per_class_accuracy"]
-    names = sorted(before, key=lambda name: after[name] - before[name])
-    height = max(2.8, 0.8 + 0.135 * len(names))
-    figure, axis = plt.subplots(figsize=(6.5, height))
-    draw_class_changes(axis, names, before, after)
+def short_name(name, length):
+    return name if len(name) <= length else name[:length - 1] + "…"
 
-    images_each = numbers["dataset"]["test_images"] / len(names)
-    axis.set_title("Accuracy by class, largest gain on top; "
-                   f"one image is {100 / images_each:.1f} points")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False)
+
+def class_changes(numbers):
+    """Accuracy of both students by class, in the order of the gain; of many classes the ends."""
+    changes = numbers["class_changes"]
+    names = sorted(changes, key=lambda name: changes[name]["gain"])
+    title = "Accuracy by class, in the order of the gain"
+    if len(names) > MAX_CHANGES:
+        half = MAX_CHANGES // 2
+        title = f"Accuracy by class: the {half} largest and {half} smallest gains of {len(names)}"
+        names = names[:half] + names[-half:]
+
+    figure, axis = plt.subplots(figsize=(FIGURE_WIDTH, 1.3 + 0.16 * len(names)))
+    draw_class_changes(axis, names, numbers)
+    if len(names) < len(changes):
+        axis.axhline(len(names) / 2 - 0.5, color="#999999", linewidth=0.8, linestyle=":")
+    axis.set_title(title)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.16 * len(names) + 0.6)),
+                ncols=2, frameon=False)
     return figure
 
 
-def draw_class_changes(axis, names, before, after):
+def draw_class_changes(axis, names, numbers):
+    """A line from the baseline's to the distilled student's accuracy, by class."""
+    before = numbers["models"]["baseline"]["per_class_accuracy"]
+    after = numbers["models"]["distilled"]["per_class_accuracy"]
+    tick_labels = []
+    for y, name in enumerate(names):
+        color = GAIN_COLOR if after[name] >= before[name] else LOSS_COLOR
+        axis.plot([100 * before[name], 100 * after[name]], [y, y], color=color, linewidth=1.6,
+                  zorder=1)
+        is_noise = numbers["class_changes"][name]["p"] >= 0.05
+        label = short_name(name, 30)
+        tick_labels.append(label if is_noise else f"* {label}")
+
     y = np.arange(len(names))
-    old = [100 * before[name] for name in names]
-    new = [100 * after[name] for name in names]
-    axis.hlines(y, old, new, color="#999999", linewidth=1)
-    axis.plot(old, y, **{**STYLES["baseline"], "linestyle": "", "markersize": 6.5})
-    axis.plot(new, y, **{**STYLES["distilled"], "linestyle": "", "markersize": 3.5})
-    axis.set_yticks(y, names, fontsize=9 if len(names) <= 20 else 6.5)
-    axis.set(xlabel="accuracy (%)", xlim=(-2, 102), ylim=(-1, len(names)))
+    points_of = {"baseline": before, "distilled": after}
+    for role, size in (("baseline", 6), ("distilled", 3.5)):  # where they coincide both show
+        style = STYLES[role] | {"linestyle": "", "markersize": size}
+        axis.plot([100 * points_of[role][name] for name in names], y, **style)
+    axis.set_yticks(y, tick_labels)
+    axis.set(ylim=(-0.8, len(names) - 0.2),
+             xlabel="accuracy (%)        * more than noise (sign test, 5 % false discoveries)")
 
 
-def gallery(trained, labels, test, most=8):
-    """A random choice of the images that the distilled student corrects or newly gets wrong."""
+def gallery(trained, labels, test):
+    """A random choice of the images that the distilled student corrects or newly misclassifies."""
     baseline = trained["baseline"][0]
     distilled = trained["distilled"][0]
     was_correct = baseline.predictions == labels
     is_correct = distilled.predictions == labels
-    images_by_change = {
-        "corrected": np.flatnonzero(~was_correct & is_correct),
-        "newly wrong": np.flatnonzero(was_correct & ~is_correct),
-    }
-    shown = []
-    for change, images in images_by_change.items():
-        count = min(most, len(images) // 4 * 4 or 4)  # whole rows of four, where there are so many
-        for i in np.random.default_rng(0).permutation(images)[:count]:
-            shown.append((change, i))
+    corrected = np.flatnonzero(~was_correct & is_correct)
+    misclassified = np.flatnonzero(was_correct & ~is_correct)
+    shown = choose_pictures(corrected, misclassified)
 
-    rows = math.ceil(len(shown) / 4)
-    figure = plt.figure(figsize=(9, 0.4 + 2.3 * max(1, rows)))
-    for place, (change, i) in enumerate(shown, start=1):
-        axis = figure.add_subplot(rows, 4, place)
-        draw_picture(axis, data_loader.load_image(test, i), change, i, labels[i], baseline,
-                     distilled)
-    counts = " and ".join(f"{len(images)} {change}" for change, images in images_by_change.items())
-    figure.suptitle(f"Chosen at random from the test images that the distilled student, seed "
-                    f"{distilled.info['config']['seed']}, changes: {counts}", fontsize=10)
+    columns = min(GALLERY_COLUMNS, max(1, len(shown)))
+    rows = max(1, len(shown) // columns)
+    figure = plt.figure(figsize=(FIGURE_WIDTH * columns / GALLERY_COLUMNS, 0.5 + 2.25 * rows))
+    first = {role: group[0] for role, group in trained.items()}
+    crop = data_loader.crop_to_size(distilled.info)
+    for place, i in enumerate(shown, start=1):
+        axis = figure.add_subplot(rows, columns, place)
+        image = crop(data_loader.load_image(test, i))
+        draw_picture(axis, image, i, labels[i], first, is_correct[i])
+
+    seed = distilled.info["config"]["seed"]
+    figure.suptitle(f"Test images, random choice of seed {seed}: {len(corrected):,} corrected "
+                    f"(green),\n{len(misclassified):,} newly misclassified (orange)")
     return figure
 
 
-def draw_picture(axis, image, change, i, label, baseline, distilled):
-    names = baseline.info["class_names"]
-    lines = [f"{change}: {names[label]!r}"]
-    for role, model in (("Baseline", baseline), ("Distilled", distilled)):
+def choose_pictures(corrected, misclassified):
+    """Indices of up to GALLERY_MOST images of each kind, in whole rows, the corrected first."""
+    random = np.random.default_rng(0)
+    chosen = [random.permutation(images)[:GALLERY_MOST].tolist()
+              for images in (corrected, misclassified)]
+    total = len(chosen[0]) + len(chosen[1])
+    if total > GALLERY_COLUMNS:
+        for _ in range(total % GALLERY_COLUMNS):
+            max(chosen, key=len).pop()
+    return chosen[0] + chosen[1]
+
+
+def draw_picture(axis, image, i, label, model_by_role, is_corrected):
+    """The square that the model sees, above it the class and what each model takes it for."""
+    names = model_by_role["baseline"].info["class_names"]
+    lines = [f"Class: {short_name(names[label], 22)}"]
+    for role, model in model_by_role.items():
         confidence = np.exp(model.log_probs[i].max())
-        lines.append(f"{role}: {names[model.predictions[i]]!r} {confidence:.0%}")
-    axis.axis("off")
+        answer = short_name(names[model.predictions[i]], 15)
+        lines.append(f"{STYLES[role]['label']}: {answer} {confidence:.0%}")
     axis.imshow(image)
-    axis.set_title("\n".join(lines), fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title("\n".join(lines), fontsize=6.5, loc="left")
+    axis.spines[:].set(color=GAIN_COLOR if is_corrected else LOSS_COLOR, linewidth=2)
 
 
-def confusion_shares(model, labels):
-    """(C, C), what share of each true class's images (rows) is taken for each class."""
-    classes = np.arange(model.info["num_classes"])
-    return metrics.confusion_matrix(labels, model.predictions, labels=classes, normalize="true")
+# Figures: confusion matrices ----------------------------------------------------------------------
+
+class Scale(NamedTuple):
+    """How a matrix is coloured."""
+    cmap: str
+    norm: matplotlib.colors.Normalize
+    label: str
+
+
+# The square root lets a few percent be seen.
+SHARE_SCALE = Scale("Blues", matplotlib.colors.PowerNorm(0.5, 0, 100),
+                    "share of the true class (%), square-root scale")
+
+
+def difference_scale(difference):
+    limit = max(1, 100 * np.abs(difference).max())
+    norm = matplotlib.colors.FuncNorm((signed_root, signed_square), -limit, limit)
+    return Scale("PuOr_r", norm, "percentage points (distilled minus baseline), square-root scale")
+
+
+def signed_root(values):
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def signed_square(values):
+    return np.sign(values) * np.square(values)
+
+
+def confusion_shares(trained, labels):
+    """{role: (C, C)}, what share of each true class's images (rows) is taken for each class, mean
+    over the seeds; 0 for classes without images."""
+    shares = {}
+    for role, group in trained.items():
+        counts = confusion_counts(group, labels)
+        shares[role] = counts / counts.sum(1, keepdims=True).clip(1)
+    return shares
 
 
 def class_order(confusion):
     """The order of classes in a confusion matrix (C, C): their own up to 20, else one in which
     those that are taken for each other are neighbours (average linkage)."""
-    if len(confusion) <= 20:
+    if len(confusion) <= MAX_ANNOTATED:
         return np.arange(len(confusion))
     similarity = confusion + confusion.T
     distance = 1 - similarity / similarity.max()
     pairs = distance[np.triu_indices(len(distance), k=1)]
-    return hierarchy.leaves_list(hierarchy.linkage(pairs, "average", optimal_ordering=True))
+    tree = hierarchy.linkage(pairs, "average", optimal_ordering=len(confusion) <= MAX_ORDERED)
+    return hierarchy.leaves_list(tree)
 
 
-def confusion_matrix(model, shares, order):
-    """A confusion matrix (C, C), classes in `order`; up to 20 of them with the numbers."""
-    names = np.array(model.info["class_names"])[order]
-    few = len(names) <= 20
-    side = max(5.0, 0.14 * len(names))
-    figure, axis = plt.subplots(figsize=(side, side * 0.93))
-    seaborn.heatmap(
-        100 * shares[np.ix_(order, order)], ax=axis, square=True, cmap="Blues",
-        norm=matplotlib.colors.PowerNorm(0.5, 0, 100),  # a few percent stay visible
-        annot=few, fmt=".0f", xticklabels=names, yticklabels=names,
-        linewidths=0 if few else 0.2, linecolor="#eeeeee",
-        cbar_kws={"label": "share of the true class (%)", "shrink": 0.7})
-    axis.tick_params(labelsize=9 if few else 6.5, rotation=0)
-    axis.tick_params(axis="x", rotation=0 if len("".join(names)) <= 30 else 90)
+def most_confused_classes(confusion, count):
+    """The `count` classes, sorted, in the most frequent errors of a matrix (C, C)."""
+    errors = confusion.copy()
+    np.fill_diagonal(errors, 0)
+    classes = []
+    for place in np.argsort(-errors, axis=None, kind="stable"):
+        for label in np.unravel_index(place, errors.shape):
+            if label not in classes and len(classes) < count:
+                classes.append(int(label))
+        if len(classes) >= min(count, len(confusion)):
+            break
+    return sorted(classes)
 
-    title = (f"Confusion matrix, {model.info['run']} ({model.info['model_name']}), "
-             f"seed {model.info['config']['seed']}")
-    if not few:
-        title += "; similar classes adjacent"
-    axis.set_title(title, fontsize=11 if few else 14)
-    axis.set(xlabel="predicted class", ylabel="true class")
+
+def confusion_matrix(title, matrix, names, order, most_confused, scale):
+    """A matrix (C, C) with the names of all classes or, where they are many, as an image without
+    names beside one of the classes `most_confused`."""
+    if len(names) <= MAX_NAMED:
+        side = min(FIGURE_WIDTH - 0.5, 3 + 0.2 * len(names))
+        figure, axis = plt.subplots(figsize=(side + 0.5, side))
+        mesh = draw_matrix(axis, matrix, names, order, scale)
+        figure.colorbar(mesh, ax=axis, label=scale.label, shrink=0.7)
+    else:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 4.1),
+                                             width_ratios=(1, 1.5))
+        draw_matrix(left, matrix, None, order, scale)
+        left.set_title(f"all {len(names)} classes, similar classes adjacent")
+
+        part = matrix[np.ix_(most_confused, most_confused)]
+        part_names = [names[i] for i in most_confused]
+        part_order = class_order(np.abs(part))
+        mesh = draw_matrix(right, part, part_names, part_order, scale)
+        right.set_title(f"the {len(most_confused)} most confused classes")
+        figure.colorbar(mesh, ax=(left, right), label=scale.label, location="bottom", shrink=0.5,
+                        aspect=40)
+    figure.suptitle(title)
     return figure
+
+
+def draw_matrix(axis, matrix, names, order, scale):
+    """Cells in percent, with names where there are `names`, and with numbers where they are few."""
+    cells = 100 * matrix[np.ix_(order, order)]
+    # A PDF holds the cells as an image: a million squares would take minutes to show.
+    mesh = axis.pcolormesh(cells, cmap=scale.cmap, norm=scale.norm, rasterized=True)
+    axis.invert_yaxis()
+    axis.set_aspect("equal")
+    axis.grid(visible=False)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    if names is None:
+        axis.set(xticks=[], yticks=[])
+        return mesh
+
+    centres = np.arange(len(order)) + 0.5
+    ordered_names = [short_name(names[i], 16) for i in order]
+    size = 7 if len(names) <= MAX_ANNOTATED else 6
+    upright = len("".join(ordered_names)) <= 30
+    axis.set_xticks(centres, ordered_names, fontsize=size, rotation=0 if upright else 90)
+    axis.set_yticks(centres, ordered_names, fontsize=size)
+    if len(names) <= MAX_ANNOTATED:
+        for row, column in np.ndindex(*cells.shape):
+            value = cells[row, column]
+            if abs(value) >= 0.5:
+                # White on the dark ends of the scale, where its square root passes 0.6.
+                is_dark = abs(value) > 0.36 * scale.norm.vmax
+                axis.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center",
+                          fontsize=6, color="white" if is_dark else "black")
+    return mesh
 
 
 if __name__ == "__main__":

@@ -385,6 +385,16 @@ def load_teacher_model(path, name, num_classes):
     return model.eval(), None
 
 
+def load_recorded_teacher(path, recorded):
+    """(model in eval mode, info) of the teacher that a student's checkpoint describes in its entry
+    "teacher". That of a teacher made elsewhere has the "info" that its own file lacks."""
+    if "info" not in recorded:
+        return load_model(path)
+    info = {**recorded["info"], "epoch": 0, "val_accuracy": recorded["val_accuracy"]}
+    model, _ = load_teacher_model(path, info["model_name"], info["num_classes"])
+    return model, info
+
+
 def weight_file(path):
     """The file that holds the weights of `path`: itself, or in a folder the one timm looks for."""
     path = Path(path)
@@ -421,6 +431,9 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
     for module in teacher.modules():
         if type(module) in FOLDABLE:
             module.to(dtype)
+    if not all(weight.isfinite().all() for weight in teacher.parameters()):
+        raise utils.UserError("the teacher's weights do not fit into fp16; take --amp-dtype bf16 "
+                              "or fp32")
     teacher.train = lambda mode=True: teacher
     return teacher
 
@@ -476,22 +489,31 @@ def capture_cuda_graph(model, size, args):
     eager_forward = model.forward
     captured_mode = model.training
     state = copy.deepcopy(model.state_dict())
+    captured_logits = None
 
     def forward(images):
+        nonlocal captured_logits
         # Autocast belongs inside what is captured (pytorch #71631, #120930). Evaluation has none.
         if model.training != captured_mode:
             return eager_forward(images)
         with utils.autocast(images.device, args):
-            return eager_forward(images)
+            captured_logits = eager_forward(images)
+        return captured_logits
 
     model.forward = forward
     images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
     images = images.to(memory_format=torch.channels_last)
     try:
         torch.cuda.make_graphed_callables(model, (images,))
+    except torch.OutOfMemoryError:
+        raise  # utils.user_message has advice on it
     except (RuntimeError, AssertionError) as error:  # after which CUDA may be of no more use
         raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
 
+    # The graph holds on to its logits, and through them to autograd nodes of all parameters that
+    # belong to the stream of the capture. Reused, each would cost an event in every step.
+    captured_logits.detach_()
+    captured_logits = None
     model.load_state_dict(state)  # warming up has moved BatchNorm's statistics
     return model
 

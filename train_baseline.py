@@ -1,10 +1,11 @@
-"""Train the student with the labels alone: the baseline of the comparison.
+"""Train the student on the labels only, without distillation: the baseline of the comparison.
 
     python train_baseline.py            # EfficientNet-B0 on CIFAR-100
     python train_baseline.py --quick    # a complete small run on scikit-learn's digits, no download
 
-Writes checkpoints/baseline/ and results/baseline_history.csv. After an interruption the same
-command resumes after the last finished epoch.
+Writes checkpoints/baseline/ and results/baseline_history.csv, with --seeds one seed_<n>/ each in
+there, and copies the best student so far to checkpoints/best_model.pth. After an interruption the
+same command resumes after the last finished epoch.
 """
 import argparse
 import sys
@@ -20,8 +21,8 @@ import data_loader
 import models
 import utils
 
-LOG_EVERY = 20       # steps between two readings of the metrics, each of which waits for the GPU
-DIAGNOSE_EVERY = 10  # steps between two measurements of entropies, which cost kernels of their own
+LOG_EVERY = 20       # steps between updates of the progress bar; each waits for the GPU
+DIAGNOSE_EVERY = 10  # steps between measurements of entropies, which launch extra kernels
 
 
 def main(args):
@@ -29,13 +30,16 @@ def main(args):
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
 
-    for run_args in each_seed(args):
-        # The same seed as in train_distillation.main: both students start from the same weights.
+    for run_args in args_of_each_seed(args):
+        # Seeded right before building, as in train_distillation.main: both students start from the
+        # same weights.
         torch.manual_seed(run_args.seed)
         student = models.build_model(args.student_model, num_classes, args.pretrained,
-                                     args.student_weights).to(device)
+                                     args.student_weights)
+        gradcam_layer = models.gradcam_layer(student, args.image_size)
+        student.to(device)
         info = models.build_info("baseline", student, args.student_model, data, run_args,
-                                 gradcam_layer=models.gradcam_layer(student, args.image_size))
+                                 gradcam_layer=gradcam_layer)
         best_path = train(student, info, data, run_args)
 
     models.export_best_student(args.checkpoint_dir, info)
@@ -46,8 +50,9 @@ def main(args):
 def train(model, info, data, args):
     """Train `model` on the labels for args.num_epochs; return the path of best_model.pth.
 
-    `info` is what the checkpoint says of itself (models.build_info). A previous run in the same
-    folder is resumed where its settings are the same, else moved aside.
+    `info` is the metadata that goes into the checkpoint (models.build_info). A previous run in the
+    same folder is resumed if its settings are the same; otherwise it is moved aside once the first
+    epoch is finished.
     """
     run = utils.Run(info, run_identity(info), args)
     run.tidy_after_a_kill()
@@ -60,7 +65,7 @@ def train(model, info, data, args):
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 
-    # Optimizer
+    # Optimizer, schedule, fp16 scaler, EMA; all of them resume
     optimizer = build_optimizer(model, args)
     scheduler = build_scheduler(optimizer, len(train_loader) // args.accumulate_steps, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
@@ -70,20 +75,20 @@ def train(model, info, data, args):
     run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(model)
 
-    model.train()
+    model.train()  # a graph is captured in the mode in which it will run
     models.capture_cuda_graph(model, args.image_size, args)
     ddp_model = models.wrap_ddp(model)
 
     # Training loop
     for epoch in range(len(run.history), args.num_epochs):
         model.train()
-        seed_dropout(args, epoch)  # images draw from a seed of their own
+        seed_dropout(args, epoch)  # the loader seeds the augmentation itself
         metrics = utils.EpochMetrics(args.batch_size, device)
         progress = utils.progress_bar(train_loader.epoch(epoch), len(train_loader), epoch)
         for step, (images, labels) in enumerate(progress, start=1):
             is_update_step = step % args.accumulate_steps == 0
             if utils.WORLD_SIZE > 1:
-                # DDP averages the gradients over the GPUs once an update, not once a batch.
+                # DDP averages gradients over the processes only where an update follows.
                 ddp_model.require_backward_grad_sync = is_update_step
 
             with utils.autocast(device, args):
@@ -91,7 +96,7 @@ def train(model, info, data, args):
                 loss = models.cross_entropy(logits, labels, args.label_smoothing)
             scaler.scale(loss / args.accumulate_steps).backward()
 
-            learning_rate = optimizer.param_groups[0]["lr"]
+            learning_rate = optimizer.param_groups[0]["lr"]  # of this step; the update changes it
             if is_update_step:
                 update(model, optimizer, scheduler, scaler, ema, args)
 
@@ -107,7 +112,7 @@ def train(model, info, data, args):
                 progress.set_postfix_str(metrics.progress_text())
                 run.print_estimate(metrics, len(train_loader))
 
-        # Validation, then history, best_model.pth and last.pth: from here the next start resumes.
+        # Validate, then save best_model.pth, last.pth and the history. The next start resumes here.
         row = metrics.row() | {"learning_rate": learning_rate}
         row |= validate(model_to_save, val_loader)
         run.finish_epoch(row, model_to_save)
@@ -116,17 +121,16 @@ def train(model, info, data, args):
 
 
 def update(model, optimizer, scheduler, scaler, ema, args):
-    """One update of the weights from the gradients that are there, and of what follows it: the
-    learning rate and the EMA weights."""
+    """One optimizer step on the accumulated gradients, then the steps of schedule and EMA."""
     scaler.unscale_(optimizer)
     if args.clip_grad:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-    scaler.step(optimizer)  # with fp16 it leaves the weights where the gradient overflowed
+    scaler.step(optimizer)  # in fp16 it is skipped if a gradient overflowed; schedule and EMA go on
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     scheduler.step()
     if ema:
-        ema.update(num_updates=scheduler.last_epoch)  # which counts updates, whatever its name
+        ema.update(num_updates=scheduler.last_epoch)  # despite its name it counts updates here
 
 
 def validate(model, loader):
@@ -134,7 +138,7 @@ def validate(model, loader):
     history. Only process 0 validates; the others get {}."""
     if utils.RANK != 0:
         return {}
-    torch.cuda.empty_cache()  # or what torch keeps for training and for evaluation would add up
+    torch.cuda.empty_cache()  # or the cached blocks of training and evaluation would add up
     logits, labels = models.infer(model, loader)
     torch.cuda.empty_cache()
     return {"val_loss": models.cross_entropy(logits, labels).item(),
@@ -169,6 +173,8 @@ class EMA(ModelEmaV3):
     """
     def __init__(self, model, decay):
         super().__init__(model, decay=decay, use_warmup=True)
+        # After a capture `model` has a forward of its own, which would run `model`, not the copy.
+        vars(self.module).pop("forward", None)
         ema_state = self.module.state_dict()
         state = model.state_dict()
         is_average = {name: tensor.is_floating_point() for name, tensor in state.items()}
@@ -185,27 +191,27 @@ class EMA(ModelEmaV3):
 
 
 def seed_dropout(args, epoch):
-    """Seed what an epoch draws from torch's global generator: dropout and drop path. Each process
-    of torchrun draws its own."""
+    """Seed torch's global generator for the epoch's dropout and drop path, differently in each
+    process of torchrun."""
+    # The loader derives its seeds from (args.seed, epoch); behind num_epochs none of them occurs.
     seed = data_loader.derive_seed(args.seed, args.num_epochs + epoch)
     torch.manual_seed(seed + utils.RANK)
 
 
 # Runs ---------------------------------------------------------------------------------------------
 
-def each_seed(args):
+def args_of_each_seed(args):
     """The settings of each student to train: one of --seeds after the other, or --seed alone."""
     for seed in args.seeds or [args.seed]:
         yield argparse.Namespace(**{**vars(args), "seed": seed})
 
 
 def run_identity(info):
-    """What must be the same for a previous run to be resumed, of a checkpoint's `info`."""
+    """What must be the same for a previous run to be resumed, from the `info` of its checkpoint."""
     identity = {}
     for name, value in info["config"].items():
-        # A student's teacher is identified by its file, whatever made it.
-        is_about_teacher = "teacher" in info and name in config.TEACHER_ONLY
-        if name not in config.MAY_CHANGE_ON_RESUME and not is_about_teacher:
+        # A teacher is identified by the hash of its file, not by the settings that produced it.
+        if name not in config.MAY_CHANGE_ON_RESUME and name not in config.TEACHER_ONLY:
             identity[name] = value
 
     identity["model"] = info["model_name"]
@@ -216,7 +222,8 @@ def run_identity(info):
 
 
 def is_finished(folder):
-    """Whether the run in `folder` went to its end; a best_model.pth put there alone counts too."""
+    """Whether the run in `folder` is finished. A best_model.pth without last.pth was put there by
+    hand, and counts as finished."""
     if not (folder / "best_model.pth").is_file():
         return False
     last_path = folder / "last.pth"
@@ -227,10 +234,10 @@ def is_finished(folder):
 
 
 def next_command(args, script, role):
-    """The command to type next, with this one's flags: `script`'s where the other student, of
-    `role`, is not trained yet, else evaluate.py's."""
-    is_trained = models.student_checkpoints(Path(args.checkpoint_dir, role))
-    return config.format_command("evaluate" if is_trained else script, args.argv)
+    """The command to run next, with this one's flags: `script`, which trains the other student (of
+    `role`), or evaluate.py if that student has a checkpoint already."""
+    checkpoints = models.student_checkpoints(Path(args.checkpoint_dir, role))
+    return config.format_command("evaluate" if checkpoints else script, args.argv)
 
 
 if __name__ == "__main__":

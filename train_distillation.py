@@ -1,11 +1,13 @@
-"""Train the student with a teacher and the labels: the distilled side of the comparison.
+"""Train the student by distillation from a teacher, and on the labels: the distilled student.
 
     python train_distillation.py            # EfficientNet-B0 distilled from B2, on CIFAR-100
     python train_distillation.py --quick    # a complete small run on scikit-learn's digits
 
-Fine-tunes the teacher first where checkpoints/teacher/ holds none that fits. Writes
-checkpoints/distilled/ and results/distilled_history.csv. After an interruption the same command
-resumes after the last finished epoch.
+Fine-tunes the teacher first, unless checkpoints/teacher/ has a finished one of the same model,
+image size, classes and split. Writes checkpoints/distilled/ and results/distilled_history.csv, with
+--seeds one seed_<n>/ each in there, and copies the best student so far to
+checkpoints/best_model.pth. After an interruption the same command, without --fresh-teacher, resumes
+after the last finished epoch.
 """
 import argparse
 import sys
@@ -25,20 +27,22 @@ def main(args):
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
     if args.distillation_loss == "lskd" and num_classes == 2:
-        # Two standardised logits are always -1 and 1.
-        raise utils.UsageError("--distillation-loss lskd says nothing where there are two classes")
+        # Of two standardised logits one is always 1 and the other -1.
+        raise utils.UsageError("--distillation-loss lskd learns nothing from two classes")
 
-    teacher_path = args.teacher_checkpoint or train_teacher(args, data, device)
-    teacher, about_teacher = load_teacher(teacher_path, args, data, device)
+    teacher_path = args.teacher_checkpoint or find_or_train_teacher(args, data, device)
+    teacher, teacher_record = load_teacher(teacher_path, args, data, device)
 
-    for run_args in train_baseline.each_seed(args):
-        # The same seed as in train_baseline.main: both students start from the same weights.
+    for run_args in train_baseline.args_of_each_seed(args):
+        # Seeded right before building, as in train_baseline.main: both students start from the
+        # same weights.
         torch.manual_seed(run_args.seed)
         student = models.build_model(args.student_model, num_classes, args.pretrained,
-                                     args.student_weights).to(device)
+                                     args.student_weights)
+        gradcam_layer = models.gradcam_layer(student, args.image_size)
+        student.to(device)
         info = models.build_info("distilled", student, args.student_model, data, run_args,
-                                 gradcam_layer=models.gradcam_layer(student, args.image_size),
-                                 teacher=about_teacher)
+                                 gradcam_layer=gradcam_layer, teacher=teacher_record)
         best_path = train(student, teacher, info, data, run_args)
 
     models.export_best_student(args.checkpoint_dir, info)
@@ -47,7 +51,8 @@ def main(args):
 
 
 def train(student, teacher, info, data, args):
-    """As train_baseline.train, but with the frozen `teacher` too, which sees the same crops."""
+    """As train_baseline.train, but with a frozen `teacher`, which sees the same crops of the same
+    images, perhaps at a larger size. The loop is repeated so that each script reads on its own."""
     run = utils.Run(info, train_baseline.run_identity(info), args)
     run.tidy_after_a_kill()
     if run.finished:
@@ -59,7 +64,7 @@ def train(student, teacher, info, data, args):
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 
-    # Optimizer
+    # Optimizer, schedule, fp16 scaler, EMA; all of them resume
     optimizer = train_baseline.build_optimizer(student, args)
     scheduler = train_baseline.build_scheduler(
         optimizer, len(train_loader) // args.accumulate_steps, args)
@@ -70,7 +75,7 @@ def train(student, teacher, info, data, args):
     run.restore(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(student)
 
-    student.train()
+    student.train()  # a graph is captured in the mode in which it will run
     models.capture_cuda_graph(student, args.image_size, args)
     models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)
     ddp_student = models.wrap_ddp(student)
@@ -78,14 +83,14 @@ def train(student, teacher, info, data, args):
     # Training loop
     for epoch in range(len(run.history), args.num_epochs):
         student.train()
-        train_baseline.seed_dropout(args, epoch)  # images draw from a seed of their own
+        train_baseline.seed_dropout(args, epoch)  # the loader seeds the augmentation itself
         metrics = utils.EpochMetrics(args.batch_size, device)
         progress = utils.progress_bar(train_loader.epoch_with_teacher(epoch), len(train_loader),
                                       epoch)
         for step, (images, teacher_images, labels) in enumerate(progress, start=1):
             is_update_step = step % args.accumulate_steps == 0
             if utils.WORLD_SIZE > 1:
-                # DDP averages the gradients over the GPUs once an update, not once a batch.
+                # DDP averages gradients over the processes only where an update follows.
                 ddp_student.require_backward_grad_sync = is_update_step
 
             with utils.autocast(device, args):
@@ -94,10 +99,11 @@ def train(student, teacher, info, data, args):
                 logits = models.forward(ddp_student, images)
                 ce_loss = models.cross_entropy(logits, labels, args.label_smoothing)
                 distill_loss = models.distill_loss(logits, teacher_logits, args)
+                # distill_loss holds the factor T^2 already.
                 loss = args.alpha * distill_loss + (1 - args.alpha) * ce_loss
             scaler.scale(loss / args.accumulate_steps).backward()
 
-            learning_rate = optimizer.param_groups[0]["lr"]
+            learning_rate = optimizer.param_groups[0]["lr"]  # of this step; the update changes it
             if is_update_step:
                 train_baseline.update(student, optimizer, scheduler, scaler, ema, args)
 
@@ -114,7 +120,7 @@ def train(student, teacher, info, data, args):
                 progress.set_postfix_str(metrics.progress_text())
                 run.print_estimate(metrics, len(train_loader))
 
-        # Validation, then history, best_model.pth and last.pth: from here the next start resumes.
+        # Validate, then save best_model.pth, last.pth and the history. The next start resumes here.
         row = metrics.row() | {"learning_rate": learning_rate}
         row |= train_baseline.validate(model_to_save, val_loader)
         run.finish_epoch(row, model_to_save)
@@ -125,68 +131,103 @@ def train(student, teacher, info, data, args):
 # The teacher --------------------------------------------------------------------------------------
 
 def teacher_args(args):
-    """The settings of the teacher's own fine-tuning, under the names train_baseline.train reads."""
-    student_only = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
-                    "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
-    settings = {name: value for name, value in vars(args).items() if name not in student_only}
+    """The settings of the teacher's fine-tuning, in the form that train_baseline.train expects."""
+    not_used = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
+                "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
+    settings = {name: value for name, value in vars(args).items() if name not in not_used}
     settings["num_epochs"] = args.teacher_epochs
     settings["learning_rate"] = args.teacher_learning_rate
     settings["image_size"] = args.teacher_image_size or args.image_size
     settings["seeds"] = None
     settings["fresh"] = args.fresh_teacher
-    # Of the very crops on which it was trained, a teacher is too sure; so it has another seed.
+    # Another seed than the student's: a teacher is overconfident on the exact crops of its own
+    # training. MAX_SEED is odd, so the two always differ.
     settings["seed"] = config.MAX_SEED - args.seed
-    # Smoothing erases what the wrong classes have to say (Müller et al. 2019).
+    # Label smoothing would erase from its outputs how similar the classes are (Müller et al. 2019).
     settings["label_smoothing"] = 0.0
     return argparse.Namespace(**settings)
 
 
-def train_teacher(args, data, device):
-    """Path of the best weights of a previous teacher that fits, or of one fine-tuned now."""
+def find_or_train_teacher(args, data, device):
+    """Return the path of a finished teacher that fits; fine-tune one if there is none."""
     run_args = teacher_args(args)
     folder = utils.run_folder("teacher", run_args)
     best_path = folder / "best_model.pth"
-    with utils.lock_folder(folder):  # of several processes one trains it for all
-        if train_baseline.is_finished(folder) and not args.fresh_teacher:
-            mismatch = models.teacher_mismatch(utils.load_checkpoint(best_path), args, data)
-            if not mismatch:
-                return best_path
-            print(f"the teacher in {folder} does not fit and will be moved aside: {mismatch}")
+    _lock = utils.lock_folder(folder)  # until the end: others wait, and reuse this teacher
+    if not args.fresh_teacher and train_baseline.is_finished(folder):
+        mismatch = models.teacher_mismatch(utils.load_checkpoint(best_path), args, data)
+        if not mismatch:
+            return best_path
+        print(f"the teacher in {folder} does not fit and will be moved aside: {mismatch}")
 
-        torch.manual_seed(run_args.seed)
-        teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
-                                     args.teacher_weights).to(device)
-        info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
-                                 gradcam_layer=models.gradcam_layer(teacher, run_args.image_size))
-        return train_baseline.train(teacher, info, data, run_args)
+    torch.manual_seed(run_args.seed)
+    teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
+                                 args.teacher_weights)
+    gradcam_layer = models.gradcam_layer(teacher, run_args.image_size)
+    teacher.to(device)
+    info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
+                             gradcam_layer=gradcam_layer)
+    return train_baseline.train(teacher, info, data, run_args)
 
 
 def load_teacher(path, args, data, device):
-    """The frozen teacher of `path`, and what a student's checkpoint says about it. UserError where
-    it was trained on something else, or knows too little to teach."""
-    teacher, info = models.load_model(path)
-    mismatch = models.teacher_mismatch(info, args, data)
-    if mismatch:
-        raise utils.UserError(f"{path} cannot teach here: {mismatch}")
+    """Load, check and freeze the teacher of `path`: (teacher on `device`, the record of it for the
+    student's checkpoint). Raises UserError if it does not match the data or is too inaccurate."""
+    teacher, info = models.load_teacher_model(path, args.teacher_model, len(data.class_names))
+    is_foreign = info is None
+    if is_foreign:
+        info = models.build_info("teacher", teacher, args.teacher_model, data, teacher_args(args))
+        print(f"warning: {path} may have been trained on images that are used for validation here")
+    else:
+        mismatch = models.teacher_mismatch(info, args, data)
+        if mismatch:
+            raise utils.UserError(f"{path} cannot teach here: {mismatch}")
 
-    accuracy = info["val_accuracy"]
+    if args.teacher_checkpoint:
+        accuracy = measure_teacher(teacher, info, data, args, device)
+    else:
+        accuracy = info["val_accuracy"]  # measured by its own run, on the same images
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
-    min_accuracy = models.min_teacher_accuracy(info["num_classes"])
-    if accuracy < min_accuracy:
-        raise utils.UserError(f"a teacher below {min_accuracy:.1%} would teach noise; train it "
-                              "longer (--teacher-epochs, --teacher-learning-rate, "
-                              "--fresh-teacher)")
-    warn_of_better_baselines(accuracy, info, args)
+    check_teacher_accuracy(accuracy, info["num_classes"], args)
+    warn_if_baseline_is_as_good(accuracy, info, args)
 
     frozen = models.freeze_teacher(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
-    about = {"path": Path(path).as_posix(), "sha256": utils.sha256(path), "val_accuracy": accuracy}
-    return frozen.to(device), about
+    record = {"path": Path(path).as_posix(), "sha256": utils.sha256(models.weight_file(path)),
+              "val_accuracy": accuracy}
+    if is_foreign:
+        record["info"] = info  # evaluate.py needs it to load the teacher again
+    return frozen.to(device), record
 
 
-def warn_of_better_baselines(teacher_accuracy, teacher_info, args):
-    """Print a warning for each baseline on the same split that is as good as its teacher."""
+def measure_teacher(teacher, info, data, args, device):
+    """Accuracy of a given teacher on the validation images. Leaves it on the CPU."""
+    val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
+    logits, labels = models.infer(teacher.to(device), val_loader)
+    teacher.cpu()
+    return models.accuracy(logits, labels).item()
+
+
+def check_teacher_accuracy(accuracy, num_classes, args):
+    """Raise UserError if the teacher is hardly better than chance level."""
+    min_accuracy = models.min_teacher_accuracy(num_classes)
+    if accuracy >= min_accuracy:
+        return
+    if args.teacher_checkpoint:
+        advice = ("if it was better elsewhere, its classes may have another order (here: sorted "
+                  "folder names, or the dataset's own) or its images another size")
+    else:
+        advice = "train it longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)"
+    raise utils.UserError(f"a teacher below {min_accuracy:.1%} is hardly better than chance and "
+                          f"would teach noise; {advice}")
+
+
+def warn_if_baseline_is_as_good(teacher_accuracy, teacher_info, args):
+    """Print a warning for each baseline on the same split that is as good as the teacher."""
     for path in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
-        baseline = utils.load_checkpoint(path)
+        try:
+            baseline = utils.load_checkpoint(path)
+        except utils.UserError:
+            continue  # a damaged baseline is no reason to stop here; evaluate.py will say so
         has_same_split = baseline["split_fingerprint"] == teacher_info["split_fingerprint"]
         if has_same_split and baseline["val_accuracy"] >= teacher_accuracy:
             print(f"warning: {path} reaches {baseline['val_accuracy']:.2%} without a teacher; "

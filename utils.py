@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from datetime import timedelta
@@ -26,10 +27,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-FORMAT_VERSION = 4  # of every checkpoint; raised when an older reader could misread a new one
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # AMP_DTYPE's
+FORMAT_VERSION = 4  # of checkpoints; goes up when older code could misread a newer file
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of --amp-dtype
 
-# torchrun starts several processes and numbers them; without it there is one, number 0.
+# torchrun starts several processes and numbers them; without it there is one, with rank 0. Outside
+# of torchrun its variables may be set for something else, and are not read.
 TORCHRUN = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
 RANK = int(TORCHRUN.get("RANK", 0))
 WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))
@@ -38,17 +40,17 @@ WORLD_SIZE = int(TORCHRUN.get("WORLD_SIZE", 1))
 # Errors and exit status ---------------------------------------------------------------------------
 
 class UserError(Exception):
-    """Something a person can put right; its text is the one message they see."""
+    """An error that the user can fix; its text is the one message they see."""
     exit_status = 1
 
 
 class UsageError(UserError):
-    """Settings that cannot work, found before any work."""
+    """Settings that cannot work."""
     exit_status = 2
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came. Whatever answers Ctrl-C answers this too."""
+    """SIGTERM. What handles Ctrl-C handles this too."""
 
 
 def raise_terminated(signal_number, frame):
@@ -56,19 +58,21 @@ def raise_terminated(signal_number, frame):
 
 
 def run_script(main, args):
-    """Call `main(args)` and return the exit status: 0, or with one message 1 or 2 for what a person
-    can put right, 130 after Ctrl-C, 143 after SIGTERM. A fault of the program keeps its traceback.
+    """Call `main(args)` and return the exit status.
+
+    0: done. With one message on stderr, 2: settings that cannot work; 1: another error that the
+    user can fix; 130: Ctrl-C; 143: SIGTERM. A bug keeps its traceback.
     """
     if RANK != 0:
-        silence_stdout()  # process 0 alone prints
+        silence_stdout()  # only process 0 prints
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a class name the terminal cannot show stops nothing
+        stream.reconfigure(errors="replace")  # no crash on characters the terminal cannot show
     signal.signal(signal.SIGTERM, raise_terminated)
 
     try:
         status = call_and_report(main, args)
     except KeyboardInterrupt as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C is enough, the rest is orderly
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would disturb the shutdown
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if RANK == 0:
             print_error(stop_message(args))
@@ -78,7 +82,8 @@ def run_script(main, args):
         if status == 0:
             dist.destroy_process_group()
         else:
-            os._exit(status)  # at an orderly end NCCL could wait for processes that are gone
+            sys.stdout.flush()
+            os._exit(status)  # at a normal exit NCCL could wait for processes that are gone
     return status
 
 
@@ -86,16 +91,18 @@ def call_and_report(main, args):
     """Call `main(args)`; return 0, or report what went wrong and return its exit status."""
     try:
         main(args)
-        sys.stdout.flush()  # here, where a broken pipe gets its message
+        sys.stdout.flush()  # a broken pipe shows here, not at the interpreter's shutdown
         return 0
     except Exception as error:
-        message = user_message(error, args)
-        if message is None:
+        message = user_message(error)
+        if message is None and WORLD_SIZE == 1:
             raise
+        if message is None:
+            message = traceback.format_exc()  # and not raised, for the reason in run_script
         if isinstance(error, BrokenPipeError):
-            silence_stdout()  # or Python would complain again at its end
+            silence_stdout()  # or Python would complain again at the interpreter's shutdown
         if RANK != 0:
-            # Where process 0 failed as well, torchrun ends this one before it repeats the message.
+            # If process 0 failed too, torchrun ends this process before it repeats the message.
             time.sleep(3)
         print_error(f"error: {message}")
         return exit_status(error)
@@ -106,39 +113,40 @@ def silence_stdout():
 
 
 def print_error(message):
-    with contextlib.suppress(OSError):  # nobody may be listening any more
-        tqdm.write(message, file=sys.stderr)  # below a progress bar, not behind it
+    with contextlib.suppress(OSError):  # stderr may be closed
+        tqdm.write(message, file=sys.stderr)  # below a progress bar, not in its line
 
 
 def stop_message(args):
-    """What was saved when Ctrl-C or SIGTERM came, in one sentence."""
-    run = Run.current
-    if run is None:
+    """What was saved before Ctrl-C or SIGTERM, in one sentence."""
+    if not Run.progress:
         return "stopped"
-    if not run.history:
-        return f"stopped before the first epoch of the {run.title} run was complete"
-    command = "the same command without --fresh" if args.fresh else "the same command"
-    return (f"stopped after epoch {len(run.history)} of {run.num_epochs} of the {run.title} run; "
-            f"{command} resumes there")
+    start_over_flags = [flag for flag in ("--fresh", "--fresh-teacher")
+                        if flag in getattr(args, "argv", [])]
+    command = "the same command"
+    if start_over_flags:
+        command += f" without {' and '.join(start_over_flags)}"
+    return f"stopped {Run.progress}; {command} resumes there"
 
 
 class KnownError(NamedTuple):
-    """An error of torch or the system, and what a person can do about it."""
-    kinds: tuple      # types of the exception
-    signs: tuple      # it has one of these in its text; (): whatever its text
-    advice: str       # {reason} is the first line of its text
+    """An error of torch or the system, and what the user can do about it."""
+    types: tuple       # of the exception
+    substrings: tuple  # of its text, one of which must occur; (): any text
+    advice: str        # {reason} stands for the first line of the text
     exit_status: int = 1
 
 
 MEMORY_ADVICE = (
-    "there is too little memory; close what else uses it, or halve --batch-size and double "
-    "--accumulate-steps, which makes the same updates but for BatchNorm, or lower --image-size; "
-    "where memory is not short, try another --amp-dtype")
+    "there is too little memory; close other programs that use it, or halve --batch-size and "
+    "double --accumulate-steps, which gives the same updates except for BatchNorm, or lower "
+    "--image-size; if memory is not short (cuDNN reports other failures like this too), try "
+    "another --amp-dtype")
 WORKER_ADVICE = (
-    "a process that reads pictures was killed, mostly for want of memory or, in a container, of "
+    "a process that reads images was killed, usually for lack of memory or, in a container, of "
     "/dev/shm; lower --num-workers, and the same command resumes")
 
-KNOWN_ERRORS = [  # the first that fits
+KNOWN_ERRORS = [  # the first match counts
     KnownError((MemoryError,), (), MEMORY_ADVICE),
     KnownError((Exception,), ("out of memory", "can't allocate memory", "ALLOC_FAILED",
                               "not enough memory",
@@ -159,15 +167,14 @@ BAD_FOLDER = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDI
               errno.EISDIR, errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-def user_message(error, args):
-    """One message on what a person can do about `error`; None where it is a fault of the program.
-    """
+def user_message(error):
+    """One message on what the user can do about `error`; None if it is a bug."""
     if isinstance(error, UserError):
         return str(error)
     known = find_known(error)
     if known is not None:
         return known.advice.format(reason=first_line(error))
-    if isinstance(error, PermissionError) and error.filename2:  # of `replace`
+    if isinstance(error, PermissionError) and error.filename2:  # set by os.replace
         return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
                 "for example, or a virus scanner); close it there")
     if isinstance(error, OSError) and error.errno in BAD_FOLDER:
@@ -180,8 +187,8 @@ def find_known(error):
     """The row of KNOWN_ERRORS that fits `error`, or None."""
     text = str(error)
     for known in KNOWN_ERRORS:
-        has_sign = not known.signs or any(sign in text for sign in known.signs)
-        if isinstance(error, known.kinds) and has_sign:
+        has_text = not known.substrings or any(part in text for part in known.substrings)
+        if isinstance(error, known.types) and has_text:
             return known
     return None
 
@@ -194,7 +201,7 @@ def exit_status(error):
 
 
 def first_line(error):
-    """The first line of what `error` says, or its type where it says nothing."""
+    """The first line of the text of `error`, or its type if there is no text."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
@@ -210,7 +217,9 @@ def format_duration(seconds):
 
 @contextlib.contextmanager
 def main_process_first():
-    """As a decorator: process 0, which alone downloads, locks and writes, goes first."""
+    """As a decorator: process 0 runs the function first, the others when it has finished. Only
+    process 0 downloads, locks and writes. If it raises, the others wait until torchrun ends them.
+    """
     if RANK != 0:
         dist.barrier()
     yield
@@ -221,17 +230,19 @@ def main_process_first():
 # Device and precision -----------------------------------------------------------------------------
 
 def setup(args):
-    """Prepare what computes and return the device. UsageError where it cannot be had.
+    """Select and prepare the device, and return it. Raises UsageError if it is not available.
 
     For training it also sets precision (args.amp_dtype "auto" is replaced by what was chosen),
     determinism and torchrun's process group. Evaluation has no such settings: it stays in float32.
     """
     device = select_device(args.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
     prepare_memory(device)
-    torch.backends.cudnn.benchmark = True  # shapes stay the same, but for a last batch
+    torch.backends.cudnn.benchmark = True  # input shapes are fixed, except for a last batch
     if device.type == "cuda":
-        # Convolutions in float32 would run in TF32, with 10 bits of mantissa: float32 means float32
-        # here, in evaluation and under --amp-dtype fp32. bf16 and fp16 are not touched by it.
+        # By default cuDNN computes float32 convolutions in TF32, with 10 bits of mantissa. float32
+        # means float32 here, in evaluation and with --amp-dtype fp32. bf16 and fp16 do not change.
         torch.backends.cudnn.conv.fp32_precision = "ieee"
     precision = "fp32"
     if "amp_dtype" in args:
@@ -258,7 +269,7 @@ def select_device(wanted):
     if wanted == "auto":
         if num_gpus:
             wanted = "cuda"
-        elif has_mps:
+        elif has_mps and WORLD_SIZE == 1:
             wanted = "mps"
         else:
             wanted = "cpu"
@@ -279,20 +290,18 @@ def select_device(wanted):
 
 
 def prepare_memory(device):
-    """Set what the system does with memory, for the speed of what follows."""
+    """Tell the system how to handle memory, which decides about speed."""
     if device.type == "cpu":
         reuse_freed_memory()
-    if device.index:
-        torch.cuda.set_device(device)
     if device.type == "cuda" and os.name == "nt":
-        # Windows' driver would spill into the system's memory, and crawl.
+        # Beyond the GPU's memory Windows' driver would use the system's, at a crawl.
         free, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(free / total)
 
 
 def reuse_freed_memory():
-    """Tell glibc to keep freed blocks above 32 MB, which it would get anew from the system for each
-    tensor: a step at 224 px would take a seventh longer, evaluation half as long again."""
+    """Tell glibc to keep freed blocks above 32 MB. Otherwise each large tensor is mapped anew: a
+    training step at 224 px takes 14 % longer, evaluation 50 %."""
     if platform.libc_ver()[0] == "glibc":
         M_MMAP_MAX = -4
         M_TRIM_THRESHOLD = -1
@@ -302,7 +311,7 @@ def reuse_freed_memory():
 
 
 def select_precision(wanted, device):
-    """"bf16", "fp16" or "fp32" for AMP_DTYPE, whose "auto" takes the fastest on `device`."""
+    """The precision for --amp-dtype: bf16, fp16 or fp32; for auto the fastest on `device`."""
     if wanted != "auto":
         return wanted
     if device.type != "cuda":
@@ -313,26 +322,28 @@ def select_precision(wanted, device):
 
 def use_deterministic_algorithms(device):
     if device.type == "mps":
-        raise UsageError("argument --deterministic: torch promises no such runs on Apple GPUs")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        raise UsageError("argument --deterministic: torch does not guarantee it on Apple GPUs")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel a tensor, for debugging
+    # It would fill each new tensor, an extra kernel that only helps in debugging.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 
 
 def join_process_group(device):
     """Connect torchrun's processes: nccl between GPUs, gloo between CPUs."""
-    week = timedelta(days=9)  # process 0 may train a teacher's hours before the others are needed
+    # While process 0 downloads, waits for a lock or validates, the others wait at a barrier.
+    timeout = timedelta(days=9)
     if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=week, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=week)
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def autocast(device, args):
     """The precision to compute in, args.amp_dtype, as a context."""
     dtype = DTYPES[args.amp_dtype]
-    # No cache of cast weights: a step uses each weight once, and a CUDA graph forbids it.
+    # No cache of cast weights: a step uses each weight once, and a CUDA graph must not hold it.
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
@@ -358,14 +369,14 @@ def versions(device):
 
 @contextlib.contextmanager
 def atomic_write(target, mode="w"):
-    """Open a file beside `target` to write (text as UTF-8), and move it there when it is whole: a
-    reader never meets half a file."""
+    """Open a temporary file beside `target` for writing (text as UTF-8), and rename it to `target`
+    when it is complete, so that nobody ever reads half a file."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # other processes have theirs
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # one a process
     text_options = {}
     if "b" not in mode:
-        # A file name that is not UTF-8 is written with replacement characters.
+        # Class names from folders that are not UTF-8 get replacement characters.
         text_options = {"encoding": "utf-8", "errors": "replace", "newline": ""}
     try:
         with open(unfinished, mode, **text_options) as file:
@@ -378,7 +389,8 @@ def atomic_write(target, mode="w"):
 
 
 def replace(source, target):
-    """Move a file over another; try for some seconds where Windows refuses it."""
+    """Move a file over another; retry for 4 s, since Windows refuses while a program has it open.
+    """
     for _ in range(20):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
@@ -395,16 +407,16 @@ def save_checkpoint(checkpoint, target):
 
 
 def load_checkpoint(path):
-    """Load what save_checkpoint wrote, onto the CPU, or raise UserError."""
+    """Load what save_checkpoint wrote, onto the CPU. Raises UserError if it is anything else."""
     checkpoint = load_torch_file(path)
     if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path} is no checkpoint of this project, format {FORMAT_VERSION}")
+        raise UserError(f"{path} is not a checkpoint of this project, format {FORMAT_VERSION}")
     return checkpoint
 
 
 def load_torch_file(path):
-    """Load what torch.save wrote, onto the CPU, without running code it may carry, or raise
-    UserError: it is missing, damaged, carries code, or would unpack to more than its size."""
+    """Load what torch.save wrote, onto the CPU, without running any code in it. Raises UserError if
+    the file is missing or damaged, holds code, or would unpack to more than its size."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path} (the quick run's are in checkpoints/quick/)")
@@ -417,17 +429,17 @@ def load_torch_file(path):
     except (MemoryError, UserError):
         raise
     except Exception as error:  # damage takes any form
-        # Operand 149 opens a pickle of protocol 4 and later, which torch does not write.
+        # Operand 149 occurs in pickles of protocol 4 and later, which torch.save does not write.
         signs_of_code = ("Unsupported global", "Unsupported operand 149")
         if any(sign in str(error) for sign in signs_of_code):
             raise UserError(
                 f"{path} carries code and was refused; none of it was run. Where you trust it, "
                 "save its state_dict alone, or as .safetensors") from None
-        raise UserError(f"{path} is damaged, or no checkpoint at all") from None
+        raise UserError(f"{path} is damaged, or not a checkpoint") from None
 
 
 def check_archive(content, path):
-    """Look for what torch does not: zip bombs and wrong checksums. `content` is rewound after."""
+    """Check for what torch does not: zip bombs and wrong checksums. `content` is rewound."""
     if zipfile.is_zipfile(content):
         archive = zipfile.ZipFile(content)
         for part in archive.infolist():
@@ -451,14 +463,14 @@ HISTORY_COLUMNS = (
 
 
 class Run:
-    """One training in its folder: best_model.pth, last.pth, and `history`, a dict for each finished
+    """A training run and its folder: best_model.pth, last.pth, and `history`, a dict per finished
     epoch.
 
-    A previous run with the same `identity` is resumed. Another one is moved aside, but not before
-    this one has an epoch to save. While a Run lives, no other process can train in its folder. The
-    constructor takes that lock and reads; it writes nothing.
+    A previous run with the same `identity` is resumed. Any other is moved aside, but only once this
+    run has an epoch to save. The constructor locks the folder, for as long as the Run lives, and
+    reads; it changes no file.
     """
-    current = None  # the Run that is training, for the message after Ctrl-C
+    progress = ""  # of the run in progress, for the message after Ctrl-C
 
     def __init__(self, info, identity, args):
         self.info = info
@@ -487,7 +499,7 @@ class Run:
         self.history = saved.get("history", [])
         self.saved_states = saved.get("states", {})
 
-        self.parts = {}  # what `restore` was given, to be saved after each epoch
+        self.parts = {}  # what `restore` is given, and what is saved with every epoch
         self.epoch_start = time.perf_counter()
         self.has_printed_estimate = False
 
@@ -496,8 +508,8 @@ class Run:
         return len(self.history) == self.num_epochs
 
     def reason_not_to_resume(self, saved, fresh):
-        """Why a previous run in the folder cannot be resumed, in a few words; "" where it can, or
-        where there is none. `saved` is its last.pth."""
+        """Why a previous run in the folder cannot be resumed, in a few words; "" if it can, or if
+        there is none. `saved` is the content of its last.pth."""
         if not saved:
             files = (self.best_path, self.last_path, self.history_path)
             if not any(file.exists() for file in files):
@@ -514,8 +526,8 @@ class Run:
         return ""
 
     def tidy_after_a_kill(self):
-        """Remove half-written files, and write the history, an epoch's last file, where it lacks
-        an epoch."""
+        """Remove half-written files, and write the history file again, which may be an epoch behind
+        last.pth."""
         if RANK != 0:
             return
         results_dir = self.history_path.parent
@@ -526,20 +538,28 @@ class Run:
             self.write_history()
 
     def restore(self, **parts):
-        """Load into `parts`, each with a state_dict or None, what a previous run saved of them;
-        from now on they are saved with every epoch."""
-        Run.current = self
+        """Load the previous run's states into `parts`, each with a state_dict, or None. From now on
+        they are saved with every epoch."""
+        self.note_progress()
         self.parts = {name: part for name, part in parts.items() if part is not None}
         for name, state in self.saved_states.items():
             self.parts[name].load_state_dict(state)
         self.saved_states = {}
 
+    def note_progress(self):
+        """Remember for the message after Ctrl-C which epochs are saved."""
+        if self.history:
+            Run.progress = f"after epoch {len(self.history)} of {self.num_epochs}"
+        else:
+            Run.progress = "before the end of the first epoch"
+        Run.progress += f" of the {self.title} run"
+
     def warn_if_disk_is_short(self, model):
-        """Print a warning where the disk has too little room for the files of the run."""
-        # best_model.pth holds the weights once; last.pth up to four times (weights, their average,
-        # AdamW's two moments); and while last.pth is replaced, it lies there twice.
+        """Print a warning if the disk has too little room for the files of the run."""
+        # best_model.pth holds the weights once, last.pth up to four times: the weights, their EMA,
+        # and AdamW's two moments. While last.pth is replaced, the disk holds it twice.
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-        needed = 9 * weights
+        needed = (1 + 2 * 4) * weights
         existing_folder = next(path for path in self.folder.absolute().parents if path.exists())
         free = shutil.disk_usage(existing_folder).free
         if free < needed and RANK == 0:
@@ -548,9 +568,9 @@ class Run:
 
     @main_process_first()
     def finish_epoch(self, row, model):
-        """Save a finished epoch: best_model.pth of `model` if it is the best so far, last.pth, the
-        history. `row` holds what was measured, by HISTORY_COLUMNS. UserError where its validation
-        loss is not finite."""
+        """Save a finished epoch: `model` as best_model.pth if it is the best so far, last.pth, and
+        the history; print it in one line. `row` has a value for each of HISTORY_COLUMNS that was
+        measured. Raises UserError if the validation loss is not finite."""
         if RANK != 0:
             self.history.append(row)
             return
@@ -565,27 +585,31 @@ class Run:
         is_best = row["val_accuracy"] > previous_best
         if epoch == 1:
             self.move_previous_run_aside()
-        self.history.append(row)
+            # Without a last.pth, is_finished would take a best_model.pth for a finished run.
+            self.save_last(states={}, history=[])
 
         if is_best:
             self.save_best(model, row)
-        self.save_last({name: part.state_dict() for name, part in self.parts.items()})
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        self.save_last(states, [*self.history, row])
+        self.history.append(row)
+        self.note_progress()
         self.write_history()
         self.print_epoch(row, is_best)
 
     def move_previous_run_aside(self):
-        """Move what another run left to the first free folder <name>.1, <name>.2, ..."""
-        if self.why_not_resumed:
-            for i in itertools.count(1):
-                aside = self.folder.with_name(f"{self.folder.name}.{i}")
-                if not aside.exists():
-                    break
-            aside.mkdir(parents=True)
-            for file in (self.best_path, self.last_path, self.history_path):
-                if file.exists():
-                    shutil.move(file, aside)
-            print(f"the previous {self.name} run ({self.why_not_resumed}) is now in {aside}")
-        self.save_last({})  # a best_model.pth without it would be taken for one put there by hand
+        """Move the files of a run that is not resumed to the first free <name>.1, <name>.2, ..."""
+        if not self.why_not_resumed:
+            return
+        for i in itertools.count(1):
+            aside = self.folder.with_name(f"{self.folder.name}.{i}")
+            if not aside.exists():
+                break
+        aside.mkdir(parents=True)
+        for file in (self.best_path, self.last_path, self.history_path):
+            if file.exists():
+                shutil.move(file, aside)
+        print(f"the previous {self.name} run ({self.why_not_resumed}) is now in {aside}")
 
     def save_best(self, model, row):
         weights = {}
@@ -594,8 +618,8 @@ class Run:
         save_checkpoint({**self.info, "state_dict": weights, "epoch": row["epoch"],
                          "val_accuracy": row["val_accuracy"]}, self.best_path)
 
-    def save_last(self, states):
-        save_checkpoint({"identity": self.identity, "history": self.history, "states": states},
+    def save_last(self, states, history):
+        save_checkpoint({"identity": self.identity, "history": history, "states": states},
                         self.last_path)
 
     def write_history(self):
@@ -605,10 +629,10 @@ class Run:
                 writer.writeheader()
                 writer.writerows(self.history)
         except PermissionError as error:  # last.pth has the history too
-            print(f"warning: {user_message(error, None)}; the next epoch or start writes it again")
+            print(f"warning: {user_message(error)}; the next epoch or start writes it again")
 
     def print_estimate(self, metrics, steps_per_epoch):
-        """Print once about how long the run will take: after 15 s, or at the first epoch's end."""
+        """Print an estimate of the run's duration, once: after 15 s or at the first epoch's end."""
         if self.has_printed_estimate:
             return
         is_last_step = metrics.num_steps == steps_per_epoch
@@ -622,7 +646,7 @@ class Run:
                    f"about {remaining} to go")
 
     def print_epoch(self, row, is_best):
-        """Print the epoch in one line, a star where it is the best so far, and the time to go."""
+        """Print the epoch in one line, with a star if it is the best so far, and the time to go."""
         train_accuracy = ""
         if row["train_accuracy"] is not None:
             train_accuracy = f"train {row['train_accuracy']:6.2%}  "
@@ -640,8 +664,8 @@ class Run:
 
 @main_process_first()
 def lock_folder(folder):
-    """Keep other processes out of a run's folder while what is returned lives; wait for one that
-    is at work there."""
+    """Lock the folder of a run and return the lock; wait if another process holds it. It is
+    released when the returned object is garbage-collected. A process can take it repeatedly."""
     if RANK != 0:
         return contextlib.nullcontext()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -663,13 +687,13 @@ def run_folder(name, args):
 # The metrics of an epoch --------------------------------------------------------------------------
 
 class EpochMetrics:
-    """Means over the steps of an epoch, and its speed. The sums stay on the device: adding to them
-    waits for nothing, reading them waits for all steps so far."""
+    """Means over the steps of an epoch, and its speed. The sums stay on the device: `add` does not
+    synchronise with it, reading the means does."""
     def __init__(self, batch_size, device):
         self.batch_size = batch_size
         self.device = device
-        self.sums = {}    # by the names that one call of `add` gave together: a tensor (names,)
-        self.counts = {}  # calls of `add` with these names
+        self.sums = {}    # {names of one call of `add`: tensor (number of names,)}
+        self.counts = {}  # {the same names: number of calls}
         self.num_steps = 0
         self.start = time.perf_counter()
         self.first_step_end = None
@@ -677,8 +701,8 @@ class EpochMetrics:
             torch.cuda.reset_peak_memory_stats()
 
     def add(self, **values):
-        """Add what a step measured, 0-d tensors by the names of HISTORY_COLUMNS. All values of a
-        call cost two kernels together. The call that has train_loss counts the step."""
+        """Add 0-d tensors that a step measured, named as in HISTORY_COLUMNS. A call launches two
+        kernels, however many values it has. The call with train_loss counts the step."""
         names = tuple(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
         if WORLD_SIZE > 1:
@@ -706,14 +730,14 @@ class EpochMetrics:
         return time.perf_counter() - self.start
 
     def seconds_per_step(self):
-        """Of all steps but the first, in which a GPU tries kernels and workers start."""
+        """Mean over all steps but the first, in which cuDNN tries kernels and workers start."""
         if self.num_steps == 1:
             return self.elapsed()
         return (time.perf_counter() - self.first_step_end) / (self.num_steps - 1)
 
     def row(self):
-        """What the epoch adds to the history but for validation and learning rate. A mean that has
-        no meaning (accuracy under mixup is nan) becomes None."""
+        """The epoch's row of the history, without validation and learning rate. nan (the accuracy
+        under mixup) becomes None."""
         row = {}
         for name, mean in self.means().items():
             row[name] = None if math.isnan(mean) else mean
@@ -735,19 +759,19 @@ class EpochMetrics:
 
 
 def progress_bar(batches, total, epoch):
-    """`batches` behind a bar that vanishes at the end; none on a terminal that cannot show it."""
-    no_bar = True if RANK != 0 else None  # None: tqdm looks whether it is a terminal
-    return tqdm(batches, total=total, desc=f"epoch {epoch + 1}", leave=False, disable=no_bar)
+    """`batches` with a progress bar that is removed at the end."""
+    disable = True if RANK != 0 else None  # None: disabled unless stderr is a terminal
+    return tqdm(batches, total=total, desc=f"epoch {epoch + 1}", leave=False, disable=disable)
 
 
 def check_finite(loss, where):
-    """UserError where a loss (a float) is no finite number; `where` says of which step or epoch."""
+    """Raise UserError if `loss`, a float, is not finite; `where` names the step or epoch."""
     if not math.isfinite(loss):
         raise diverged(f"the loss is not finite {where}")
 
 
 def check_scale(scaler, where):
-    """UserError where fp16's GradScaler went below 1: the gradient overflows at any scale."""
+    """Raise UserError if fp16's GradScaler fell below 1: gradients overflow at any scale."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise diverged(f"the gradient overflows in fp16 {where}")
 

@@ -50,12 +50,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def restore_process_state():
-    """utils.run_script sets signal handlers, and a Run stays known as the current one."""
+    """utils.run_script sets signal handlers, and a Run leaves its progress there."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    utils.Run.current = None
+    utils.Run.progress = ""
 
 
 def small_flags(script, folder):

@@ -4,6 +4,8 @@ checkpoints that lack something.
     python -m pytest tests/test_evaluate.py                  # all
     python -m pytest tests/test_evaluate.py -m "not slow"    # without figures and simulations
 """
+import csv
+import io
 import json
 import math
 import shutil
@@ -32,7 +34,7 @@ from conftest import ROOT, STUDENT, TEACHER
 ROLES = ("baseline", "distilled", "teacher")
 FIGURES = ("training_curves", "distillation_diagnostics", "accuracy_comparison",
            "reliability_diagram", "class_changes", "gallery", "confusion_matrix_baseline",
-           "confusion_matrix_distilled", "confusion_matrix_teacher")
+           "confusion_matrix_distilled", "confusion_matrix_teacher", "confusion_matrix_difference")
 
 
 def folder_flags(folder, results=None):
@@ -338,8 +340,47 @@ def test_other_classes_cannot_be_compared(copied):
     with pytest.raises(utils.UserError, match="cannot be compared .*order"):
         run_evaluate(copied)
     change_checkpoint(copied, "distilled", class_names=list("abcdefghij"))
-    with pytest.raises(utils.UserError, match="classes"):
+    with pytest.raises(utils.UserError, match="do not know: 0, 1, 2"):
         run_evaluate(copied)
+
+
+def lack_classes(monkeypatch, *lacking):
+    """Let the test images of digits lack some classes, as a folder without them does."""
+    load_split = data_loader.load_split
+
+    def partial(name, part, args):
+        images, names = load_split(name, part, args)
+        if part != "test":
+            return images, names
+        present = [i for i, name in enumerate(names) if name not in lacking]
+        rows = torch.isin(images.labels, torch.tensor(present))
+        labels = torch.searchsorted(torch.tensor(present), images.labels[rows])
+        images = images._replace(pixels=images.pixels[rows], labels=labels)
+        return images, [names[i] for i in present]
+
+    monkeypatch.setattr(data_loader, "load_split", partial)
+
+
+@pytest.mark.parametrize("figures", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_classes_without_test_images_are_named_and_left_out(copied, monkeypatch, figures):
+    """All scores are scikit-learn's over the classes that have test images."""
+    lack_classes(monkeypatch, "0", "4")
+    results = run_evaluate(copied, figures=figures)
+    numbers = read_numbers(results)
+    assert numbers["notes"]["missing_classes"] == ["0", "4"]
+    assert "2 classes have no test images" in read_report(results)
+
+    saved = np.load(results / "predictions.npz")
+    labels = saved["labels"]
+    assert sorted(set(labels.tolist())) == [1, 2, 3, 5, 6, 7, 8, 9]
+    for role in ROLES:
+        scores = numbers["models"][role]
+        predictions = saved[role].argmax(1)
+        f1 = sklearn.metrics.f1_score(labels, predictions, average="macro",
+                                      labels=np.unique(labels))
+        assert scores["macro_f1"] == pytest.approx(f1)
+        assert scores["top1"] == pytest.approx((predictions == labels).mean())
+        assert list(scores["per_class_accuracy"]) == ["1", "2", "3", "5", "6", "7", "8", "9"]
 
 
 def test_training_cost_is_unknown_without_a_history(copied):
@@ -378,7 +419,8 @@ def model_of(log_probs, temperature=None, class_names=None, seed=0, history=(), 
         "class_names": class_names or [f"c{i}" for i in range(num_classes)], "versions": {},
         "config": {"seed": seed, "dataset_dir": None, "num_epochs": 8, "alpha": 0.7,
                    "distillation_loss": "kd", "temperature": 4.0, "label_smoothing": 0.1},
-        "epoch": 1, "val_accuracy": 0.5, "image_size": 32,
+        "epoch": 1, "val_accuracy": 0.5, "image_size": 32, "crop_pct": 1.0,
+        "interpolation": "bicubic",
     }
     return evaluate.TrainedModel(ROOT / "README.md", torch.nn.Linear(1, 1), info, log_probs,
                                  temperature, list(history))
@@ -431,7 +473,9 @@ def test_calibration_of_four_predictions_by_hand():
 def test_bins_are_equal_in_width_and_closed_above():
     log_probs = np.log([[12 / 15, 1 - 12 / 15], [12 / 15 + 1e-6, 3 / 15 - 1e-6], [1.0, 1e-300],
                         [0.5, 0.5]])
-    _, _, counts = evaluate.reliability(log_probs, np.zeros(4, int))
+    confidence, correct = evaluate.top_answers(np.array(log_probs), np.zeros(4, int))
+    assert correct.all()
+    _, _, counts = evaluate.reliability(confidence, correct)
     assert np.flatnonzero(counts).tolist() == [7, 11, 12, 14]
 
 
@@ -791,7 +835,8 @@ def test_t_interval_agrees_with_the_formula():
 
 
 @pytest.mark.parametrize("wrong, verdict", [
-    ((60, 20), "better"), ((20, 60), "worse"), ((33, 30), "undecided")])
+    ((60, 20), "better"), ((20, 60), "worse"), ((33, 30), "undecided"),
+    ((20, 2), "undecided"), ((25, 5), "better")])
 def test_verdict_follows_the_interval(wrong, verdict):
     labels = np.arange(1000) % 10
     numbers = evaluate.compare(pair_of(labels, *wrong), labels, None)
@@ -808,6 +853,71 @@ def test_verdict_follows_the_interval(wrong, verdict):
     assert f"{100 * comparison['gain']:+.2f}" in sentence
     assert f"{100 * low:+.2f} to {100 * high:+.2f}" in sentence
     assert verdict in sentence.lower()
+
+
+def test_verdict_is_undecided_where_interval_and_exact_test_disagree():
+    """At the edge, found by trying: 26 images against 13 of 40."""
+    labels = np.arange(40) % 10
+    edge = []
+    for more in range(1, 40):
+        for fewer in range(40 - more):
+            gains = np.array([1.0] * more + [-1.0] * fewer + [0.0] * (40 - more - fewer))
+            low, _ = evaluate.confidence_interval(gains[None])
+            p = scipy.stats.binomtest(more, more + fewer).pvalue
+            if low > 0 and p >= 0.05 and more + fewer >= evaluate.MIN_DISCORDANT:
+                edge.append((more, fewer))
+    assert edge
+    for wrong in edge:
+        numbers = evaluate.compare(pair_of(labels, *wrong), labels, None)
+        assert numbers["comparison"]["ci_over_images"][0] > 0
+        assert numbers["comparison"]["verdict"] == "undecided"
+        assert "McNemar" in numbers["comparison"]["undecided_because"]
+
+
+def test_few_differing_images_leave_the_verdict_undecided():
+    labels = np.arange(1000) % 10
+    numbers = evaluate.compare(pair_of(labels, 24, 0), labels, None)
+    comparison = numbers["comparison"]
+    assert comparison["ci_over_images"][0] > 0 and comparison["mcnemar_p_by_seed"][0] < 1e-6
+    assert comparison["verdict"] == "undecided" and comparison["discordant_images"] == 24
+    assert "24 images" in evaluate.verdict_lines(numbers)[0]
+    comparison = evaluate.compare(pair_of(labels, 25, 0), labels, None)["comparison"]
+    assert comparison["verdict"] == "better" and comparison["undecided_because"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images, discordant", [(300, 0.05), (300, 0.2), (2000, 0.02)])
+def test_verdict_on_equal_methods_is_seldom_wrong(images, discordant):
+    """2,000 pairs of one seed whose images differ by luck alone."""
+    random = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(2000):
+        share = discordant / 2
+        gains = random.choice([-1, 0, 1], size=images, p=[share, 1 - discordant, share])
+        p = evaluate.exact_mcnemar(int((gains < 0).sum()), int((gains > 0).sum()))
+        ci = evaluate.confidence_interval(gains[None].astype(float))
+        word, _ = evaluate.verdict(ci, int((gains != 0).sum()), [p])
+        wrong += word != "undecided"
+    assert wrong <= 0.06 * 2000
+
+
+def test_classes_that_change_beyond_noise_are_found():
+    """Three of ten classes of 100 images gain; p agrees with scipy, by hand for one class."""
+    labels = np.arange(1000) % 10
+    trained = {}
+    wrong = (labels < 3) & (np.arange(1000) < 400)
+    trained["baseline"] = [model_of(sure_of(np.where(wrong, 9, labels), 10))]
+    wrong = (labels == 5) & (np.arange(1000) < 40)
+    trained["distilled"] = [model_of(sure_of(np.where(wrong, 9, labels), 10))]
+    changes = evaluate.gains_by_class(trained, labels)
+    marked = [name for name, change in changes.items() if change["p"] < 0.05]
+    assert marked == ["c0", "c1", "c2"]
+    assert changes["c0"]["gain"] == pytest.approx(0.4)
+    assert changes["c5"]["gain"] == pytest.approx(-0.04)
+    p_values = [scipy.stats.binomtest(0, 40).pvalue] * 3 + [1.0] * 7
+    p_values[5] = scipy.stats.binomtest(4, 4).pvalue
+    expected = scipy.stats.false_discovery_control(p_values)
+    assert [change["p"] for change in changes.values()] == pytest.approx(expected)
 
 
 def test_images_are_compared_in_pairs():
@@ -889,6 +999,147 @@ def test_share_of_the_teachers_lead_and_training_cost():
     assert not comparison["teacher_beats_baseline"]
     assert comparison["advantage_recovered"] is None
 
+    # A lead that may be noise is no divisor.
+    near = trained | {"teacher": pair_of(labels, 99, 0)["baseline"]}
+    numbers = evaluate.compare(near, labels, None)
+    comparison = numbers["comparison"]
+    low, high = comparison["teacher_lead_ci"]
+    assert low < 0 < comparison["teacher_lead"] == pytest.approx(0.001) and high > 0
+    assert comparison["teacher_beats_baseline"] and comparison["advantage_recovered"] is None
+    assert any("may be noise" in text for text in evaluate.weakness_texts(numbers))
+
+
+def test_students_near_chance_level_are_named():
+    labels = np.arange(1000) % 10
+    numbers = evaluate.compare(pair_of(labels, 885, 100), labels, None)
+    named = [text for text in evaluate.weakness_texts(numbers) if "chance level" in text]
+    assert len(named) == 1 and "baseline" in named[0]
+
+
+@pytest.mark.parametrize("val_accuracy, told", [(0.53, False), (0.6, True)])
+def test_validation_gain_that_the_test_images_do_not_bear_out(val_accuracy, told):
+    labels = np.arange(1000) % 10
+    trained = pair_of(labels, 60, 20)
+    trained["distilled"][0].info["val_accuracy"] = val_accuracy  # the baseline's is 0.5
+    lines = evaluate.verdict_lines(evaluate.compare(trained, labels, None))
+    assert any("not borne out" in line for line in lines) == told
+
+
+def test_equal_intervals_are_explained():
+    """Seeds that gain the same, each on other images, add nothing to the images' own noise."""
+    labels = np.arange(1000) % 10
+    trained = {"baseline": [], "distilled": []}
+    for seed in range(3):
+        wrong = (np.arange(1000) - 107 * seed) % 1000 < 61
+        predictions = np.where(wrong, (labels + 1) % 10, labels)
+        trained["baseline"].append(model_of(sure_of(predictions, 10), seed=seed))
+        trained["distilled"].append(model_of(sure_of(labels, 10), seed=seed))
+    numbers = evaluate.compare(trained, labels, None)
+    over_images = numbers["comparison"]["ci_over_images"]
+    assert numbers["comparison"]["ci_over_both"] == pytest.approx(over_images)
+    assert any("differ no more" in line for line in evaluate.verdict_lines(numbers))
+
+    # A seed that is worse than the others widens it.
+    trained["distilled"][2] = trained["baseline"][2]
+    different = evaluate.compare(trained, labels, None)
+    assert not any("differ no more" in line for line in evaluate.verdict_lines(different))
+
+
+def test_top5_needs_six_classes():
+    for num_classes, known in ((5, False), (6, True)):
+        trained, labels = random_trained(num_classes)
+        numbers = evaluate.compare(trained, labels, None)
+        assert ("top5" in numbers["models"]["teacher"]) == known
+        assert any("top-5" in line for line in evaluate.score_table(numbers)) == known
+
+
+@pytest.mark.slow
+def test_names_that_are_not_utf8_are_written_with_replacement_characters(copied, monkeypatch):
+    """As Linux gives them to Python; two that look the same afterwards stay apart."""
+    names = ["k\udcf6nig", "k\udcfcnig", *"23456789"]
+    for role in ROLES:
+        change_checkpoint(copied, role, class_names=names)
+    load_split = data_loader.load_split
+    monkeypatch.setattr(data_loader, "load_split",
+                        lambda name, part, args: (load_split(name, part, args)[0], names))
+    teacher = checkpoint_path(copied, "teacher")
+    change_checkpoint(copied, "distilled", teacher={
+        "path": str(teacher), "val_accuracy": 0.5, "sha256": utils.sha256(teacher)})
+    results = run_evaluate(copied, figures=True)
+    expected = ["k\ufffdnig", "k\ufffdnig (2)", *"23456789"]
+    assert list(read_numbers(results)["models"]["teacher"]["per_class_accuracy"]) == expected
+    assert np.load(results / "predictions.npz")["class_names"].tolist() == expected
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+def numbers_with_costs(trained, labels):
+    numbers = evaluate.compare(trained, labels, None)
+    numbers["inference"] = {}
+    for role in trained:
+        numbers["inference"][role] = {"parameters": 5_288_548, "macs": 385_890_000}
+    return numbers
+
+
+def test_tables_hold_the_numbers_of_the_comparison():
+    trained, labels = random_trained(7)
+    for role, group in trained.items():
+        for model in group:
+            model.info["model_name"] = f"{role}_b0"
+    numbers = numbers_with_costs(trained, labels)
+    lines = evaluate.markdown_table(numbers).splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    heads, _, *rows = table
+    assert [row[0] for row in rows] == ["teacher", "baseline", "distilled"]
+    assert all(len(row) == len(heads) for row in table)
+    for row in rows:
+        scores = numbers["models"][row[0]]
+        cells = dict(zip(heads, row, strict=True))
+        assert cells["model"] == f"{row[0]}_b0"
+        assert float(cells["top-1 (%)"].split()[0]) == pytest.approx(100 * scores["top1"], abs=.005)
+        assert float(cells["top-5 (%)"].split()[0]) == pytest.approx(100 * scores["top5"], abs=.005)
+        assert cells["parameters (M)"] == "5.29" and cells["MACs (M)"] == "385.9"
+    gain = rows[2][heads.index("gain, points (95 % CI)")]
+    assert gain.startswith(f"{100 * numbers['comparison']['gain']:+.2f} (")
+
+    latex = evaluate.latex_table(numbers)
+    assert latex.count(r"\\") == 4 and latex.count("rule") == 3
+    assert r"distilled\_b0" in latex and r"$\pm$" in latex and r"(\%)" in latex
+    body = latex.split(r"\midrule")[1].splitlines()[1:4]
+    assert all(line.count("&") == len(heads) - 1 for line in body)
+
+
+def test_per_class_csv_has_every_class():
+    """One without test images has an empty row; a name with a comma is quoted."""
+    trained, labels = random_trained(4, class_names=["a, b", "c", "d", "e"])
+    labels[labels == 3] = 0
+    numbers = evaluate.compare(trained, labels, None)
+    rows = list(csv.DictReader(io.StringIO(evaluate.per_class_csv(numbers))))
+    assert [row["class"] for row in rows] == ["a, b", "c", "d", "e"]
+    assert list(rows[3].values()) == ["e", "0", *[""] * 5]
+    for label, row in enumerate(rows[:3]):
+        assert int(row["test_images"]) == (labels == label).sum()
+        accuracies = {}
+        for role in ROLES:
+            by_seed = [(model.predictions == label)[labels == label].mean()
+                       for model in trained[role]]
+            accuracies[role] = np.mean(by_seed)
+            assert float(row[role]) == pytest.approx(accuracies[role])
+        gain = accuracies["distilled"] - accuracies["baseline"]
+        assert float(row["gain"]) == pytest.approx(gain)
+
+
+def test_last_lines_on_the_screen_say_what_holds_and_where_to_look(copied, capsys):
+    results = run_evaluate(copied)
+    numbers = read_numbers(results)
+    lines = capsys.readouterr().out.splitlines()[-8:]
+    text = " ".join(lines)
+    for role in ROLES:
+        assert f"{role} {numbers['models'][role]['top1']:.2%}" in text
+    assert numbers["comparison"]["verdict"] in text.lower()
+    assert str(results / "accuracy_comparison.png") in text
+    assert lines[-1].endswith(str(results / "comparison_report.txt"))
+
 
 # Figures ------------------------------------------------------------------------------------------
 
@@ -914,7 +1165,7 @@ def drawn_lines(draw, *arguments):
     figure, axis = evaluate.plt.subplots()
     draw(axis, *arguments)
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
-    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    _, labels = axis.get_legend_handles_labels()
     evaluate.plt.close(figure)
     return lines, labels
 
@@ -926,65 +1177,139 @@ def assert_lines(lines, *expected):
 
 
 def test_diagnostics_show_the_histories():
-    """Two seeds; one lacks the entropies of some epochs: what there is is drawn, as it is."""
+    """Two seeds, a line each, and their mean over the epochs that both have."""
     columns = ("distill_loss", "entropy", "train_accuracy", "teacher_entropy", "target_entropy",
                "teacher_accuracy")
     first = history_of(10, *columns)
     second = [*history_of(20, "distill_loss", "train_accuracy"), dict(first[-1], epoch=4)]
+    second[0]["entropy"] = 0.5
     plain = history_of(30, "entropy", "train_accuracy")
     info = {"config": {"alpha": 0.75, "distillation_loss": "kd"}, "num_classes": 10,
             "teacher": {"val_accuracy": 0.5}}
     trained = {}
     for role, histories in (("baseline", [plain, []]), ("distilled", [first, second])):
         trained[role] = [types.SimpleNamespace(history=rows, info=info) for rows in histories]
-    three, four, fourth_alone = [1, 2, 3], [1, 2, 3, 4], [4]
+    three = [1, 2, 3]
+    four = [1, 2, 3, 4]
 
     lines, labels = drawn_lines(evaluate.draw_loss_parts, trained["distilled"])
     assert_lines(lines, (three, [.11 * .75, .12 * .75, .13 * .75]),
                  (four, [.21 * .75, .22 * .75, .23 * .75, .13 * .75]),
-                 (three, [11 / 4, 12 / 4, 13 / 4]), (four, [21 / 4, 22 / 4, 23 / 4, 13 / 4]))
+                 (three, [.16 * .75, .17 * .75, .18 * .75]),
+                 (three, [11 / 4, 12 / 4, 13 / 4]), (four, [21 / 4, 22 / 4, 23 / 4, 13 / 4]),
+                 (three, [16 / 4, 17 / 4, 18 / 4]))
     assert "0.75" in labels[0] and "kd" in labels[0] and "0.25" in labels[1]
 
     lines, _ = drawn_lines(evaluate.draw_entropies, trained)
-    taught = [(three, [.11, .12, .13]), (fourth_alone, [.13])]
+    entropies = [(three, [.11, .12, .13]), ([1, 4], [.5, .13]), ([1], [(.11 + .5) / 2])]
+    targets = [(three, [.11, .12, .13]), ([4], [.13]), ([], [])]
     uniform = ([0, 1], [math.log(10)] * 2)
-    assert_lines(lines, (three, [.31, .32, .33]), *taught * 3, uniform)
+    assert_lines(lines, (three, [.31, .32, .33]), *entropies, *targets, *targets, uniform)
 
     lines, labels = drawn_lines(evaluate.draw_training_accuracy, trained)
     assert_lines(lines, (three, [31, 32, 33]), (three, [11, 12, 13]), (four, [21, 22, 23, 13]),
-                 (three, [11, 12, 13]), (fourth_alone, [13]), ([0, 1], [50, 50]))
+                 (three, [16, 17, 18]), *[(x, [100 * value for value in y]) for x, y in targets],
+                 ([0, 1], [50, 50]))
     assert labels[:3] == ["Baseline", "Distilled", "Teacher"]
 
 
-@pytest.mark.slow
-def test_statistics_and_figures_are_quick_and_small(tmp_path):
-    """Three models, 10,000 images, 102 classes: 60 s of one core, and nothing images x images in
-    memory."""
-    images = 10_000
-    num_classes = 102
+def synthetic_comparison(num_classes, images):
+    """Three models with histories, labels and test images of 8 px."""
     labels = np.arange(images) % num_classes
     signal = 4 * np.eye(num_classes)[labels]
     signal += np.random.default_rng(0).standard_normal((images, num_classes))
-    history = [{"epoch": i, "ce_loss": 1 / i, "val_accuracy": i / 9, "seconds": 60.0}
-               for i in range(1, 9)]
+    history = [{"epoch": i, "ce_loss": 1 / i, "val_loss": 1 / i, "val_accuracy": i / 9,
+                "seconds": 60.0} for i in range(1, 9)]
     names = [f"a class with a long name {i}" for i in range(num_classes)]
     trained = {}
     for i, role in enumerate(ROLES):
         noise = np.random.default_rng(i).standard_normal((images, num_classes))
         log_probs = scipy.special.log_softmax(signal + noise, axis=1)
         trained[role] = [model_of(log_probs, 1.5, names, history=history, run=role)]
-    pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (images, 3, 8, 8), dtype=torch.uint8)
     test = data_loader.Images(pixels, None, torch.from_numpy(labels), [])
+    return trained, labels, test
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_classes", [40, 102, 1000])
+def test_statistics_and_figures_are_bounded(tmp_path, num_classes):
+    """10,000 images: 60 s of one core, pictures of a page's size, nothing images x images in memory
+    and no figure left open."""
+    trained, labels, test = synthetic_comparison(num_classes, 10_000)
     start = time.process_time()
     numbers = evaluate.compare(trained, labels, 500)
     evaluate.write_figures(trained, labels, test, numbers, tmp_path)
     assert time.process_time() - start < 60
+    assert not evaluate.plt.get_fignums()
+    for name in FIGURES:
+        with data_loader.Image.open(tmp_path / f"{name}.png") as image:
+            assert max(image.size) < 2200
+        assert (tmp_path / f"{name}.pdf").stat().st_size < 2**20
 
     tracemalloc.start()
     evaluate.compare(trained, labels, 500)
-    assert tracemalloc.get_traced_memory()[1] < 200 * 2**20  # images x images would be 800 MB
+    arrays = trained["baseline"][0].log_probs.nbytes
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20 + 6 * arrays
     tracemalloc.stop()
+
+
+def test_gallery_has_whole_rows():
+    for corrected, misclassified, shown in ((100, 100, 16), (3, 100, 8), (1, 2, 3), (5, 0, 4),
+                                            (0, 0, 0), (7, 6, 12)):
+        chosen = evaluate.choose_pictures(np.arange(corrected), 1000 + np.arange(misclassified))
+        assert len(chosen) == len(set(chosen)) == shown
+        assert chosen == sorted(chosen, key=lambda i: i >= 1000)  # the corrected first
+
+
+def test_gallery_shows_the_square_that_the_model_sees(monkeypatch):
+    """Of a picture twice as wide as high; above it the class and each model's answer."""
+    trained, labels, _ = synthetic_comparison(4, 40)
+    wide = data_loader.Image.new("RGB", (80, 40))
+    monkeypatch.setattr(data_loader, "load_image", lambda images, i: wide)
+    figure = evaluate.gallery(trained, labels, None)
+    for axis in figure.axes:
+        assert axis.images[0].get_array().shape[:2] == (32, 32)
+        lines = axis.get_title(loc="left").splitlines()
+        assert [line.split(":")[0] for line in lines] == [
+            "Class", "Baseline", "Distilled", "Teacher"]
+    evaluate.plt.close(figure)
+
+
+def test_gains_are_drawn_with_their_intervals():
+    labels = np.arange(1000) % 10
+    numbers = evaluate.compare(pair_of(labels, 60, 20, seeds=3), labels, None)
+    rows = evaluate.gain_rows(numbers)
+    comparison = numbers["comparison"]
+    assert [gain for _, gain, _ in rows] == [*comparison["gain_by_seed"], comparison["gain"]]
+    assert rows[-1][2] == comparison["ci_over_both"]
+
+    figure = evaluate.accuracy_comparison(numbers)
+    left, right = figure.axes
+    assert comparison["verdict"] in right.get_title()
+    low, high = left.get_xlim()
+    assert low > 90 and high < 101  # fitted
+    evaluate.plt.close(figure)
+
+
+def test_many_classes_show_the_ends_of_the_changes():
+    trained, labels, _ = synthetic_comparison(40, 2000)
+    numbers = evaluate.compare(trained, labels, None)
+    figure = evaluate.class_changes(numbers)
+    shown = [text.get_text().strip("* ") for text in figure.axes[0].get_yticklabels()]
+    by_gain = sorted(numbers["class_changes"].items(), key=lambda item: item[1]["gain"])
+    assert shown == [name for name, _ in by_gain[:15] + by_gain[-15:]]
+    evaluate.plt.close(figure)
+
+
+def test_most_confused_classes_by_hand():
+    confusion = np.diag([9.0] * 6)
+    confusion[4, 1] = 3
+    confusion[2, 5] = 2
+    confusion[5, 4] = 1
+    assert evaluate.most_confused_classes(confusion, 2) == [1, 4]
+    assert evaluate.most_confused_classes(confusion, 4) == [1, 2, 4, 5]
+    assert evaluate.most_confused_classes(confusion, 9) == list(range(6))
 
 
 def test_class_names_in_any_script(tmp_path):
@@ -1002,7 +1327,6 @@ def test_class_names_in_any_script(tmp_path):
         numbers = evaluate.compare(trained, labels, 5)
         evaluate.write_figures(trained, labels, test, numbers, tmp_path)
     assert (tmp_path / "gallery.pdf").is_file()
-    shares = evaluate.confusion_shares(trained["baseline"][0], labels)
-    assert np.allclose(shares[0], [2 / 3, 1 / 3, 0, 0])
-    shares = evaluate.confusion_shares(trained["distilled"][0], labels)
-    assert np.allclose(shares[2], [0, 0, 0, 1])
+    shares = evaluate.confusion_shares(trained, labels)
+    assert np.allclose(shares["baseline"][0], [2 / 3, 1 / 3, 0, 0])
+    assert np.allclose(shares["distilled"][2], [0, 0, 0, 1])

@@ -480,6 +480,13 @@ def test_frozen_teacher_stays_in_eval_mode():
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_teacher_whose_weights_overflow_in_fp16_is_refused():
+    teacher = models.build_model("test_efficientnet", 5)
+    teacher.conv_stem.weight.data[0] = 1e6
+    with pytest.raises(utils.UserError, match="fp16"):
+        models.freeze_teacher(teacher, 32, torch.float16)
+
+
 def with_digits_statistics(model):
     """`model` in eval mode, its BatchNorms' statistics those of digits, and 64 of them."""
     digits = torch.from_numpy(load_digits().images[:64] / 16).float()
@@ -575,6 +582,22 @@ def test_teacher_of_this_project_comes_with_its_info(tmp_path):
     assert loaded["val_accuracy"] == 0.9
 
 
+@pytest.mark.parametrize("kind", ["weight file", "safetensors", "timm folder"])
+def test_recorded_teacher_is_loaded_again(tmp_path, kind):
+    """As a student's checkpoint describes it, whatever --teacher-model is by then."""
+    path, _ = save_teacher(kind, tmp_path)
+    teacher, _ = models.load_teacher_model(path, "test_efficientnet", 5)
+    recorded = {"val_accuracy": 0.8, "info": {"model_name": "test_efficientnet", "num_classes": 5}}
+    again, info = models.load_recorded_teacher(path, recorded)
+    assert info["val_accuracy"] == 0.8
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(models.forward(again, images), models.forward(teacher, images))
+
+    save_student(tmp_path, "teacher", 0.9)
+    ours = tmp_path / "teacher" / "best_model.pth"
+    assert models.load_recorded_teacher(ours, {"val_accuracy": 0.9})[1]["val_accuracy"] == 0.9
+
+
 def test_exported_best_student_can_teach(tmp_path):
     model = models.build_model("test_efficientnet", 10)
     models.export_best_student(tmp_path, save_student(tmp_path, "baseline", 0.9, model))
@@ -660,6 +683,41 @@ def test_failed_capture_is_one_sentence(arguments, monkeypatch, fault):
         models.capture_cuda_graph(model.train(), 32, args)
     assert "\n" not in str(error.value)
     assert str(fault).splitlines()[0] in str(error.value)
+
+
+def gradient_nodes(model):
+    """The autograd node that accumulates the gradient of each parameter, as long as one lives."""
+    return [parameter.view_as(parameter).grad_fn.next_functions[0][0]
+            for parameter in model.parameters()]
+
+
+def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch):
+    """torch's graph keeps its logits for as long as the model lives. Their autograd nodes, of the
+    stream of the capture, must not be those that training uses."""
+    kept = []
+
+    def make_graphed(model, sample):
+        kept.append(model(*sample))
+        for node in gradient_nodes(model):
+            node.metadata["of the capture"] = True
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed)
+    args = arguments("baseline", "--cuda-graph", "--amp-dtype", "fp32", "--batch-size", "4")
+    model = models.build_model("test_efficientnet", 10).train()
+    models.capture_cuda_graph(model, 32, args)
+
+    assert kept[0].grad_fn is None
+    assert not any("of the capture" in node.metadata for node in gradient_nodes(model))
+
+
+def test_memory_that_ends_in_a_capture_keeps_its_advice(arguments, monkeypatch):
+    fault = torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
+    args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
+    model = models.build_model("test_efficientnet", 10).train()
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        models.capture_cuda_graph(model, 32, args)
+    assert "--batch-size" in utils.user_message(error.value)
 
 
 # Checkpoints --------------------------------------------------------------------------------------

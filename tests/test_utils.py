@@ -91,14 +91,15 @@ def run_in_training(epochs, num_epochs=50, title="baseline"):
 
 @pytest.mark.parametrize("run, words", [
     (None, ["stopped"]),
-    (run_in_training(0), ["before the first epoch", "baseline"]),
+    (run_in_training(0), ["before", "first epoch", "baseline"]),
     (run_in_training(7), ["epoch 7 of 50", "baseline", "the same command resumes"]),
     (run_in_training(1, 8, "distilled, seed 3"), ["epoch 1 of 8", "distilled, seed 3", "resumes"]),
 ])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_is_one_message_on_what_is_saved(
-        arguments, monkeypatch, capsys, run, words, number, status):
-    monkeypatch.setattr(utils.Run, "current", run)
+        arguments, capsys, run, words, number, status):
+    if run:
+        utils.Run.note_progress(run)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def main(args):
@@ -110,9 +111,11 @@ def test_signal_is_one_message_on_what_is_saved(
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # a second Ctrl-C disturbs nothing
 
 
-def test_stopped_run_is_not_resumed_with_fresh(arguments, monkeypatch):
-    monkeypatch.setattr(utils.Run, "current", run_in_training(7))
-    assert "without --fresh" in utils.stop_message(arguments("baseline", "--fresh"))
+@pytest.mark.parametrize("script, flag", [
+    ("baseline", "--fresh"), ("distillation", "--fresh"), ("distillation", "--fresh-teacher")])
+def test_stopped_run_is_not_resumed_by_a_command_that_starts_over(arguments, script, flag):
+    utils.Run.note_progress(run_in_training(7))
+    assert f"without {flag} resumes" in utils.stop_message(arguments(script, flag))
 
 
 WAITING_SCRIPT = """
@@ -535,7 +538,7 @@ def test_run_holds_its_lock_while_it_lives(arguments):
     with pytest.raises(filelock.Timeout):
         other_lock.acquire(timeout=0)
 
-    utils.Run.current = None
+    utils.Run.progress = ""
     del run
     gc.collect()
     with other_lock.acquire(timeout=0):
