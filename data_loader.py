@@ -639,8 +639,11 @@ def random_views(images, sizes, interpolation, augmentation, i, seed):
 
 
 def init_worker(_):
-    """Let a worker end when its parent says so or ends itself, and at nothing else."""
+    """Let a worker end with its parent, and leave signals to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
+    # SIGTERM may reach all too (systemd, Slurm). If it killed a worker, torch would raise in the
+    # training process, amid its own answer to SIGTERM; an exit with status 0 it does not report.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # Of the thread that hands over pictures, when the parent has ended.
     sys.excepthook = lambda *_: None
     # Under forkserver, which is Python 3.14's way, torch's own watch looks at the server, and that
