@@ -101,8 +101,9 @@ def call_and_report(main, args):
             message = traceback.format_exc()  # and not raised, for the reason in run_script
         if isinstance(error, BrokenPipeError):
             silence_stdout()  # or Python would complain again at the interpreter's shutdown
-        if RANK != 0:
-            # If process 0 failed too, torchrun ends this process before it repeats the message.
+        if RANK != 0 or find_known(error) is LOST_CONNECTION:
+            # If another process failed first, torchrun now ends this one, which says nothing or, as
+            # process 0, what is saved.
             time.sleep(3)
         print_error(f"error: {message}")
         return exit_status(error)
@@ -146,14 +147,17 @@ WORKER_ADVICE = (
     "a process that reads images was killed, usually for lack of memory or, in a container, of "
     "/dev/shm; lower --num-workers, and the same command resumes")
 
+LOST_CONNECTION = KnownError(
+    (RuntimeError,), ("gloo", "NCCL", "Connection"),
+    "the processes lost each other: {reason}; the same command resumes")
+
 KNOWN_ERRORS = [  # the first match counts
     KnownError((MemoryError,), (), MEMORY_ADVICE),
     KnownError((Exception,), ("out of memory", "can't allocate memory", "ALLOC_FAILED",
                               "not enough memory",
                               "unable to find an engine",         # cuDNN's
                               "WinError 1455"), MEMORY_ADVICE),  # Windows' paging file
-    KnownError((RuntimeError,), ("gloo", "NCCL", "Connection"),
-               "the processes lost each other: {reason}; the same command resumes"),
+    LOST_CONNECTION,
     KnownError((RuntimeError,), ("deterministic",),
                "--deterministic is not possible with this model: {reason}"),
     KnownError((ValueError,), ("more than 1 value per channel",),  # BatchNorm's
