@@ -122,8 +122,12 @@ def stop_message(args):
     """What was saved before Ctrl-C or SIGTERM, in one sentence."""
     if not Run.progress:
         return "stopped"
-    start_over_flags = [flag for flag in ("--fresh", "--fresh-teacher")
-                        if flag in getattr(args, "argv", [])]
+    # What one of these flags has started cannot be resumed with it.
+    start_over_flags = []
+    if args.fresh and Run.saved_names - {"teacher"}:
+        start_over_flags.append("--fresh")
+    if getattr(args, "fresh_teacher", False) and "teacher" in Run.saved_names:
+        start_over_flags.append("--fresh-teacher")
     command = "the same command"
     if start_over_flags:
         command += f" without {' and '.join(start_over_flags)}"
@@ -474,7 +478,9 @@ class Run:
     run has an epoch to save. The constructor locks the folder, for as long as the Run lives, and
     reads; it changes no file.
     """
-    progress = ""  # of the run in progress, for the message after Ctrl-C
+    # Of this process, for the message after Ctrl-C:
+    progress = ""        # of the run in progress
+    saved_names = set()  # of the runs of which it has saved an epoch
 
     def __init__(self, info, identity, args):
         self.info = info
@@ -597,6 +603,7 @@ class Run:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         self.save_last(states, [*self.history, row])
         self.history.append(row)
+        Run.saved_names.add(self.name)
         self.note_progress()
         self.write_history()
         self.print_epoch(row, is_best)
