@@ -12,10 +12,12 @@ import contextlib
 import functools
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import sys
+import threading
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup
@@ -40,6 +42,8 @@ CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in 
 CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)  # its width / height
 EXIF_ORIENTATION = 0x0112    # the tag of how a camera was held; from 5 on, width and height swap
+MAX_ASPECT_RATIO = 10        # of a picture that is resized whole before its middle is cut out
+FEW_VAL_IMAGES = 300         # below it one image moves the validation accuracy noticeably
 DOWNLOAD_TIMEOUT = 20        # s without an answer
 EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
 
@@ -78,8 +82,7 @@ def open_dataset(args):
     own_val = load_other_parts(class_names, args)
 
     if own_val is None:
-        train_indices, val_indices = stratified_split(
-            images.labels.numpy(), args.val_fraction, args.split_seed)
+        train_indices, val_indices = split_train_val(images, class_names, args)
         train = images.select(train_indices)
         val = images.select(val_indices)
         chosen = {"val_indices": val_indices.tolist()}
@@ -92,7 +95,10 @@ def open_dataset(args):
     check_batch_size(train, args)
     augmentation = choose_augmentation(train, args)
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
-          f"{len(val.labels)} validation images")
+          f"{len(val.labels)} validation images, which choose the epoch")
+    if len(val.labels) < FEW_VAL_IMAGES:
+        print(f"warning: one validation image is {100 / len(val.labels):.1f} points of accuracy; "
+              "a larger --val-fraction chooses the epoch more reliably")
     return Dataset(name, class_names, train, val, fingerprint, augmentation)
 
 
@@ -127,15 +133,40 @@ def describe_class_mismatch(one, other):
     return ""
 
 
+def split_train_val(images, class_names, args):
+    """Sorted indices of the images to train on and of those to validate on."""
+    labels = images.labels.numpy()
+    counts = np.bincount(labels, minlength=len(class_names))
+    single = [name for name, count in zip(class_names, counts, strict=True) if count < 2]
+    if single:
+        raise UserError(f"a class needs two training images or more, one of them to validate on; "
+                        f"{len(single)} have fewer: {', '.join(single[:10])}")
+    return stratified_split(labels, args.val_fraction, args.split_seed)
+
+
 def stratified_split(labels, fraction, seed):
-    """Sorted indices of the larger and the smaller part of `labels` (N,), stratified by class."""
-    try:
-        larger, smaller = train_test_split(np.arange(len(labels)), test_size=fraction,
-                                           stratify=labels, random_state=seed)
-    except ValueError as error:
-        raise UsageError(f"the {len(labels)} training images cannot be split with --val-fraction "
-                         f"{fraction:g}, every class on both sides: {error}") from None
+    """Sorted indices of the larger and the smaller part of `labels` (N,), stratified by class. Each
+    class has at least one image in both, for which it needs two."""
+    num_classes = len(np.unique(labels))
+    count = math.ceil(fraction * len(labels))
+    count = min(max(count, num_classes), len(labels) - num_classes)
+    larger, smaller = train_test_split(
+        np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed)
+
+    # scikit-learn rounds: of 100, 60 and 3 images a tenth is 11, 6 and 0.
+    larger, smaller = add_missing_classes(larger, smaller, labels, seed)
+    smaller, larger = add_missing_classes(smaller, larger, labels, seed)
     return np.sort(larger), np.sort(smaller)
+
+
+def add_missing_classes(source, target, labels, seed):
+    """Move a random index of each class that `target` lacks from `source`; both, afterwards."""
+    for missing in np.setdiff1d(labels[source], labels[target]):
+        generator = np.random.default_rng([seed, missing])
+        moved = generator.choice(np.sort(source[labels[source] == missing]))
+        source = source[source != moved]
+        target = np.append(target, moved)
+    return source, target
 
 
 def split_fingerprint(class_names, images, chosen):
@@ -357,17 +388,24 @@ def decode(folder, files):
 
 @contextlib.contextmanager
 def open_image(file):
-    """A picture (path or open file) as Pillow opens it; UserError for what its decoders raise."""
+    """A picture (path or open file) as Pillow opens it; UserError for all its decoders raise."""
     try:
         with Image.open(file) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = file
-        if not isinstance(file, (str, Path)):
-            # An upload has the sender's name as `filename`, an open file its path as `name`.
-            name = getattr(file, "filename", None) or getattr(file, "name", "the file")
-        raise UserError(
-            f"{name} cannot be read as a picture: {utils.first_line(error)}") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{image_name(file)} is not a picture") from None
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        # The text of an OSError repeats the file's name.
+        reason = getattr(error, "strerror", None) or utils.first_line(error)
+        raise UserError(f"{image_name(file)} cannot be read as a picture: {reason}") from None
+
+
+def image_name(file):
+    """What to call a picture (path or open file) in a message."""
+    if isinstance(file, (str, Path)):
+        return file
+    # An upload has the sender's name as `filename`, an open file its path as `name`.
+    return getattr(file, "filename", None) or getattr(file, "name", "the file")
 
 
 def read_image(file, min_side=None):
@@ -424,7 +462,21 @@ def crop_to_size(info):
     shorter_side = math.floor(size / info["crop_pct"])
     resize_shorter = transforms.Resize(
         shorter_side, transforms.InterpolationMode(info["interpolation"]))
-    return transforms.Compose([to_rgb, resize_shorter, transforms.CenterCrop(size)])
+    return transforms.Compose(
+        [to_rgb, cut_strip, resize_shorter, transforms.CenterCrop(size)])
+
+
+def cut_strip(image):
+    """The middle of a very long picture, of which only the square in the middle will be seen. One
+    of 65,000 x 1 px would take 17 GB with its shorter side enlarged to 256 px."""
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width = min(image.width, longest)
+    height = min(image.height, longest)
+    left = (image.width - width) // 2
+    top = (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def build_transform(info):
@@ -587,10 +639,21 @@ def random_views(images, sizes, interpolation, augmentation, i, seed):
 
 
 def init_worker(_):
-    """Let the parent alone decide when a worker ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C reaches all processes of a terminal
+    """Let a worker end with its parent, and leave signals to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
+    # SIGTERM may reach all too (systemd, Slurm). If it killed a worker, torch would raise in the
+    # training process, amid its own answer to SIGTERM; an exit with status 0 it does not report.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # Of the thread that hands over pictures, when the parent has ended.
     sys.excepthook = lambda *_: None
+    # Under forkserver, which is Python 3.14's way, torch's own watch looks at the server, and that
+    # lives as long as its workers.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def storage_device(pixels, device):

@@ -270,8 +270,9 @@ def printable_names(class_names):
 
 
 def load_trained(path, reference, test, data, args, device, is_teacher=False):
-    """The TrainedModel of a checkpoint. `reference` is another checkpoint's dict: its classes must
-    be this one's, else UserError, and `data` (or None) has its split."""
+    """The TrainedModel of a checkpoint. `reference` is the distilled student's dict: its classes
+    must be this one's, else UserError, `data` (or None) has its split, and it records how the
+    teacher's weights are to be read, which may be any weight file."""
     if is_teacher:
         model, info = models.load_recorded_teacher(path, reference["teacher"])
         model.to(device)
@@ -802,7 +803,7 @@ def measure_inference(trained, device, timed=True):
             "image_size": model.info["image_size"],
             "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
             "macs": count_macs(model, device),
-            "file_size_mb": model.path.stat().st_size / 2**20,
+            "file_size_mb": models.weight_file(model.path).stat().st_size / 2**20,
             "latency_ms": None,
             "latency_ms_spread": None,
             "images_per_second": None,
@@ -961,7 +962,7 @@ def heading_lines(numbers):
     return [
         f"Baseline {scores['baseline']['model_name']} against distilled "
         f"{scores['distilled']['model_name']} (teacher: {teacher})",
-        f"{dataset['name']}: {dataset['test_images']:,} test images of {dataset['num_classes']} "
+        f"{dataset['name']}: {dataset['test_images']:,} test images, {dataset['num_classes']} "
         f"classes, {seeds_text(numbers)}",
     ]
 

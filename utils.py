@@ -101,8 +101,9 @@ def call_and_report(main, args):
             message = traceback.format_exc()  # and not raised, for the reason in run_script
         if isinstance(error, BrokenPipeError):
             silence_stdout()  # or Python would complain again at the interpreter's shutdown
-        if RANK != 0:
-            # If process 0 failed too, torchrun ends this process before it repeats the message.
+        if RANK != 0 or find_known(error) is LOST_CONNECTION:
+            # If another process failed first, torchrun now ends this one, which says nothing or, as
+            # process 0, what is saved.
             time.sleep(3)
         print_error(f"error: {message}")
         return exit_status(error)
@@ -121,8 +122,12 @@ def stop_message(args):
     """What was saved before Ctrl-C or SIGTERM, in one sentence."""
     if not Run.progress:
         return "stopped"
-    start_over_flags = [flag for flag in ("--fresh", "--fresh-teacher")
-                        if flag in getattr(args, "argv", [])]
+    # What one of these flags has started cannot be resumed with it.
+    start_over_flags = []
+    if args.fresh and Run.saved_names - {"teacher"}:
+        start_over_flags.append("--fresh")
+    if getattr(args, "fresh_teacher", False) and "teacher" in Run.saved_names:
+        start_over_flags.append("--fresh-teacher")
     command = "the same command"
     if start_over_flags:
         command += f" without {' and '.join(start_over_flags)}"
@@ -146,14 +151,17 @@ WORKER_ADVICE = (
     "a process that reads images was killed, usually for lack of memory or, in a container, of "
     "/dev/shm; lower --num-workers, and the same command resumes")
 
+LOST_CONNECTION = KnownError(
+    (RuntimeError,), ("gloo", "NCCL", "Connection"),
+    "the processes lost each other: {reason}; the same command resumes")
+
 KNOWN_ERRORS = [  # the first match counts
     KnownError((MemoryError,), (), MEMORY_ADVICE),
     KnownError((Exception,), ("out of memory", "can't allocate memory", "ALLOC_FAILED",
                               "not enough memory",
                               "unable to find an engine",         # cuDNN's
                               "WinError 1455"), MEMORY_ADVICE),  # Windows' paging file
-    KnownError((RuntimeError,), ("gloo", "NCCL", "Connection"),
-               "the processes lost each other: {reason}; the same command resumes"),
+    LOST_CONNECTION,
     KnownError((RuntimeError,), ("deterministic",),
                "--deterministic is not possible with this model: {reason}"),
     KnownError((ValueError,), ("more than 1 value per channel",),  # BatchNorm's
@@ -470,7 +478,9 @@ class Run:
     run has an epoch to save. The constructor locks the folder, for as long as the Run lives, and
     reads; it changes no file.
     """
-    progress = ""  # of the run in progress, for the message after Ctrl-C
+    # Of this process, for the message after Ctrl-C:
+    progress = ""        # of the run in progress
+    saved_names = set()  # of the runs of which it has saved an epoch
 
     def __init__(self, info, identity, args):
         self.info = info
@@ -593,6 +603,7 @@ class Run:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         self.save_last(states, [*self.history, row])
         self.history.append(row)
+        Run.saved_names.add(self.name)
         self.note_progress()
         self.write_history()
         self.print_epoch(row, is_best)

@@ -56,6 +56,7 @@ def restore_process_state():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     utils.Run.progress = ""
+    utils.Run.saved_names.clear()
 
 
 def small_flags(script, folder):

@@ -30,6 +30,7 @@ import scipy.io
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
 
 import data_loader
 import utils
@@ -131,6 +132,42 @@ def test_split_stays_the_same_from_version_to_version(arguments):
     """Checkpoints record the fingerprint: with another one a teacher would be trained anew."""
     data = data_loader.open_dataset(arguments("baseline"))
     assert data.split_fingerprint.startswith("9260df50bd7e")
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("counts", [(100, 60, 3), (2, 2, 2), (2, 500), (7, 300, 2, 2), (50,) * 10])
+def test_each_class_is_on_both_sides(counts, fraction):
+    """Of 100, 60 and 3 pictures a tenth is 11, 6 and 0 to scikit-learn. Where it gives each class
+    an image on both sides, the split is its own."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    for seed in range(20):
+        train, val = data_loader.stratified_split(labels, fraction, seed)
+        assert np.array_equal(np.sort(np.concatenate([train, val])), np.arange(len(labels)))
+        assert (np.diff(train) > 0).all() and (np.diff(val) > 0).all()
+        in_train = np.bincount(labels[train], minlength=len(counts))
+        in_val = np.bincount(labels[val], minlength=len(counts))
+        assert in_train.min() >= 1 and in_val.min() >= 1
+        assert np.abs(in_val - fraction * np.array(counts)).max() <= max(2, len(counts))
+
+        try:
+            expected = train_test_split(np.arange(len(labels)), test_size=fraction,
+                                        stratify=labels, random_state=seed)
+        except ValueError:  # fewer images than classes on one side
+            continue
+        if all(len(np.unique(labels[part])) == len(counts) for part in expected):
+            assert np.array_equal(train, np.sort(expected[0]))
+            assert np.array_equal(val, np.sort(expected[1]))
+
+
+@pytest.mark.parametrize("count, is_warned", [(100, True), (1500, False)])
+def test_few_validation_images_are_warned_about(arguments, monkeypatch, capsys, count, is_warned):
+    images = data_loader.Images(torch.zeros(2 * count, 3, 8, 8, dtype=torch.uint8), None,
+                                torch.arange(2 * count) % 2, [])
+    monkeypatch.setattr(data_loader, "load_split", lambda *_: (images, ["a", "b"]))
+    data_loader.open_dataset(arguments("baseline", "--val-fraction", "0.1"))
+    out = capsys.readouterr().out
+    assert f"{2 * count // 10} validation images" in out
+    assert ("warning" in out) == is_warned
 
 
 def test_digits_test_part_is_a_fixed_fifth_that_training_does_not_hold(arguments):
@@ -551,7 +588,8 @@ if __name__ == "__main__":
         num_workers=2, mixup_alpha=0.0, cutmix_alpha=0.0)
     info = {"image_size": 32, "interpolation": "bicubic", "crop_pct": 1.0, "num_classes": 3}
     data = data_loader.open_dataset(args)
-    batches = data_loader.TrainingLoader(data, info, args, torch.device("cpu")).epoch(0)
+    loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
+    batches = loader.epoch(0)
     next(batches)
     if state == "between epochs":
         list(batches)
@@ -573,8 +611,9 @@ def living_processes(group):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals and process groups of POSIX")
-@pytest.mark.parametrize("state", ["within an epoch", "between epochs"])
-@pytest.mark.parametrize("name", ["SIGINT", "SIGINT to all", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("name, state", [
+    ("SIGINT to all", "within an epoch"), ("SIGTERM", "within an epoch"),
+    ("SIGKILL", "within an epoch"), ("SIGKILL", "between epochs")])
 @pytest.mark.parametrize("method", START_METHODS)
 def test_no_worker_outlives_its_training(tmp_path, method, name, state):
     """Whatever ends it: Ctrl-C reaches all processes of a terminal, kill one of them."""
@@ -592,8 +631,8 @@ def test_no_worker_outlives_its_training(tmp_path, method, name, state):
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        process.wait(timeout=20)
-        wait_for(lambda: not living_processes(process.pid), seconds=20)
+        process.wait(timeout=60)
+        wait_for(lambda: not living_processes(process.pid), seconds=60)
         assert "Traceback" not in process.stderr.read()
     finally:
         for pid in living_processes(process.pid):
@@ -1000,7 +1039,7 @@ def spoil(folder, fault):
     ("many", ["12 of 24", "cat/000.png"]),
     ("empty class", ["train/eel", "no picture"]),
     ("no train", ["pictures/train"]),
-    ("one picture", ["--val-fraction"])])
+    ("one picture", ["cat", "two"])])
 def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, words):
     folder = write_pictures(tmp_path / "pictures")
     spoil(folder, fault)
@@ -1009,7 +1048,7 @@ def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, words):
     message = str(error.value)
     assert all(word in message for word in words)
     assert "\n" not in message
-    assert message.count("cannot be read") <= 10
+    assert message.count(".png") <= 10  # each is named once
 
 
 # Decoded once -------------------------------------------------------------------------------------
@@ -1128,14 +1167,73 @@ def test_a_person_sees_the_images_of_a_part(arguments, tmp_path):
             assert np.array_equal(seen, np.asarray(Image.open(file)))
 
 
-@pytest.mark.parametrize("attribute, name", [("filename", "page.png"), (None, "the file")])
-def test_an_open_file_that_is_no_picture_is_named_where_it_has_a_name(attribute, name):
-    """A web upload is an open file whose name is its `filename`."""
+@pytest.mark.parametrize("width, height", [
+    (65000, 1), (1, 65000), (30000, 40), (3, 400), (64, 64), (300, 200), (50, 399), (640, 64)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crop_to_size_is_torchvisions(width, height, interpolation):
+    """To the bit; of strips the middle is cut out first, half a pixel may be between the two."""
+    ramp = np.add.outer(np.linspace(0, 128, height), np.linspace(0, 127, width)).astype(np.uint8)
+    image = Image.fromarray(ramp).convert("RGB")
+    info = INFO | {"image_size": 56, "crop_pct": 0.875, "interpolation": interpolation}
+    cropped = data_loader.crop_to_size(info)(image)
+    assert cropped.size == (56, 56)
+
+    if max(width, height) > 1000 * min(width, height):
+        # torchvision would enlarge the whole strip; its middle is as good as one colour.
+        expected = np.full((56, 56, 3), ramp[height // 2, width // 2])
+    else:
+        expected = np.asarray(torchvision.transforms.Compose([
+            torchvision.transforms.Resize(
+                64, torchvision.transforms.InterpolationMode(interpolation)),
+            torchvision.transforms.CenterCrop(56)])(image))
+    difference = np.abs(np.asarray(cropped, float) - expected).max()
+    is_strip = max(width, height) > 10 * min(width, height)
+    assert difference <= (1 if is_strip else 0)
+
+
+def upload(content, filename):
+    """An open file as Flask and Streamlit hand one over."""
     class Upload(io.BytesIO):
         pass
 
-    file = Upload(b"no picture")
-    if attribute:
-        setattr(file, attribute, name)
-    with pytest.raises(utils.UserError, match=name):
-        data_loader.read_image(file)
+    file = Upload(content)
+    file.filename = filename
+    return file
+
+
+@pytest.mark.parametrize("filename, name", [("a.txt", "a.txt"), (None, "the file")])
+def test_an_upload_that_is_no_picture_is_called_so(filename, name):
+    with pytest.raises(utils.UserError) as error:
+        data_loader.read_image(upload(b"no picture", filename))
+    assert str(error.value) == f"{name} is not a picture"
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged metadata
+@pytest.mark.parametrize("extension", ["png", "jpg", "gif", "tiff", "webp", "bmp", "ico", "psd"])
+def test_any_upload_ends_in_a_picture_or_a_user_error(extension):
+    """Damaged in a hundred ways, cut off, or of another kind than its name says."""
+    generator = random.Random(0)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    if extension == "psd":  # which Pillow reads and does not write
+        head = struct.pack(">4sH6xHIIHHIII", b"8BPS", 1, 3, 20, 20, 8, 3, 0, 0, 0)
+        stream.write(head + struct.pack(">H", 0) + pixels.tobytes())
+    else:
+        Image.fromarray(pixels).save(stream, Image.registered_extensions()[f".{extension}"])
+    whole = stream.getvalue()
+    transform = data_loader.build_transform(
+        INFO | {"mean": [0.5] * 3, "std": [0.2] * 3})
+
+    num_read = 0
+    for _ in range(100):
+        content = bytearray(whole[:generator.randrange(len(whole) // 2, len(whole) + 1)])
+        for _ in range(generator.randrange(6)):
+            content[generator.randrange(min(len(content), 120))] = generator.randrange(256)
+        try:
+            image = data_loader.read_image(upload(bytes(content), "upload"))
+        except utils.UserError as error:
+            assert str(error).count("upload") == 1
+        else:
+            assert transform(image).shape == (3, 32, 32)
+            num_read += 1
+    assert num_read < 100

@@ -1,13 +1,12 @@
-"""torchrun: several processes on gloo compute what one does, speak once, and end together.
+"""torchrun: several processes on gloo compute what one does, print once, and end together.
 
     python -m pytest tests/test_torchrun.py
 
-Where nothing is said, weights may differ by 2e-5, which is what the order of float32 sums makes of
-two epochs (measured: 6e-6 at most).
+Weights may differ by 2e-5, which is what the order of float32 sums makes of two epochs (measured:
+6e-6 at most).
 """
 import os
 import signal
-import subprocess
 import sys
 import types
 
@@ -19,259 +18,346 @@ import data_loader
 import models
 import train_baseline
 import utils
-from conftest import ROOT, SCRIPTS, children_of, ended, wait_for, write_pictures
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TIMINGS,
+    children_of,
+    finish,
+    has_epoch,
+    history_of,
+    members_of_group,
+    quick_folder,
+    run_command,
+    wait_until,
+    write_pictures,
+)
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torch for Windows has no torchrun to test")
+
 TOLERANCE = 2e-5
-FLAGS = ["--quick", "--device", "cpu", "--student-model", "test_convnext", "--batch-size", "24",
-         "--num-epochs", "2", "--ema-decay", "0.9", "--learning-rate", "1e-3"]  # no BatchNorm
-BY_TEACHER = ["--teacher-model", "test_convnext2", "--teacher-epochs", "3"]
-ACCUMULATED, MIXED = ["--accumulate-steps", "2"], ["--mixup-alpha", "0.5"]
+FLAGS = ["--device", "cpu", "--student-model", "test_convnext",  # which has no BatchNorm
+         "--batch-size", "24", "--num-epochs", "2", "--ema-decay", "0.9", "--learning-rate", "1e-3"]
+TEACHER_FLAGS = ["--teacher-model", "test_convnext2", "--teacher-epochs", "3"]
+ACCUMULATED = ["--accumulate-steps", "2"]
+MIXED = ["--mixup-alpha", "0.5"]
 
 
-def start(processes, script, folder, *flags):
-    """`script` under torchrun; with one process, by itself."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    file = ROOT / SCRIPTS.get(script, script)
-    command = [sys.executable, *(torchrun if processes > 1 else []), file]
-    where = ["--checkpoint-dir", folder / "c", "--results-dir", folder / "r"]
-    return subprocess.Popen(
-        [*command, *(FLAGS if script != "evaluate" else ["--quick"]), *where, *map(str, flags)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
-        start_new_session=True, env={**os.environ, "PYTHONUTF8": "1"})
+# Scripts under torchrun ---------------------------------------------------------------------------
+
+def start(num_processes, script, folder, *flags):
+    """Start a script under torchrun, in a session of its own; with one process, by itself."""
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone",
+                    f"--nproc-per-node={num_processes}"]
+    command += [ROOT / SCRIPTS.get(script, script), "--quick"]
+    command += ["--checkpoint-dir", folder / "checkpoints", "--results-dir", folder / "results"]
+    if script != "evaluate":
+        command += FLAGS
+    return run_command([*command, *flags], own_session=True)
 
 
-def last(folder, run="baseline"):
-    return folder / "c" / "quick" / run / "last.pth"
-
-
-def assert_alike(one, other, run):
-    """The last weights, their average, AdamW's moments, and all that is in the history."""
-    one, other = (utils.load_checkpoint(last(folder, run)) for folder in (one, other))
-    for identity in (one["identity"], other["identity"]):
-        identity.pop("teacher", None)  # a checksum, and teachers differ by as much as students
-    assert one["identity"] == other["identity"]
-    for part in ("model", "ema"):
-        assert one["states"][part].keys() == other["states"][part].keys()
-        for name, weights in one["states"][part].items():
-            assert (weights - other["states"][part][name]).abs().max() < TOLERANCE, name
-    assert len(one["history"]) == len(other["history"])
-    for mine, theirs in zip(one["history"], other["history"], strict=True):
-        for column in {*mine} - {"seconds", "images_per_second", "peak_memory_mb"}:
-            same = mine[column] is theirs[column] is None
-            assert same or mine[column] == pytest.approx(theirs[column], rel=1e-4), column
-
-
-def own_lines(err):
-    """What stderr says but for torchrun's own report, whose traceback is of its own file."""
+def own_messages(err):
+    """The messages of the scripts themselves. torchrun adds a report of its own, with a traceback
+    of its own file."""
     assert 'train_baseline.py", line' not in err, err
     return [line for line in err.splitlines() if line.startswith(("error:", "stopped"))]
 
 
+def assert_same_training(folder, other_folder, run):
+    """The last weights, EMA weights, and all that is in the history."""
+    one = utils.load_checkpoint(quick_folder(folder, run) / "last.pth")
+    other = utils.load_checkpoint(quick_folder(other_folder, run) / "last.pth")
+    for last in (one, other):
+        last["identity"].pop("teacher", None)  # a checksum; teachers differ as much as students
+    assert one["identity"] == other["identity"]
+
+    for part in ("model", "ema"):
+        assert one["states"][part].keys() == other["states"][part].keys()
+        for name, tensor in one["states"][part].items():
+            assert (tensor - other["states"][part][name]).abs().max() < TOLERANCE, name
+
+    assert len(one["history"]) == len(other["history"])
+    for row, other_row in zip(one["history"], other["history"], strict=True):
+        for column in row.keys() - {*TIMINGS, "peak_memory_mb"}:
+            if row[column] is None:
+                assert other_row[column] is None, column
+            else:
+                assert row[column] == pytest.approx(other_row[column], rel=1e-4), column
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A function: the folder in which one process has trained so, once."""
-    made = {}
+def single_process(tmp_path_factory):
+    """A function: the folder in which one process has trained with these flags, once."""
+    folders = {}
 
     def train(script, *flags):
-        if (script, flags) not in made:
-            made[script, flags] = tmp_path_factory.mktemp("alone")
-            assert ended(start(1, script, made[script, flags], *flags))[0] == 0
-        return made[script, flags]
+        if (script, flags) not in folders:
+            folder = tmp_path_factory.mktemp("single")
+            status, _, err = finish(start(1, script, folder, *flags))
+            assert status == 0, err
+            folders[script, flags] = folder
+        return folders[script, flags]
     return train
 
 
-@pytest.mark.parametrize("processes, script, flags", [
-    (2, "baseline", ACCUMULATED + MIXED),
-    (3, "distillation", [*BY_TEACHER, *ACCUMULATED, *MIXED, "--teacher-image-size", "48"])])
-def test_several_processes_compute_what_one_does(tmp_path, alone, processes, script, flags):
-    code, out, _ = ended(start(processes, script, tmp_path, *flags))
-    runs = ["baseline"] if script == "baseline" else ["teacher", "distilled"]
-    assert code == 0
-    assert all(out.count(f"{run} epoch   2/") == 1 for run in runs)  # process 0 alone speaks
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes, script, flags, runs", [
+    (2, "baseline", ACCUMULATED + MIXED, ["baseline"]),
+    (3, "distillation", [*TEACHER_FLAGS, *ACCUMULATED, *MIXED, "--teacher-image-size", "48"],
+     ["teacher", "distilled"])])
+def test_several_processes_compute_what_one_does(
+        tmp_path, single_process, num_processes, script, flags, runs):
+    status, out, err = finish(start(num_processes, script, tmp_path, *flags))
+    assert status == 0, err
     for run in runs:
-        assert_alike(tmp_path, alone(script, *flags), run)
+        assert out.count(f"{run} epoch   2/") == 1  # process 0 alone prints
+        assert_same_training(tmp_path, single_process(script, *flags), run)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_normalise_by_the_whole_batch(tmp_path):
     """With BatchNorm, in float32: the first epoch's losses are one GPU's, whose sums differ."""
     flags = ["--device", "cuda", "--amp-dtype", "fp32", "--student-model", "test_efficientnet"]
-    histories = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        assert ended(start(processes, "baseline", folder, *flags))[0] == 0
-        histories.append(utils.load_checkpoint(last(folder))["history"])
-    one, two = (history[0] for history in histories)
+    first_rows = []
+    for num_processes in (1, 2):
+        folder = tmp_path / str(num_processes)
+        status, _, err = finish(start(num_processes, "baseline", folder, *flags))
+        assert status == 0, err
+        first_rows.append(history_of(quick_folder(folder))[0])
+    one, two = first_rows
     assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-3)
     assert one["val_loss"] == pytest.approx(two["val_loss"], rel=0.02)
 
 
-@pytest.mark.parametrize("how", ["kill one", "Ctrl-C"])
-def test_all_end_together_and_another_number_goes_on(tmp_path, alone, how):
-    """One is killed, or all meet Ctrl-C: one message, none is left; then, after the kill, three go
-    on where two ended, to what one alone comes to."""
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["kill of one", "Ctrl-C", "SIGTERM"])
+def test_all_processes_end_together(tmp_path, single_process, end):
+    """One is killed, all meet Ctrl-C, or torchrun gets SIGTERM: one message, and no process is
+    left. After the kill three resume where two ended, to what a single process comes to."""
     process = start(2, "baseline", tmp_path)
-    wait_for(lambda: last(tmp_path).exists() and utils.load_checkpoint(last(tmp_path))["history"])
+    run_folder = quick_folder(tmp_path)
+    wait_until(lambda: has_epoch(run_folder))
     workers = children_of(process)
     assert len(workers) == 2
-    if how == "Ctrl-C":
-        os.killpg(process.pid, signal.SIGINT)
+    if end == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    elif end == "SIGTERM":
+        process.terminate()
     else:
         os.kill(workers[1], signal.SIGKILL)
-    _, err = process.communicate(timeout=20)
+
+    _, err = process.communicate(timeout=30)
     assert process.returncode != 0
-    said = own_lines(err)
-    assert len(said) == 1 and "the same command" in said[0], err
-    assert how != "Ctrl-C" or said[0] == utils.STOPPED
-    for worker in workers:
-        with pytest.raises(ProcessLookupError):
-            os.kill(worker, 0)
-    assert len(utils.load_checkpoint(last(tmp_path))["history"]) == 1
-    if how == "kill one":
-        assert ended(start(3, "baseline", tmp_path))[0] == 0
-        assert_alike(tmp_path, alone("baseline"), "baseline")
+    message, = own_messages(err)
+    assert "the same command resumes" in message
+    if end != "kill of one":
+        assert "epoch 1 of 2 of the baseline" in message
+    wait_until(lambda: not members_of_group(process.pid), 30)
+    assert len(history_of(run_folder)) == 1
+
+    if end == "kill of one":
+        status, _, err = finish(start(3, "baseline", tmp_path))
+        assert status == 0, err
+        assert_same_training(tmp_path, single_process("baseline"), "baseline")
 
 
-@pytest.mark.parametrize("script, flags, words", [
-    ("baseline", ["--batch-size", "25"], "multiple of 2"), ("evaluate", [], "without torchrun"),
-    ("baseline", ["--device", "cuda:99"], "torch has no cuda:99 here for each"),
-    ("baseline", ["--dataset-name", "ImageFolder", "--dataset-dir", "BROKEN"], "are at fault")])
-def test_what_is_wrong_is_said_once(tmp_path, script, flags, words):
-    broken = write_pictures(tmp_path / "pictures")
-    next(broken.glob("train/*/*")).write_bytes(b"no picture")
-    flags = [broken if flag == "BROKEN" else flag for flag in flags]
+@pytest.mark.slow
+@pytest.mark.parametrize("script, flags, word", [
+    ("baseline", ["--batch-size", "25"], "multiple of 2"),
+    ("evaluate", [], "torchrun"),
+    ("baseline", ["--device", "cuda:99"], "cuda:99"),
+    ("baseline", ["--dataset-name", "ImageFolder", "--dataset-dir", "BROKEN"], "000.png")])
+def test_wrong_use_is_one_message(tmp_path, script, flags, word):
+    pictures = write_pictures(tmp_path / "pictures")
+    (pictures / "train" / "cat" / "000.png").write_bytes(b"no picture")
+    flags = [pictures if flag == "BROKEN" else flag for flag in flags]
     process = start(2, script, tmp_path, *flags)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and err.count(words) == 1, err
-    assert not (tmp_path / "c").exists()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    messages = [line for line in err.splitlines() if "error: " in line and word in line]
+    assert len(messages) == 1, err
+    assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_fault_of_one_process_is_said_once_and_ends_all(tmp_path):
-    """Process 1 alone runs out of memory in its second epoch."""
-    script = tmp_path / "train_baseline.py"
-    script.write_text(f"""
+SHORT_OF_MEMORY = """
 import sys
-import types
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, {root!r})
 import config, models, train_baseline, utils
-forward, calls = models.forward, []
+
+forward = models.forward
+calls = []
+
 def short_of_memory(model, images):
     calls.append(1)
     if utils.RANK == 1 and len(calls) == 60:
         raise MemoryError
     return forward(model, images)
+
 models.forward = short_of_memory
 sys.exit(utils.run_script(train_baseline.main, config.parse_args("baseline", "")))
-""")
+"""
+
+
+@pytest.mark.slow
+def test_fault_of_one_process_is_one_message_and_ends_all(tmp_path):
+    """Process 1 alone runs out of memory in its second epoch."""
+    script = tmp_path / "train_baseline.py"
+    script.write_text(SHORT_OF_MEMORY.format(root=str(ROOT)), encoding="utf-8")
     process = start(2, script, tmp_path)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and len(own_lines(err)) == 1, err
-    assert "there is too little memory" in err
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    message, = own_messages(err)
+    assert "--batch-size" in message
+    wait_until(lambda: not members_of_group(process.pid), 30)
 
 
-@pytest.mark.parametrize("script, flags, words", [
+# Its parts, in this process -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, flags, word", [
     ("baseline", "--batch-size 25", "multiple of 2"),
     ("baseline", "--batch-size 26 --mixup-alpha 1", "multiple of 4"),
-    ("baseline", "--cuda-graph", "no torchrun"),
-    ("distillation", "--distillation-loss dist", "dist compares whole batches")])
-def test_what_cannot_be_shared_is_wrong_use(arguments, monkeypatch, capsys, script, flags, words):
+    ("baseline", "--cuda-graph", "torchrun"),
+    ("distillation", "--distillation-loss dist", "dist")])
+def test_settings_that_processes_cannot_share_are_wrong_use(
+        arguments, monkeypatch, capsys, script, flags, word):
     assert arguments(script, *flags.split(), "--batch-size", "24")  # one process can
     monkeypatch.setattr(utils, "WORLD_SIZE", 2)
-    with pytest.raises(SystemExit) as ended_with:
+    with pytest.raises(SystemExit) as exit_of_script:
         arguments(script, *flags.split())
-    assert ended_with.value.code == 2 and words in capsys.readouterr().err
+    assert exit_of_script.value.code == 2
+    assert word in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("photographs", [False, True])
-@pytest.mark.parametrize("processes, flags", [
-    (1, []), (2, []), (3, ["--mixup-alpha", "0.5"]), (4, ["--cutmix-alpha", "1"]), (24, [])])
-def test_parts_of_a_batch_make_it_up(
-        arguments, monkeypatch, tmp_path, processes, flags, photographs):
-    """Each image of each batch in one part alone, with the crop, mixture and label it has there."""
-    args = arguments("baseline", "--batch-size", "24", "--num-workers", "0", *flags)
-    if photographs:
-        pictures = write_pictures(tmp_path / "pictures", counts=(("train", 28), ("test", 1)))
-        args.dataset_name, args.dataset_dir = "ImageFolder", str(pictures)
-    data = data_loader.open_dataset(args)
-    info = {"image_size": 32, "interpolation": "bilinear", "num_classes": 10}
-
-    def batches():
-        loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
-        return list(zip(loader.epoch(3), range(3), strict=False))
-    whole = batches()
-    parts = []
-    monkeypatch.setattr(utils, "WORLD_SIZE", processes)
-    for rank in range(processes):
-        monkeypatch.setattr(utils, "RANK", rank)
-        parts.append(batches())
-    for number, ((images, labels), _) in enumerate(whole):
-        mine = [part[number][0] for part in parts]
-        assert all(len(one) == 24 // processes for one, _ in mine)
-        got = torch.cat([one for one, _ in mine]).flatten(1)
-        places = torch.cdist(got, images.flatten(1)).argmin(1)
-        assert sorted(places.tolist()) == list(range(24))
-        assert torch.equal(got, images.flatten(1)[places])
-        assert torch.equal(torch.cat([label for _, label in mine]), labels[places])
+def test_evaluation_is_wrong_use_with_one_process_too(monkeypatch, capsys):
+    monkeypatch.setattr(utils, "TORCHRUN", {"WORLD_SIZE": "1"})
+    with pytest.raises(SystemExit) as exit_of_script:
+        config.parse_args("evaluate", "", ["--quick"])
+    assert exit_of_script.value.code == 2
+    assert "torchrun" in capsys.readouterr().err
 
 
-def test_synchronised_batchnorms_keep_timms_names(monkeypatch):
-    """As on GPUs, which alone can run them: all are converted, the checkpoint stays as it is."""
-    class Wrapped(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
-    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Wrapped)
-    for name in ("test_efficientnet", "test_resnet"):  # BatchNormAct2d and BatchNorm2d
-        model = models.build_model(name, 10)
-        norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
-        train_baseline.optimization(model, 10, types.SimpleNamespace(
-            weight_decay=0.05, learning_rate=1e-3, accumulate_steps=1, warmup_epochs=1,
-            num_epochs=3, amp_dtype="fp32", ema_decay=0))
-        before = model.state_dict()
-        scale = model.pixel_scale
-        del model.pixel_scale
-        model.pixel_scale = types.SimpleNamespace(is_cuda=True, device=scale.device)
-        parallel = models.wrap_ddp(model)
-        found = [module for module in model.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
-        assert len(found) == norms > 0 and parallel.module is model
-        assert all(module.num_batches_tracked is not None for module in found)
-        assert before.keys() == model.state_dict().keys()
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("device, gpus", [("cuda", 1), ("cuda:1", 4), ("mps", 0)])
+@pytest.mark.parametrize("device, num_gpus", [("cuda", 1), ("cuda:1", 4), ("mps", 0)])
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_fewer_gpus_than_processes_are_wrong_use_for_each(
-        arguments, monkeypatch, device, gpus, rank):
+def test_fewer_gpus_than_processes_are_wrong_use(arguments, monkeypatch, device, num_gpus, rank):
     """For process 0 too, which would else wait for the others."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(utils, "WORLD_SIZE", 2)
     monkeypatch.setattr(utils, "TORCHRUN", {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
-    with pytest.raises(utils.UsageError, match=f"torch has no {device} here for each"):
+    with pytest.raises(utils.UsageError, match=f"{device} here for each process"):
         utils.setup(arguments("baseline", "--device", device))
 
 
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
+    monkeypatch.setattr(utils, "TORCHRUN", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert utils.select_device("auto") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("photographs", [False, True])
+@pytest.mark.parametrize("num_processes, flags", [
+    (1, []), (2, []), (3, ["--mixup-alpha", "0.5"]), (4, ["--cutmix-alpha", "1"]), (24, [])])
+def test_shares_of_a_batch_make_it_up(
+        arguments, monkeypatch, tmp_path, num_processes, flags, photographs):
+    """Each image of each batch is in one share, with the crop, mixture and label it has there."""
+    args = arguments("baseline", "--batch-size", "24", "--num-workers", "0", *flags)
+    if photographs:
+        pictures = write_pictures(tmp_path / "pictures", counts=(("train", 28), ("test", 1)))
+        args.dataset_name = "ImageFolder"
+        args.dataset_dir = str(pictures)
+    data = data_loader.open_dataset(args)
+    info = {"image_size": 32, "interpolation": "bilinear", "num_classes": 10}
+
+    def first_batches():
+        loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
+        epoch = loader.epoch(3)
+        return [next(epoch) for _ in range(3)]
+
+    whole_batches = first_batches()
+    monkeypatch.setattr(utils, "WORLD_SIZE", num_processes)
+    batches_by_rank = []
+    for rank in range(num_processes):
+        monkeypatch.setattr(utils, "RANK", rank)
+        batches_by_rank.append(first_batches())
+
+    for number, (images, labels) in enumerate(whole_batches):
+        shares = [batches[number] for batches in batches_by_rank]
+        for share_images, _ in shares:
+            assert len(share_images) == 24 // num_processes
+        joined_images = torch.cat([share_images for share_images, _ in shares]).flatten(1)
+        joined_labels = torch.cat([share_labels for _, share_labels in shares])
+
+        # Where in the whole batch each image of the shares stands.
+        places = torch.cdist(joined_images, images.flatten(1)).argmin(1)
+        assert sorted(places.tolist()) == list(range(24))
+        assert torch.equal(joined_images, images.flatten(1)[places])
+        assert torch.equal(joined_labels, labels[places])
+
+
+class FakeDDP(torch.nn.Module):
+    """DistributedDataParallel without processes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet"])
+def test_synchronised_batchnorms_keep_names_optimizer_and_ema(arguments, monkeypatch, name):
+    """As on GPUs, which alone can run them: all are converted (BatchNormAct2d and BatchNorm2d), in a
+    model whose tensors the optimizer, the EMA and the checkpoint already hold."""
+    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", FakeDDP)
+    model = models.build_model(name, 10)
+    num_norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    before = model.state_dict()
+    parameters = list(model.parameters())
+    ema = train_baseline.EMA(model, 0.9)
+
+    device = model.pixel_scale.device
+    del model.pixel_scale
+    model.pixel_scale = types.SimpleNamespace(is_cuda=True, device=device)
+    ddp_model = models.wrap_ddp(model)
+    assert ddp_model.module is model
+    norms = [module for module in model.modules()
+             if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert len(norms) == num_norms > 0
+
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for key, tensor in after.items():
+        assert tensor.data_ptr() == before[key].data_ptr(), key
+    for old, new in zip(parameters, model.parameters(), strict=True):
+        assert old is new
+    sources = {tensor.data_ptr() for tensor in ema.sources + ema.counter_sources}
+    assert sources == {tensor.data_ptr() for tensor in after.values()}
+
+
 @pytest.mark.parametrize("script", ["baseline", "distillation"])
-def test_processes_synchronise_once_an_update(train, monkeypatch, script):
-    """What DistributedDataParallel goes by in each forward pass; --accumulate-steps makes three."""
-    seen, forward = [], models.forward
+def test_gradients_are_synchronised_once_an_update(train, monkeypatch, script):
+    """What DistributedDataParallel goes by in each forward pass, with --accumulate-steps 2."""
+    synchronised = []
+    forward = models.forward
 
-    def spy(model, images):
-        seen.append((model.training, vars(model).get("require_backward_grad_sync")))
+    def record(model, images):
+        # Without DDP the flag is set on the model itself, which tells the student from a teacher.
+        if model.training and hasattr(model, "require_backward_grad_sync"):
+            synchronised.append(model.require_backward_grad_sync)
         return forward(model, images)
-    monkeypatch.setattr(models, "forward", spy)
-    train(script, "--accumulate-steps", "3", "--batch-size", "64", "--num-epochs", "1")
-    steps = [sync for training, sync in seen if training and sync is not None]
-    assert len(steps) >= 18 and steps == [False, False, True] * (len(steps) // 3)
 
-
-def test_evaluation_under_torchrun_is_wrong_use_with_one_process_too(monkeypatch, capsys):
-    monkeypatch.setattr(utils, "TORCHRUN", {"WORLD_SIZE": "1"})
-    with pytest.raises(SystemExit) as ended_with:
-        config.parse_args("evaluate", "", ["--quick"])
-    assert ended_with.value.code == 2 and "without torchrun" in capsys.readouterr().err
+    flags = ["--accumulate-steps", "2", "--num-epochs", "1"]
+    train(script, *flags)  # the teacher, too
+    monkeypatch.setattr(models, "forward", record)
+    monkeypatch.setattr(models, "wrap_ddp", lambda model: model)
+    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
+    monkeypatch.setattr(utils, "join_process_group", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    train(script, "--fresh", *flags)
+    assert synchronised == [False, True] * 2  # four steps

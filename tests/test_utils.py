@@ -85,21 +85,8 @@ def test_script_that_ends_well_has_status_0_and_no_message(arguments, capsys):
     assert capsys.readouterr() == ("done\n", "")
 
 
-def run_in_training(epochs, num_epochs=50, title="baseline"):
-    return argparse.Namespace(history=[{}] * epochs, num_epochs=num_epochs, title=title)
-
-
-@pytest.mark.parametrize("run, words", [
-    (None, ["stopped"]),
-    (run_in_training(0), ["before", "first epoch", "baseline"]),
-    (run_in_training(7), ["epoch 7 of 50", "baseline", "the same command resumes"]),
-    (run_in_training(1, 8, "distilled, seed 3"), ["epoch 1 of 8", "distilled, seed 3", "resumes"]),
-])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_is_one_message_on_what_is_saved(
-        arguments, capsys, run, words, number, status):
-    if run:
-        utils.Run.note_progress(run)
+def test_signal_is_one_message(arguments, capsys, number, status):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def main(args):
@@ -107,15 +94,44 @@ def test_signal_is_one_message_on_what_is_saved(
         time.sleep(10)
 
     assert utils.run_script(main, arguments("baseline")) == status
-    assert_one_message(capsys.readouterr().err, *words)
+    assert_one_message(capsys.readouterr().err, "stopped")
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # a second Ctrl-C disturbs nothing
 
 
-@pytest.mark.parametrize("script, flag", [
-    ("baseline", "--fresh"), ("distillation", "--fresh"), ("distillation", "--fresh-teacher")])
-def test_stopped_run_is_not_resumed_by_a_command_that_starts_over(arguments, script, flag):
-    utils.Run.note_progress(run_in_training(7))
-    assert f"without {flag} resumes" in utils.stop_message(arguments(script, flag))
+def test_message_after_a_signal_names_the_last_whole_epoch(arguments):
+    args = arguments("baseline", "--num-epochs", "5")
+    assert utils.stop_message(args) == "stopped"  # nothing has begun
+
+    run, model = open_run(args)
+    assert "before the end of the first epoch of the baseline" in utils.stop_message(args)
+    for epoch in (1, 2):
+        run.finish_epoch(row_of(0.5), model)
+        assert f"epoch {epoch} of 5 of the baseline" in utils.stop_message(args)
+    assert "the same command resumes" in utils.stop_message(args)
+
+    open_run(args)  # of the next process, before its first own epoch
+    assert "epoch 2 of 5" in utils.stop_message(args)
+    open_run(arguments("baseline", "--seeds", "3", "4"))
+    assert "baseline, seed 3" in utils.stop_message(args)
+
+
+@pytest.mark.parametrize("flags", [["--fresh"], ["--fresh-teacher"], ["--fresh",
+                                                                     "--fresh-teacher"]])
+def test_flags_of_what_is_saved_are_left_out_after_a_signal(arguments, flags):
+    """With them the same command would start that anew; before there is an epoch they are needed.
+    """
+    args = arguments("distillation", *flags)
+    teacher, model = open_run(args, "teacher")
+    assert "without" not in utils.stop_message(args)
+
+    teacher.finish_epoch(row_of(0.5), model)
+    distilled, model = open_run(args, "distilled")
+    message = utils.stop_message(args)
+    assert ("without --fresh-teacher" in message) == ("--fresh-teacher" in flags)
+    assert "without --fresh " not in message
+
+    distilled.finish_epoch(row_of(0.5), model)
+    assert f"without {' and '.join(flags)} resumes" in utils.stop_message(args)
 
 
 WAITING_SCRIPT = """
@@ -126,7 +142,7 @@ def main(args):
     print("ready", flush=True)
     time.sleep(60)
 
-sys.exit(utils.run_script(main, argparse.Namespace(fresh=False)))
+sys.exit(utils.run_script(main, argparse.Namespace()))
 """
 
 
