@@ -546,7 +546,7 @@ def resize(images, size, mode):
 class Photographs:
     """Images of which workers make views: `make_views(i, seed)` is a list of PIL images."""
 
-    def __init__(self, labels, make_views, device, num_workers, keep_workers=False):
+    def __init__(self, labels, make_views, device, num_workers):
         self.labels = labels.tolist()
         self.device = device
         # The list of batches is refilled for each epoch, so that the DataLoader can stay, and with
@@ -557,7 +557,9 @@ class Photographs:
             batch_sampler=self.batches_to_read,
             collate_fn=functools.partial(read_batch, make_views),
             num_workers=num_workers,
-            persistent_workers=keep_workers and num_workers > 0,
+            # New workers for each epoch would cost seconds where they import torch anew (Windows),
+            # and Python drops what a signal's handler raises while it forks or ends them.
+            persistent_workers=num_workers > 0,
             worker_init_fn=init_worker,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one, as dropout does
@@ -708,7 +710,7 @@ class TrainingLoader:
             make_views = functools.partial(
                 random_views, data.train, sizes, info["interpolation"], data.augmentation)
             self.source = Photographs(
-                data.train.labels, make_views, device, args.num_workers, keep_workers=True)
+                data.train.labels, make_views, device, args.num_workers)
         else:
             self.source = SmallImages(
                 data.train, sizes, info["interpolation"], data.augmentation, device)
