@@ -1,8 +1,8 @@
-"""The losses; students and teachers from timm, forward and inference; checkpoints as models.
+"""Losses; students and teachers from timm, forward pass and inference; checkpoints as models.
 
 Shapes: images (B, 3, H, W), floats in [0, 1]; labels (B,) int64 or, under mixup and cutmix, (B, C)
-probabilities; logits (B, C). Every loss is a mean over the batch, computed in float32 also under
-autocast.
+probabilities; logits (B, C). Losses are computed in float32, also under autocast. They are means
+over the images of the batch, except for DIST's intra term, which is a mean over the classes.
 """
 import argparse
 import copy
@@ -33,58 +33,60 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
 
 
 def kd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """T^2 * KL of the softened outputs, in nats (Hinton et al. 2015).
+    """T^2 * KL divergence of the softened outputs, in nats (Hinton et al. 2015).
 
-    forward: KL(teacher || student), Hinton's; reverse: KL(student || teacher). Gradients of the KL
-    fall off with 1 / T^2, which T^2 undoes. "batchmean" is the mean over images; torch's default,
-    "mean", would divide by the number of classes too.
+    "forward" is Hinton's KL(teacher || student), "reverse" is KL(student || teacher). Soft-target
+    gradients scale as 1 / T^2; the factor T^2 compensates. "batchmean" is the mean over images;
+    torch's default, "mean", would also divide by the number of classes.
     """
-    log_student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    log_teacher = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
+    student_log_probs = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher_log_probs = F.log_softmax(teacher_logits.float().detach() / temperature, dim=1)
 
-    # kl_div(q, p) is KL(p || q).
+    # F.kl_div(q, p) is KL(p || q).
     if direction == "forward":
-        kl = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+        kl = F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
     else:
-        kl = F.kl_div(log_teacher, log_student, reduction="batchmean", log_target=True)
+        kl = F.kl_div(teacher_log_probs, student_log_probs, reduction="batchmean", log_target=True)
     return kl * temperature**2
 
 
 def lskd_loss(student_logits, teacher_logits, temperature, direction="forward"):
-    """kd_loss of standardised logits (Sun et al. 2024, who train with ALPHA = 0.989)."""
+    """kd_loss of logits that are standardised per image (Sun et al. 2024). The authors' weights, 9
+    for the KL and 0.1 for the cross-entropy, correspond to ALPHA = 9 / 9.1."""
     student_logits = standardise(student_logits)
     teacher_logits = standardise(teacher_logits)
     return kd_loss(student_logits, teacher_logits, temperature, direction)
 
 
 def standardise(logits):
-    """Logits with mean 0 and standard deviation 1 in each image."""
+    """Shift and scale the logits of each image to mean 0 and standard deviation 1."""
     std, mean = torch.std_mean(logits.float(), dim=1, keepdim=True)
     return (logits.float() - mean) / (std + 1e-7)
 
 
 def dist_loss(student_logits, teacher_logits, temperature):
-    """T^2 * (inter + intra) (Huang et al. 2022, who train with ALPHA = 0.67 and T = 4 on CIFAR).
+    """T^2 * (inter + intra), from Huang et al. 2022. The authors' weights on CIFAR, 2 for this and
+    1 for the cross-entropy, correspond to ALPHA = 2 / 3; their T is 4.
 
-    inter compares the softened probabilities of each image over the classes, intra those of each
-    class over the images of the batch. The factor T^2 is that of the authors' code.
+    inter correlates the softened probabilities of each image across classes, intra those of each
+    class across the images of the batch. The factor T^2 is taken from the authors' code.
     """
-    student = F.softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.softmax(teacher_logits.detach().float() / temperature, dim=1)
-    inter = correlation_distance(student, teacher)
-    intra = correlation_distance(student.T, teacher.T)
+    student_probs = F.softmax(student_logits.float() / temperature, dim=1)
+    teacher_probs = F.softmax(teacher_logits.detach().float() / temperature, dim=1)
+    inter = correlation_distance(student_probs, teacher_probs)
+    intra = correlation_distance(student_probs.T, teacher_probs.T)
     return temperature**2 * (inter + intra)
 
 
 def correlation_distance(a, b):
-    """1 - Pearson's correlation of the rows of `a` and `b`, the mean over rows."""
+    """1 - the Pearson correlation between matching rows of `a` and `b`, averaged over rows."""
     a = a - a.mean(1, keepdim=True)
     b = b - b.mean(1, keepdim=True)
     return 1 - F.cosine_similarity(a, b, dim=1).mean()
 
 
 def distill_loss(student_logits, teacher_logits, args):
-    """The distillation loss that args.distillation_loss names, unweighted."""
+    """The loss that args.distillation_loss selects. The caller weights it with ALPHA."""
     if args.distillation_loss == "dist":
         return dist_loss(student_logits, teacher_logits, args.temperature)
     if args.distillation_loss == "lskd":
@@ -93,26 +95,28 @@ def distill_loss(student_logits, teacher_logits, args):
 
 
 def teacher_diagnostics(teacher_logits, labels, args):
-    """How sure and how accurate the teacher is, and the entropy of its targets in the loss."""
-    targets = teacher_logits
+    """The teacher's entropy and accuracy on a batch, and the entropy of its soft targets, which are
+    standardised (lskd) and softened by the temperature."""
+    target_logits = teacher_logits
     if args.distillation_loss == "lskd":
-        targets = standardise(teacher_logits)
+        target_logits = standardise(teacher_logits)
     return {
         "teacher_entropy": entropy(teacher_logits),
-        "target_entropy": entropy(targets / args.temperature),
+        "target_entropy": entropy(target_logits / args.temperature),
         "teacher_accuracy": accuracy(teacher_logits, labels),
     }
 
 
 def accuracy(logits, labels):
-    """Share of the batch that is right, a 0-d tensor; nan for mixed labels (B, C)."""
+    """Top-1 accuracy, a 0-d tensor; nan for soft labels (B, C)."""
     if labels.ndim == 2:
         return torch.full((), torch.nan, device=logits.device)
     return (logits.detach().argmax(1) == labels).float().mean()
 
 
 def entropy(logits):
-    """Mean entropy in nats of the softmax of `logits`, a 0-d tensor: 0 is sure, ln C undecided."""
+    """Entropy of softmax(logits) in nats, averaged over images, a 0-d tensor: from 0 (all on one
+    class) to ln C (uniform)."""
     probabilities = F.softmax(logits.detach().float(), 1)
     return torch.special.entr(probabilities).sum(1).mean()
 
@@ -120,18 +124,22 @@ def entropy(logits):
 # Building -----------------------------------------------------------------------------------------
 
 def build_model(name, num_classes, pretrained=False, weights=None):
-    """A timm classifier in channels_last; a new head is drawn from torch's global generator.
+    """Build a timm classifier in channels_last. A new head is initialised from torch's global
+    generator.
 
-    `weights` is a local file instead of timm's download; one line says what was loaded of it.
-    UserError where weights cannot be had. The buffers `pixel_scale` and `pixel_shift` (3, 1, 1),
-    with which `forward` normalises, are not in the state_dict, which stays timm's own.
+    If pretrained, the weights come from the local file `weights`, or else from timm's download.
+    Prints what was loaded from a file. Raises UserError if the weights are unavailable or do not
+    fit.
+
+    `forward` normalises images with two buffers, `pixel_scale` and `pixel_shift` (3, 1, 1). They
+    are not in the state_dict, whose keys stay those of timm.
     """
     if pretrained and weights:
         model = timm.create_model(name, num_classes=num_classes)
         num_tensors, has_head = load_weights(model, weights)
         head = "the head is new"
         if has_head:
-            head = f"its head too, since it has {num_classes} classes as here"
+            head = f"including the head, since it has {num_classes} classes too"
         print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {head}")
     elif pretrained:
         model = download_model(name, num_classes)
@@ -141,15 +149,16 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     set_normalisation(model)
     for module in model.modules():
         if isinstance(module, torch.nn.SiLU):
-            module.inplace = False  # in place autograd clones the input first: one more kernel
+            # In-place SiLU makes autograd clone the input first, at the cost of an extra kernel.
+            module.inplace = False
     return model.to(memory_format=torch.channels_last)
 
 
-print_once = functools.cache(print)  # the same line once, however many seeds are trained
+print_once = functools.cache(print)  # with several seeds the same line would be printed for each
 
 
 def set_normalisation(model):
-    """Give `model` the buffers of `forward`, from the mean and std of its pretrained_cfg."""
+    """Register the buffers of `forward`, from the mean and std in the model's pretrained_cfg."""
     mean = torch.tensor(model.pretrained_cfg["mean"])[:, None, None]
     std = torch.tensor(model.pretrained_cfg["std"])[:, None, None]
     model.register_buffer("pixel_scale", 1 / std, persistent=False)
@@ -157,23 +166,25 @@ def set_normalisation(model):
 
 
 def download_model(name, num_classes):
-    """A timm model with the ImageNet weights of timm's download, or of its cache."""
+    """A timm model with pretrained weights, downloaded or from the local cache of the Hub. Raises
+    UserError if they are unavailable."""
     cfg = timm.get_pretrained_cfg(name)
     try:
         check_download(cfg)
         return timm.create_model(name, pretrained=True, num_classes=num_classes)
-    except Exception as error:  # of the network or the hub: they take any form
-        message = f"the weights of {name} cannot be had: {utils.first_line(error)}"
+    except Exception as error:  # network and Hub errors have no common base class
+        message = f"the weights of {name} are unavailable: {utils.first_line(error)}"
         if cfg.hf_hub_id:
-            message += (f"; fetch model.safetensors from https://huggingface.co/{cfg.hf_hub_id} by "
-                        "hand for --student-weights, --teacher-weights, or take --no-pretrained, "
-                        "or --quick")
+            message += ("; download model.safetensors from "
+                        f"https://huggingface.co/{cfg.hf_hub_id} by hand and pass it with "
+                        "--student-weights or --teacher-weights, or train with --no-pretrained or "
+                        "--quick")
         raise utils.UserError(message) from None
 
 
 def check_download(cfg):
-    """Ask the hub once for weights that are not in its cache: it raises within seconds, where the
-    download itself would try for a minute."""
+    """Make one request to the Hub if the weights are not cached. Without a network it fails within
+    seconds, whereas the download itself would retry for a minute."""
     if not cfg.hf_hub_id:
         return
     filename = cfg.hf_hub_filename or "model.safetensors"
@@ -184,68 +195,69 @@ def check_download(cfg):
 
 # Weight files -------------------------------------------------------------------------------------
 
-# Under these keys training scripts save a state_dict, EMA weights first.
+# Keys under which training scripts save a state_dict; EMA first.
 STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
-# Before the names DataParallel, torch.compile and Lightning put these.
+# Prefixes added by DataParallel, torch.compile and Lightning.
 PREFIXES = r"(?:module\.|_orig_mod\.|model\.)*"
 
 
 def load_weights(model, path):
-    """Load a weight file into a fresh timm `model`; return the number of tensors and whether the
-    classifier is among them, which alone may be missing or of another shape. UserError where
-    anything else does not fit."""
+    """Load a weight file into a newly built timm `model`; return the number of tensors loaded and
+    whether the classifier was among them. Only the classifier may be missing or differ in shape;
+    anything else raises UserError."""
     state_dict = find_state_dict(read_weight_file(path), path)
     state_dict = strip_prefixes(state_dict, model)
     state_dict = convert_names(state_dict, model)
-    misfit = describe_misfit(state_dict, model)
-    if misfit:
+    mismatch = describe_mismatch(state_dict, model)
+    if mismatch:
         raise utils.UserError(
-            f"{path} does not fit {model.pretrained_cfg['architecture']}: {misfit}")
+            f"{path} does not fit {model.pretrained_cfg['architecture']}: {mismatch}")
 
     expected = model.state_dict()
     head = head_names(model)
     has_head = all(name in state_dict and state_dict[name].shape == expected[name].shape
                    for name in head)
-    fitting = {}
+    matching = {}
     for name, tensor in state_dict.items():
         if name in expected and (has_head or name not in head):
-            fitting[name] = tensor
-    model.load_state_dict(fitting, strict=False)  # a new head stays as it is
-    return len(fitting), has_head
+            matching[name] = tensor
+    model.load_state_dict(matching, strict=False)  # not strict: the head may be missing
+    return len(matching), has_head
 
 
 def read_weight_file(path):
-    """The content of a .safetensors file or of what torch.save wrote, without running code. Which
-    of them it is the content says, whatever the name."""
+    """Load a .safetensors file or a file written by torch.save, without running code from it. The
+    format is detected from the content, not the extension."""
     with open(path, "rb") as file:
         start = file.read(9)
-    if start[8:] == b"{":  # after the length of its header, which is JSON
+    if start[8:] == b"{":  # safetensors: 8 bytes of header length, then the header in JSON
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError:
-            raise utils.UserError(f"{path} is damaged, or no weight file at all") from None
-    # timm's training script saves its arguments too, as a Namespace, which is plain data.
+            raise utils.UserError(f"{path} is damaged, or not a weight file at all") from None
+    # timm's train.py also saves its arguments, a Namespace, which is harmless to unpickle.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return utils.load_torch_file(path)
 
 
 def find_state_dict(content, path):
-    """The tensors by name in the `content` of a weight file, also where a dict surrounds them."""
+    """The tensors by name from the `content` of a weight file, which may nest them in a dict under
+    one of STATE_DICT_KEYS."""
     for key in STATE_DICT_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     if not isinstance(content, dict):
-        raise utils.UserError(f"{path} holds no state_dict but a {type(content).__name__}")
+        raise utils.UserError(f"{path} contains a {type(content).__name__}, not a state_dict")
     return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def strip_prefixes(state_dict, model):
-    """`state_dict` without a wrapper's prefix, and without what is not below it, where that makes
-    the names fit."""
-    anchor = next(iter(model.state_dict()))
+    """Remove the wrappers' prefix from the names. Entries without it belong to something else, such
+    as the loss, and are dropped. Names without any known prefix are returned unchanged."""
+    first_name = next(iter(model.state_dict()))
     for name in state_dict:
-        match = re.fullmatch(f"({PREFIXES}){re.escape(anchor)}", name)
+        match = re.fullmatch(f"({PREFIXES}){re.escape(first_name)}", name)
         if match:
             prefix = match[1]
             return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
@@ -254,52 +266,53 @@ def strip_prefixes(state_dict, model):
 
 
 def convert_names(state_dict, model):
-    """`state_dict` under the names of today's timm, for models of which it also reads the original
-    authors' files."""
+    """Rename to timm's current names, if timm has a converter for this model: some read the files
+    of the original authors."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return state_dict
     try:
         return convert(dict(state_dict), model)
-    except Exception:  # made for files of this model, it takes others in any way
+    except Exception:  # a converter may fail in any way on a file of another model
         return state_dict
 
 
-def describe_misfit(state_dict, model):
-    """Why `state_dict` is not the body of `model`, with the first names at fault; "" if it is."""
+def describe_mismatch(state_dict, model):
+    """Why `state_dict` does not fit the backbone of `model`, with the first names concerned; "" if
+    it fits."""
     if not state_dict:
-        return "it holds no tensors"
+        return "it contains no tensors"
     expected = model.state_dict()
     if not expected.keys() & state_dict.keys():
-        return f"none of its names is the model's: {', '.join(list(state_dict)[:3])}"
+        return f"it has none of the model's names, but {', '.join(list(state_dict)[:3])}"
 
-    misfits = []
+    mismatches = []
     head = head_names(model)
     for name, tensor in expected.items():
         is_counter = name.endswith("num_batches_tracked")  # some files leave them out
         if name in head or (is_counter and name not in state_dict):
             continue
         if name not in state_dict:
-            misfits.append(f"{name} is missing")
+            mismatches.append(f"{name} is missing")
         elif state_dict[name].shape != tensor.shape:
             shape = tuple(state_dict[name].shape)
-            misfits.append(f"{name} is {shape}, not {tuple(tensor.shape)}")
+            mismatches.append(f"{name} has shape {shape}, not {tuple(tensor.shape)}")
 
-    # More blocks than the model has belong to a deeper one. Parts that it lacks altogether, as an
-    # auxiliary classifier, do no harm.
+    # Extra blocks in a part that the model has mean a deeper model. Parts that the model does not
+    # have at all, such as an auxiliary classifier, are harmless.
     parts = {name.split(".")[0] for name in expected}
     for name in state_dict:
         if name not in expected and name not in head and name.split(".")[0] in parts:
-            misfits.append(f"{name} is unknown")
+            mismatches.append(f"{name} is unknown")
 
-    text = "; ".join(misfits[:3])
-    if len(misfits) > 3:
-        text += f"; and {len(misfits) - 3} more"
+    text = "; ".join(mismatches[:3])
+    if len(mismatches) > 3:
+        text += f"; and {len(mismatches) - 3} more"
     return text
 
 
 def head_names(model):
-    """Names of the classifier's tensors, those that depend on the number of classes."""
+    """Names of the classifier's tensors, whose shapes depend on the number of classes."""
     classifiers = model.pretrained_cfg["classifier"] or []
     if isinstance(classifiers, str):
         classifiers = [classifiers]
@@ -310,13 +323,14 @@ def head_names(model):
 # Forward and inference ----------------------------------------------------------------------------
 
 def forward(model, images):
-    """Logits (B, C) for `images` (B, 3, H, W) in [0, 1], normalised as `model` was pretrained."""
+    """Logits (B, C) for `images` (B, 3, H, W) in [0, 1], normalised as in the pretraining."""
     return model(torch.addcmul(model.pixel_shift, images, model.pixel_scale))
 
 
 @torch.inference_mode()
 def infer(model, loader):
-    """Logits (N, C) float32 and labels (N,) on the CPU, in the order of `loader`; in eval mode."""
+    """Logits (N, C) in float32 and labels (N,), both on the CPU and in the order of `loader`. Puts
+    the model into eval mode."""
     model.eval()
     all_logits = []
     all_labels = []
@@ -326,17 +340,18 @@ def infer(model, loader):
     return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()
 
 
-# The teacher: whether it may teach, and how it is frozen ------------------------------------------
+# The teacher: is it suitable, and how it is loaded and frozen -------------------------------------
 
 def teacher_mismatch(info, args, data):
-    """Why the teacher of `info` (a checkpoint's dict) cannot teach on `data`; "" where it can."""
+    """Why the teacher with this `info` (from its checkpoint) cannot teach on `data`; "" if it can.
+    """
     expected = {
         "dataset": data.name,
         "class_names": list(data.class_names),
         "split_fingerprint": data.split_fingerprint,
         "image_size": args.teacher_image_size or args.image_size,
     }
-    if not args.teacher_checkpoint:  # which may hold any architecture
+    if not args.teacher_checkpoint:  # a given checkpoint may be of any architecture
         expected["model_name"] = args.teacher_model
 
     mismatches = []
@@ -348,26 +363,27 @@ def teacher_mismatch(info, args, data):
         else:
             mismatch = f"its {key} differs"
         if key == "split_fingerprint":
-            mismatch += ", so it may have seen the validation images"
+            mismatch += ", so it may have been trained on the validation images"
         mismatches.append(mismatch)
     return ", ".join(mismatches)
 
 
 def min_teacher_accuracy(num_classes):
-    """The validation accuracy below which a teacher teaches noise: three times chance level, from
-    50 classes on twice and 2 points; with two or three classes half-way from chance level to 1."""
+    """The validation accuracy that a teacher must reach: three times chance level, but from 50
+    classes on twice chance level plus 2 points, and with two or three classes half-way between
+    chance level and 1."""
     if num_classes <= 3:
         return 0.5 + 0.5 / num_classes
     return max(3 / num_classes, 2 / num_classes + 0.02)
 
 
 def load_teacher_model(path, name, num_classes):
-    """(model in eval mode, info) of a checkpoint of this project, or (model, None) of weights of
-    the timm model `name` that were trained elsewhere, with their head as it is.
+    """Load a teacher: (model in eval mode, info) from a checkpoint of this project, or (model,
+    None) from weights of the timm model `name` that were trained outside of it.
 
-    `path` is a weight file (see load_weights) or a folder in timm's layout. UserError where its
-    classifier is not one of `num_classes` classes. That these are the same classes in the same
-    order no file says: measure the model before it teaches.
+    `path` is a weight file (see load_weights) or a folder in timm's layout. Raises UserError if its
+    classifier does not have `num_classes` classes. Whether these are the same classes in the same
+    order cannot be read from a file; measure the accuracy before using it.
     """
     file = weight_file(path)
     content = read_weight_file(file)
@@ -379,15 +395,16 @@ def load_teacher_model(path, name, num_classes):
         use_timm_config(model, Path(path, "config.json"))
     num_tensors, has_head = load_weights(model, file)
     if not has_head:
-        raise utils.UserError(f"{path} cannot teach here: it has no classifier of {num_classes} "
-                              "classes, the number of this dataset")
-    print_once(f"{name}: {num_tensors} tensors loaded from {path}, its head included")
+        raise utils.UserError(f"{path} cannot teach here: it does not have a classifier with the "
+                              f"{num_classes} classes of this dataset")
+    print_once(f"{name}: {num_tensors} tensors loaded from {path}, including the head")
     return model.eval(), None
 
 
 def load_recorded_teacher(path, recorded):
-    """(model in eval mode, info) of the teacher that a student's checkpoint describes in its entry
-    "teacher". That of a teacher made elsewhere has the "info" that its own file lacks."""
+    """Load the teacher of a student: (model in eval mode, info). `recorded` is the entry "teacher"
+    of the student's checkpoint. For a teacher trained outside of this project it contains the
+    "info" that the teacher's own file lacks."""
     if "info" not in recorded:
         return load_model(path)
     info = {**recorded["info"], "epoch": 0, "val_accuracy": recorded["val_accuracy"]}
@@ -396,66 +413,72 @@ def load_recorded_teacher(path, recorded):
 
 
 def weight_file(path):
-    """The file that holds the weights of `path`: itself, or in a folder the one timm looks for."""
+    """`path` itself or, if it is a folder in timm's layout, the weight file in it."""
     path = Path(path)
     if not path.is_dir():
         return path
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (path / name).is_file():
             return path / name
-    raise utils.UserError(f"{path} is no folder in timm's layout, which holds config.json and "
-                          "model.safetensors")
+    raise utils.UserError(f"{path} is not a folder in timm's layout, which contains config.json "
+                          "and model.safetensors")
 
 
 def use_timm_config(model, file):
-    """Normalise as the config.json of a timm folder says; UserError if it is of another model."""
+    """Take mean and std from the config.json of a timm folder. Raises UserError if the file is
+    invalid or is for another model."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         architecture = config["architecture"]
-        cfg = config.get("pretrained_cfg", config)  # older versions of timm have one level alone
+        cfg = config.get("pretrained_cfg", config)  # older versions of timm do not nest it
         model.pretrained_cfg |= {"mean": cfg["mean"], "std": cfg["std"]}
         set_normalisation(model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise utils.UserError(f"{file} is missing, or no config.json of timm") from None
+        raise utils.UserError(f"{file} is missing, or is not a config.json of timm") from None
     if architecture != model.pretrained_cfg["architecture"]:
-        raise utils.UserError(f"{file} is of the model {architecture}; give it as --teacher-model")
+        raise utils.UserError(f"{file} is for the model {architecture}; pass it as --teacher-model")
 
 
-FOLDABLE = (torch.nn.Conv2d, Conv2dSame, torch.nn.Linear)  # subclasses do more with their weights
+# Compared by exact type: subclasses, such as weight-standardised convolutions, change the weights
+# in their forward pass, so neither folding nor casting them is safe.
+PLAIN_CONVOLUTIONS = (torch.nn.Conv2d, Conv2dSame)
+CASTABLE_LAYERS = (*PLAIN_CONVOLUTIONS, torch.nn.Linear)
 
 
 def freeze_teacher(teacher, image_size, dtype=torch.float32):
-    """`teacher` (on the CPU) as it teaches: without gradients, its BatchNorms folded, its weights
-    cast to `dtype` as autocast would in each step, and in eval mode whatever calls train()."""
+    """Freeze `teacher` (on the CPU): no gradients, BatchNorm folded, weights in `dtype`, always in
+    eval mode. Use only the returned model.
+
+    Casting once saves the casts that autocast would make in each step.
+    """
     teacher = fold_batch_norms(teacher.requires_grad_(False).eval(), image_size)
     for module in teacher.modules():
-        if type(module) in FOLDABLE:
+        if type(module) in CASTABLE_LAYERS:
             module.to(dtype)
     if not all(weight.isfinite().all() for weight in teacher.parameters()):
-        raise utils.UserError("the teacher's weights do not fit into fp16; take --amp-dtype bf16 "
-                              "or fp32")
-    teacher.train = lambda mode=True: teacher
+        raise utils.UserError("the teacher's weights overflow in fp16; use --amp-dtype bf16 or "
+                              "fp32")
+    teacher.train = lambda mode=True: teacher  # train() of a module that contains it must not undo
     return teacher
 
 
 def fold_batch_norms(model, image_size):
-    """A copy of `model` (in eval mode, on the CPU) with BatchNorms folded into the convolutions
-    before them, which halves the operations of its forward pass.
+    """A copy of `model` (in eval mode, on the CPU) with each BatchNorm folded into the convolution
+    before it, which halves the number of operations in a forward pass.
 
-    A convolution and a BatchNorm that follow each other as children need not follow each other in
-    the forward pass (RepViT). So the copy is tried, and where its logits differ `model` itself is
-    returned.
+    Adjacent children need not be adjacent in the forward pass (RepViT). So the copy is tested on
+    random images; if its logits differ, `model` itself is returned.
     """
     folded = copy.deepcopy(model)
     for parent in list(folded.modules()):
         children = list(parent.named_children())
         for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
-            if not isinstance(norm, torch.nn.BatchNorm2d) or type(conv) not in FOLDABLE:
+            if not isinstance(norm, torch.nn.BatchNorm2d) or type(conv) not in PLAIN_CONVOLUTIONS:
                 continue
-            if len(conv.weight) != norm.num_features:
+            if conv.out_channels != norm.num_features:
                 continue
             setattr(parent, conv_name, torch.nn.utils.fuse_conv_bn_eval(conv, norm))
-            activation = getattr(norm, "act", torch.nn.Identity())  # timm's norms hold their own
+            activation = getattr(norm, "act", torch.nn.Identity())  # timm's BatchNormAct2d has one
             setattr(parent, norm_name, activation)
     folded.eval()
 
@@ -472,17 +495,18 @@ def fold_batch_norms(model, image_size):
 # CUDA graphs and DDP ------------------------------------------------------------------------------
 
 def capture_cuda_graph(model, size, args):
-    """`model`, which with --cuda-graph replays CUDA graphs of its forward and backward pass.
+    """With --cuda-graph, make `model` replay CUDA graphs of its forward and backward pass; returns
+    `model`.
 
-    At batch 16 a GPU waits for Python, which then starts one graph instead of hundreds of kernels.
-    Graphs are replayed in the model's present mode (train or eval) and on whole batches; elsewhere
-    it runs as before.
+    With small batches a GPU waits for Python: one graph replaces hundreds of kernel launches.
+    Graphs are replayed only in the model's current mode (train or eval), and only for whole
+    batches: callers pass no others. In the other mode the model runs eagerly, as before.
     """
     if not args.cuda_graph:
         return model
 
-    # A model may be captured once more, for the next seed. Graphs hold their models, and these
-    # their graphs, so only a collection frees the previous ones.
+    # With several seeds a model may be captured again. A model and its graphs refer to each other,
+    # so only the garbage collector frees the previous graphs and their memory.
     vars(model).pop("forward", None)
     gc.collect()
 
@@ -493,9 +517,9 @@ def capture_cuda_graph(model, size, args):
 
     def forward(images):
         nonlocal captured_logits
-        # Autocast belongs inside what is captured (pytorch #71631, #120930). Evaluation has none.
         if model.training != captured_mode:
-            return eager_forward(images)
+            return eager_forward(images)  # evaluation: without autocast
+        # Autocast must be inside what is captured (pytorch #71631, #120930).
         with utils.autocast(images.device, args):
             captured_logits = eager_forward(images)
         return captured_logits
@@ -507,21 +531,22 @@ def capture_cuda_graph(model, size, args):
         torch.cuda.make_graphed_callables(model, (images,))
     except torch.OutOfMemoryError:
         raise  # utils.user_message has advice on it
-    except (RuntimeError, AssertionError) as error:  # after which CUDA may be of no more use
+    except (RuntimeError, AssertionError) as error:
+        # A failed capture may leave CUDA unusable, so there is no falling back to eager mode.
         raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
 
-    # The graph holds on to its logits, and through them to autograd nodes of all parameters that
-    # belong to the stream of the capture. Reused, each would cost an event in every step.
+    # The graph keeps its logits, and they keep the parameters' autograd nodes, which belong to the
+    # stream of the capture. If training reused them, each would synchronise streams in every step.
     captured_logits.detach_()
     captured_logits = None
-    model.load_state_dict(state)  # warming up has moved BatchNorm's statistics
+    model.load_state_dict(state)  # undo the warm-up's updates of BatchNorm's running statistics
     return model
 
 
 def wrap_ddp(model):
-    """`model` as a loop calls it: as it is or, under torchrun, in DistributedDataParallel.
+    """`model` in DistributedDataParallel under torchrun, else `model` itself.
 
-    On GPUs its BatchNorms then normalise by the whole batch.
+    On GPUs its BatchNorms are converted to SyncBatchNorm, which normalises by the whole batch.
     """
     if utils.WORLD_SIZE == 1:
         return model
@@ -529,10 +554,10 @@ def wrap_ddp(model):
     if model.pixel_scale.is_cuda:
         convert_sync_batchnorm(model)  # in place
     elif any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        print("on CPUs each process normalises (BatchNorm) by its own part of a batch")
+        print("on CPUs the BatchNorm of each process normalises by its own part of the batch")
 
     ddp_model = torch.nn.parallel.DistributedDataParallel(model)
-    # Process 0 alone validates and saves, so its running statistics need not be sent in each step.
+    # Only process 0 validates and saves, so its running statistics need not be broadcast.
     ddp_model.broadcast_buffers = False
     ddp_model.pixel_scale = model.pixel_scale
     ddp_model.pixel_shift = model.pixel_shift
@@ -541,7 +566,7 @@ def wrap_ddp(model):
 
 # Checkpoints as models ----------------------------------------------------------------------------
 
-INFO_TYPES = {  # of what load_model and its callers read in a best_model.pth
+INFO_TYPES = {  # entries of a best_model.pth that load_model and its callers rely on
     "model_name": str,
     "num_classes": int,
     "class_names": list,
@@ -557,19 +582,21 @@ INFO_TYPES = {  # of what load_model and its callers read in a best_model.pth
     "val_accuracy": float,
     "state_dict": dict,
 }
-CONFIG_KEYS = {"dataset_name", "dataset_dir", "augmentation", "val_fraction", "split_seed",
-               "batch_size", "accumulate_steps", "num_epochs", "seed", "argv"}  # evaluate.py's
+CONFIG_KEYS = {  # settings under "config" that evaluate.py relies on
+    "dataset_name", "dataset_dir", "augmentation", "val_fraction", "split_seed", "batch_size",
+    "accumulate_steps", "num_epochs", "seed", "argv"}
 
 
 def build_info(run, model, name, data, args, **more):
-    """What a checkpoint of `run` holds beside weights, epoch and accuracy: plain values.
+    """The metadata of a checkpoint of `run`, plain values: everything but weights, epoch and
+    validation accuracy.
 
-    `more` is added as it is: gradcam_layer of every model, teacher of a distilled student.
+    `more` is added as it is: gradcam_layer for every model, teacher for a distilled student.
     """
     cfg = model.pretrained_cfg
     crop_pct = float(cfg["crop_pct"])
     if data.train.pixels is not None:
-        crop_pct = 1.0  # images of 32 px have no edges to spare
+        crop_pct = 1.0  # small datasets held in memory: no border crop
     interpolation = "bicubic"
     if cfg["interpolation"] == "bilinear":
         interpolation = "bilinear"
@@ -593,9 +620,12 @@ def build_info(run, model, name, data, args, **more):
 
 
 def gradcam_layer(model, image_size):
-    """Name of the last convolution with a map of 4 x 4 or more, on which GradCAM shows something;
-    None where there is none. Runs `model` once; UserError where it takes no images of that size."""
-    map_sizes = {}  # by convolution, in the order in which they run
+    """Name of the last convolution with a feature map of at least 4 x 4, below which GradCAM shows
+    nothing useful; None if there is none, or the model is a transformer.
+
+    Runs `model` once. Raises UserError if it cannot take images of this size.
+    """
+    map_sizes = {}  # {convolution: its shorter side}, in the order of the forward pass
 
     def record_map_size(module, _, output):
         if isinstance(module, torch.nn.Conv2d):
@@ -604,11 +634,11 @@ def gradcam_layer(model, image_size):
     was_training = model.training
     model.eval()
     image = torch.zeros(1, 3, image_size, image_size, device=model.pixel_scale.device)
-    register_hook = torch.nn.modules.module.register_module_forward_hook  # of all modules
+    register_hook = torch.nn.modules.module.register_module_forward_hook  # for all modules
     try:
         with torch.inference_mode(), register_hook(record_map_size):
             features = model.forward_features(image)
-    except (RuntimeError, ValueError, AssertionError) as error:  # what convolutions and timm raise
+    except (RuntimeError, ValueError, AssertionError) as error:  # raised by convolutions and timm
         raise utils.UserError(f"{model.pretrained_cfg['architecture']} cannot take images of "
                               f"{image_size} px: {utils.first_line(error)}") from None
     model.train(was_training)
@@ -621,12 +651,13 @@ def gradcam_layer(model, image_size):
 
 
 def load_model(path, device="cpu"):
-    """(model in eval mode, info without weights) of a best_model.pth; UserError if it is none."""
+    """Load a best_model.pth: (model in eval mode, info without the weights). Raises UserError if it
+    is not a valid one."""
     info = utils.load_checkpoint(path)
-    wrong = wrong_entries(info)
-    if wrong:
-        raise utils.UserError(
-            f"{path} holds no model of this project (see its {', '.join(wrong)})")
+    invalid = invalid_entries(info)
+    if invalid:
+        raise utils.UserError(f"{path} is not a model of this project; missing or invalid: "
+                              f"{', '.join(invalid)}")
 
     weights = info.pop("state_dict")
     name = info["model_name"]
@@ -640,12 +671,12 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), info
 
 
-def wrong_entries(info):
-    """Keys of a checkpoint's dict that are missing or hold something else than a model's."""
-    wrong = [key for key, kind in INFO_TYPES.items() if not isinstance(info.get(key), kind)]
-    if wrong:
-        return wrong
-    if not timm.is_model(info["model_name"]):  # timm would download what other names say
+def invalid_entries(info):
+    """Keys of a checkpoint's `info` that are missing or have a wrong type or value."""
+    invalid = [key for key, kind in INFO_TYPES.items() if not isinstance(info.get(key), kind)]
+    if invalid:
+        return invalid
+    if not timm.is_model(info["model_name"]):  # timm would download a model "hf-hub:<anything>"
         return [f"model_name {info['model_name']}"]
     return sorted(CONFIG_KEYS - info["config"].keys())
 
@@ -653,21 +684,21 @@ def wrong_entries(info):
 # The best student ---------------------------------------------------------------------------------
 
 def export_best_student(checkpoint_dir, info):
-    """Copy the best student to best_model.pth and, as timm writes models, to best_model/.
+    """Copy the best student to best_model.pth and export it, in timm's layout, to best_model/.
 
-    Students compete that have the dataset, classes and split of `info` (a checkpoint's dict). One
-    line says which run and epoch it is, and from when, so that an old file is not taken for new.
+    Only students with the dataset, classes and split of `info` (from a checkpoint) compete. Prints
+    the run, the epoch and the time of saving, so that an old file is not taken for a new one.
     """
     folder = Path(checkpoint_dir)
     file = folder / "best_model.pth"
-    _lock = utils.lock_folder(folder / "best_model")  # two scripts may end at the same time
-    if utils.RANK:
+    _lock = utils.lock_folder(folder / "best_model")  # two scripts may finish at the same time
+    if utils.RANK != 0:
         return
 
     best_path = choose_best_student(folder, info)
     if best_path is None:
         if file.exists():
-            print(f"{file} is left as it is: it is of other images, classes or split than these")
+            print(f"{file} is left unchanged: no student has these images, classes and split")
         return
 
     best = utils.load_checkpoint(best_path)
@@ -684,24 +715,25 @@ def export_best_student(checkpoint_dir, info):
 
 
 def choose_best_student(folder, info):
-    """Path of the best student below `folder` on the images of `info`, by validation accuracy; a
-    tie goes to the baseline. None where no student has these images."""
+    """Path of the student below `folder` with the best validation accuracy, among those with the
+    images of `info`; None if there is none. A tie goes to the baseline."""
     best_path = None
     best_accuracy = 0.0
     for run in ("baseline", "distilled"):
         for path in student_checkpoints(folder / run):
             checkpoint = utils.load_checkpoint(path)
-            same_images = all(checkpoint[key] == info[key] for key in
-                              ("dataset", "class_names", "split_fingerprint"))
+            has_same_images = all(checkpoint[key] == info[key] for key in
+                                  ("dataset", "class_names", "split_fingerprint"))
             is_best = best_path is None or checkpoint["val_accuracy"] > best_accuracy
-            if same_images and is_best:
+            if has_same_images and is_best:
                 best_path = path
                 best_accuracy = checkpoint["val_accuracy"]
     return best_path
 
 
 def student_checkpoints(folder):
-    """The best_model.pth of a student's folder and of its seed_<n>/, not of runs moved aside."""
+    """Every best_model.pth in a student's folder and its seed_<n>/ folders. Runs that were moved
+    aside (seed_0.1) are left out."""
     folders = [folder]
     for path in folder.glob("seed_*"):
         if path.name.removeprefix("seed_").isdigit():
@@ -711,8 +743,8 @@ def student_checkpoints(folder):
 
 
 def export_timm_folder(file, folder, origin):
-    """Write the model of a best_model.pth as timm writes models: config.json, which also says the
-    model's `origin` (a dict), and model.safetensors."""
+    """Export the model of a best_model.pth to a folder in timm's layout: model.safetensors and
+    config.json, which also records `origin` (a dict)."""
     model, info = load_model(file)
     model.pretrained_cfg |= {
         "mean": info["mean"],
@@ -724,13 +756,13 @@ def export_timm_folder(file, folder, origin):
         "test_crop_pct": None,
     }
     more = {"label_names": info["class_names"], "sha256": utils.sha256(file), "origin": origin}
-    beside = folder.with_name(".new_best")
+    temporary = folder.with_name(".new_best")
 
     shutil.rmtree(folder, ignore_errors=True)
     try:
         model = model.to(memory_format=torch.contiguous_format)
-        timm.models.save_for_hf(model, beside, model_config=more, safe_serialization=True)
-        utils.replace(beside, folder)
+        timm.models.save_for_hf(model, temporary, model_config=more, safe_serialization=True)
+        utils.replace(temporary, folder)
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
-        # Tensors that share memory, a full disk.
+        # Tensors that share memory, or a full disk.
         print(f"warning: {folder}/ could not be written: {utils.first_line(error)}")

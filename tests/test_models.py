@@ -346,7 +346,7 @@ def test_head_is_kept_where_it_has_the_same_classes(tmp_path, source, capsys):
     assert torch.equal(kept.classifier.weight, source.classifier.weight)
     line = capsys.readouterr().out
     assert f"{len(source.state_dict())} tensors" in line
-    assert "head too" in line
+    assert "including the head" in line
 
     from_file(tmp_path / "weights.pth")
     line = capsys.readouterr().out
@@ -819,8 +819,8 @@ def spoil(kind, good, folder):
 @pytest.mark.parametrize("kind, word", [
     ("folder", "no file"), ("picture", "damaged"), ("whole model", "code"),
     ("other model", "test_resnet"), ("other class count", "does not fit"),
-    ("older format", f"format {utils.FORMAT_VERSION}"), ("bare weights", "no checkpoint"),
-    ("last.pth", "no model"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),
+    ("older format", f"format {utils.FORMAT_VERSION}"), ("bare weights", "not a checkpoint"),
+    ("last.pth", "model_name"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),
     ("number", "model_name"), ("from a hub", "hf-hub:someone"), ("from a folder", "local-dir:"),
     ("size in words", "image_size"), ("flipped bit", "damaged"), ("packed", "refused"),
     ("not finite", "finite"), ("no settings", "argv")])
