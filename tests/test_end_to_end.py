@@ -15,14 +15,17 @@ import utils
 from conftest import ROOT, STUDENT, TEACHER, finish, run_command
 
 RUNS = ("baseline", "distilled", "teacher")
+TABLES = ("comparison_report.txt", "comparison.json", "comparison_table.md", "comparison_table.tex",
+          "per_class_accuracy.csv", "predictions.npz", "baseline_history.csv",
+          "distilled_history.csv", "teacher_history.csv")
 FIGURES = ("training_curves", "distillation_diagnostics", "accuracy_comparison",
            "reliability_diagram", "class_changes", "gallery", "confusion_matrix_baseline",
-           "confusion_matrix_distilled", "confusion_matrix_teacher")
+           "confusion_matrix_distilled", "confusion_matrix_teacher", "confusion_matrix_difference")
 
 
 def run(script, *flags, status=0):
     """Run a script to its end; return what it printed, or its error where it should fail."""
-    actual_status, out, err = finish(run_command([sys.executable, ROOT / script, *flags]), 900)
+    actual_status, out, err = finish(run_command([sys.executable, script, *flags]), 900)
     assert actual_status == status, out + err
     return out if status == 0 else err
 
@@ -72,8 +75,7 @@ def test_every_file_is_there_and_no_other(trained):
     assert found == expected
 
     results = folder / "r" / "quick"
-    expected = {"comparison_report.txt", "comparison.json", "predictions.npz"}
-    expected |= {f"{name}_history.csv" for name in RUNS}
+    expected = set(TABLES)
     for name in FIGURES:
         expected |= {f"{name}.png", f"{name}.pdf"}
     assert {path.name for path in results.iterdir()} == expected
