@@ -4,8 +4,8 @@
 """
 import math
 import os
-import re
 import random
+import re
 import signal
 import subprocess
 import sys
