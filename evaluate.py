@@ -53,7 +53,7 @@ SCORES = {
     "val_accuracy": "validation accuracy",
 }
 MIN_SEEDS = 3          # with fewer, the verdict ignores the variation between seeds
-MIN_DISCORDANT = 25    # images that only one student gets right: fewer decide nothing
+MIN_DISCORDANT = 25    # images that only one student gets right; fewer leave it undecided
 MIN_CLASSES_TOP5 = 6   # with five classes or fewer, top-5 accuracy is always 100 %
 CALIBRATION_BINS = 15  # equal-width bins of confidence, as in Guo et al. 2017
 CONFUSED_PAIRS = 10    # pairs of classes listed in comparison.json for each role
@@ -225,13 +225,13 @@ def open_images(info, args):
     """Open the images that the model of `info` was trained for. Returns a tuple:
 
     test              test images, labelled as in the checkpoint
-    data              its training and validation images; None if they cannot be read or changed
+    data              its training and validation images; None if unreadable or changed since
     missing_classes   names of the classes without test images
     no_validation     why `data` is None, else None
     """
     settings = argparse.Namespace(**info["config"])
     settings.data_dir = args.data_dir
-    settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # moved since training?
+    settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may have moved
     if info["dataset"] == "ImageFolder" and not Path(settings.dataset_dir).is_dir():
         raise UserError(f"there is no image folder {settings.dataset_dir}; "
                         "give its new location with --dataset-dir DIR")
@@ -264,8 +264,8 @@ def renumber_labels(test, class_names, known_names):
 
 
 def printable(text):
-    """`text` with U+FFFD for each byte of a file name that is not UTF-8, which Python reads as a
-    lone surrogate."""
+    """`text` with U+FFFD for each lone surrogate, Python's stand-in for a byte of a file name that
+    is not UTF-8."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
@@ -707,9 +707,9 @@ def verdict(ci, discordant, mcnemar_p):
     """(verdict, reason): "better", "worse" or "undecided", and why it is undecided, else None.
 
     `ci` is the interval of the gain, `discordant` the number of images that only one of the two
-    students classifies correctly, `mcnemar_p` the p of each seed. The interval assumes that the
-    mean gain is normally distributed, which fails with few discordant images. For a single seed
-    the exact test must confirm the interval.
+    students classifies correctly, `mcnemar_p` McNemar's p of each seed. The interval assumes that
+    the mean gain is normally distributed, which fails with few discordant images. For a single
+    seed the exact test must confirm the interval.
     """
     low, high = ci
     if low <= 0 <= high:
@@ -1035,8 +1035,7 @@ def weakness_texts(numbers):
         lead = (f"{signed_points(comparison['teacher_lead'])} percentage points, 95 % CI "
                 f"{ci_text(comparison['teacher_lead_ci'])}")
         if not comparison["teacher_beats_baseline"]:
-            texts.append(f"The teacher is no better than the baseline on the test images ({lead}), "
-                         "so a gain from it is unlikely")
+            texts.append(f"The teacher is no better than the baseline on the test images ({lead})")
         elif comparison["teacher_lead_ci"][0] <= 0:
             texts.append(f"The teacher's lead over the baseline ({lead}) may be noise")
 
@@ -1119,8 +1118,8 @@ def verdict_lines(numbers):
 def gain_source_lines(numbers):
     """Images that only one student classifies correctly, by whether the teacher is right there."""
     comparison = numbers["comparison"]
-    average = "On average over the seeds, of" if len(numbers["seeds"]) > 1 else "Of"
-    lines = [f"{average} {numbers['dataset']['test_images']:,} test images, "
+    average = "on average over the seeds, " if len(numbers["seeds"]) > 1 else ""
+    lines = [f"Of {numbers['dataset']['test_images']:,} test images, {average}"
              f"{count_text(comparison['only_distilled_correct'])} are classified correctly by the "
              f"distilled student only, {count_text(comparison['only_baseline_correct'])} by the "
              "baseline only."]
@@ -1136,7 +1135,7 @@ def gain_source_lines(numbers):
             lines.append(
                 f"Where the teacher is {word}, distillation corrects {corrected} of the baseline's "
                 f"{count_text(errors['images'])} errors and loses {lost} of its "
-                f"{count_text(correct['images'])} correct predictions: net gain "
+                f"{count_text(correct['images'])} correct predictions: net "
                 f"{count_text(net, '+')} images.")
     return lines
 
