@@ -308,14 +308,20 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
         val_log_probs = infer_log_probs(model, info, data.val, args, device)
         temperature = best_temperature(val_log_probs, data.val.labels.numpy())
 
-    last_path = path.with_name("last.pth")
-    history = []
-    if last_path.is_file():
-        history = utils.load_checkpoint(last_path)["history"]
-
+    is_foreign = is_teacher and "info" in reference["teacher"]
+    history = [] if is_foreign else training_history(path)
     log_probs = infer_log_probs(model, info, test, args, device)
     info["class_names"] = printable_names(info["class_names"])
     return TrainedModel(path, model, info, log_probs, temperature, history)
+
+
+def training_history(path):
+    """The history in the last.pth beside a run's best_model.pth, else []. A copy under another name
+    may lie beside the last.pth of some other run."""
+    last_path = path.with_name("last.pth")
+    if path.name != "best_model.pth" or not last_path.is_file():
+        return []
+    return utils.load_checkpoint(last_path)["history"]
 
 
 def infer_log_probs(model, info, images, args, device):
@@ -1159,9 +1165,9 @@ def cost_lines(numbers):
     if inference["distilled_to_baseline"]:
         lines.append(
             f"Inference on {inference['device']}: "
-            + speed_text(inference, "latency", "latency_ms", "ms at batch 1") + "; "
-            + speed_text(inference, "throughput", "images_per_second", "images/s at batch 64")
-            + ".")
+            + speed_text(inference, "latency", "latency_ms", f"ms at batch {LATENCY_BATCH}") + "; "
+            + speed_text(inference, "throughput", "images_per_second",
+                         f"images/s at batch {THROUGHPUT_BATCH}") + ".")
     return lines
 
 
@@ -1209,8 +1215,11 @@ def score_table(numbers):
     for key, label in SCORES.items():
         if key in scores[0]:
             lines.append(table_row(label, number_cells(scores, key, ".2%")))
-    epochs = [", ".join(map(str, role_scores["epochs"])) for role_scores in scores]
-    lines.append(table_row("best epoch of each seed", epochs))
+    best_epochs = []
+    for role_scores in scores:
+        epochs = [str(epoch or "-") for epoch in role_scores["epochs"]]  # 0: trained elsewhere
+        best_epochs.append(", ".join(epochs))
+    lines.append(table_row("best epoch of each seed", best_epochs))
     return lines
 
 
@@ -1261,15 +1270,16 @@ def inference_table(numbers):
     lines.append(table_row("multiply-accumulates (million)", macs))
     lines.append(table_row("checkpoint (MB)", number_cells(costs, "file_size_mb", ".1f")))
     if is_timed:
-        lines.append(table_row("latency, batch 1 (ms)", number_cells(costs, "latency_ms", ".2f")))
+        lines.append(table_row(f"latency, batch {LATENCY_BATCH} (ms)",
+                               number_cells(costs, "latency_ms", ".2f")))
         lines.append(table_row("  5th to 95th percentile",
                                spread_cells(costs, "latency_ms", ".2f")))
-        lines.append(table_row("throughput, batch 64 (images/s)",
+        lines.append(table_row(f"throughput, batch {THROUGHPUT_BATCH} (images/s)",
                                number_cells(costs, "images_per_second", ".0f")))
         lines.append(table_row("  5th to 95th percentile",
                                spread_cells(costs, "images_per_second", ".0f")))
     if costs[0]["peak_memory_mb"] is not None:
-        lines.append(table_row("GPU memory, batch 64 (MB)",
+        lines.append(table_row(f"GPU memory, batch {THROUGHPUT_BATCH} (MB)",
                                number_cells(costs, "peak_memory_mb", ".0f")))
     return lines
 
@@ -1310,7 +1320,7 @@ def confusion_table(numbers, shown=5):
         lines.append("Most frequent confusions (% of the images of the true class)")
         lines.append(table_row("True class → predicted class", map(str.capitalize, roles)))
     for (true, predicted), share in sorted(pairs.items(), key=lambda pair: -pair[1]["baseline"]):
-        label = textwrap.shorten(f"{true} → {predicted}", 36, placeholder="…")
+        label = f"{short_name(true, 17)} → {short_name(predicted, 16)}"
         lines.append(table_row(label, [f"{share[role]:.1%}" for role in roles]))
     if "superclasses" in numbers:
         superclasses = [numbers["superclasses"][role] for role in roles]

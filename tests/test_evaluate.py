@@ -391,6 +391,24 @@ def test_training_cost_is_unknown_without_a_history(copied):
     assert "Training time is unknown for: baseline" in read_report(results)
 
 
+def test_only_a_runs_own_last_pth_is_its_history(copied):
+    path = checkpoint_path(copied, "baseline")
+    assert len(evaluate.training_history(path)) == 4
+    copy = shutil.copy(path, path.with_name("theirs.pth"))
+    assert evaluate.training_history(copy) == []
+
+
+def test_confused_pairs_with_long_names_stay_distinct():
+    names = ["golden retriever puppy", "labrador retriever puppy", "curly-coated retriever"]
+    labels = np.array([0, 0, 0])
+    trained = {}
+    for role in ("baseline", "distilled"):
+        trained[role] = [model_of(sure_of(np.array([1, 2, 2]), 3), class_names=names)]
+    rows = evaluate.confusion_table(evaluate.compare(trained, labels, None))[2:]
+    assert len({row[:38] for row in rows}) == 2
+    assert all("→ labrador" in row or "→ curly" in row for row in rows)
+
+
 def test_seeds_of_both_roles_are_used_and_the_rest_is_named(trained, tmp_path):
     for role, seeds in (("baseline", (0, 1, 2, 5)), ("distilled", (1, 0, 2, 7))):
         for seed in seeds:
