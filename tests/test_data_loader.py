@@ -35,7 +35,7 @@ from sklearn.model_selection import train_test_split
 
 import data_loader
 import utils
-from conftest import ROOT, wait_for, write_pictures
+from conftest import ROOT, wait_until, write_pictures
 
 CPU = torch.device("cpu")
 FLAGS = ["--dataset-name", "ImageFolder", "--val-fraction", "0.25", "--batch-size", "4",
@@ -633,7 +633,7 @@ def test_no_worker_outlives_its_training(tmp_path, method, name, state):
         else:
             process.send_signal(number)
         process.wait(timeout=60)
-        wait_for(lambda: not living_processes(process.pid), seconds=60)
+        wait_until(lambda: not living_processes(process.pid), seconds=60)
         assert "Traceback" not in process.stderr.read()
     finally:
         for pid in living_processes(process.pid):

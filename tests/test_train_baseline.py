@@ -5,6 +5,7 @@
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -687,8 +688,10 @@ def test_no_process_survives_the_end(tmp_path, method, end):
     status, _, err = finish(process, 120)
     assert status == expected_status
     if end != "SIGKILL":
-        epochs = len(history_of(quick_folder(tmp_path)))
-        assert_one_message(err, f"epoch {epochs} of 200", "baseline", "resumes")
+        assert_one_message(err, "of 200", "baseline", "resumes")
+        named = int(re.search(r"epoch (\d+) of 200", err)[1])
+        saved = len(history_of(quick_folder(tmp_path)))
+        assert named in (saved, saved - 1)  # the signal may come just when last.pth is in place
     wait_until(lambda: not members_of_group(process.pid), 30)
 
 
