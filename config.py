@@ -1,7 +1,8 @@
 """Every setting of the project: constants to edit, and the command line that is built from them.
 
 Each constant is also a flag of the scripts that use it: BATCH_SIZE is --batch-size, and the comment
-on its line is the flag's help. A flag overrides --quick, and --quick overrides this file.
+on its line is the flag's help. A flag overrides --quick, and --quick overrides this file. Constants
+that may be None have flags that accept None: --dataset-dir None.
 """
 import argparse
 import difflib
@@ -96,6 +97,7 @@ QUICK = {
 
 MAX_SEED = 2**32 - 1  # numpy's limit
 MODEL_NAMES = timm.list_models() + timm.list_pretrained()  # plain, and with a tag (.ra_in1k)
+DEPRECATED_MODEL_NAMES = timm.models.get_deprecated_models()  # {old name: current name}
 
 
 def closest(text, names):
@@ -189,6 +191,15 @@ def one_of(*names):
     return parse
 
 
+def or_none(parse):
+    """A function that accepts what `parse` does, and None."""
+    def parse_or_none(text):
+        if text == "None":
+            return None
+        return parse(text)
+    return parse_or_none
+
+
 def parse_device(text):
     is_valid = re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", text)
     require(is_valid, text, "one of auto, cuda, cuda:1, mps, cpu")
@@ -196,10 +207,9 @@ def parse_device(text):
 
 
 def parse_model_name(text):
-    # is_model also knows deprecated names, but it ignores the tag of a name.
-    is_valid = text in MODEL_NAMES or ("." not in text and timm.is_model(text))
-    require(is_valid, text, "a classifier from timm.list_models()", MODEL_NAMES)
-    return text
+    name = DEPRECATED_MODEL_NAMES.get(text, text)
+    require(name in MODEL_NAMES, text, "a classifier from timm.list_models()", MODEL_NAMES)
+    return name
 
 
 def parse_path(text):
@@ -277,6 +287,7 @@ COMMON_SETTINGS = {  # all three scripts; where things are, not what is trained
 SETTINGS = TRAINING_SETTINGS | DISTILLATION_SETTINGS | TEACHER_SETTINGS | COMMON_SETTINGS
 MAY_BE_NONE = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS",
                "TEACHER_CHECKPOINT"}
+MUST_EXIST = (existing_file, existing_path, existing_folder)
 FLAGS = {
     "baseline": TRAINING_SETTINGS | COMMON_SETTINGS,
     "distillation": SETTINGS,
@@ -320,7 +331,7 @@ def parse_args(script, description, argv=None):
     parser = Parser(
         usage=argparse.SUPPRESS, description=description, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_settings(parser, script, use_quick="--quick" in argv)
+    add_settings(parser, script, argv)
     add_other_flags(parser, script)
 
     args, unknown = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
@@ -352,13 +363,15 @@ def read_comments():
     return dict(re.findall(r"^(\w+) *[:=].*?(?:# *(.*))?$", constants, re.MULTILINE))
 
 
-def add_settings(parser, script, use_quick):
+def add_settings(parser, script, argv):
     """Add a flag for each constant that `script` uses. All constants are checked."""
     comments = read_comments()
     check_names(parser, comments)
-    defaults = parse_constants(parser, script)
-    if use_quick:
-        defaults |= parse_quick(parser)
+    quick = {}
+    if "--quick" in argv:
+        quick = parse_quick(parser)
+    overridden = given_constants(argv) | quick.keys()
+    defaults = parse_constants(parser, script, overridden) | quick
 
     for name, comment in comments.items():
         if name not in FLAGS[script]:
@@ -370,7 +383,10 @@ def add_settings(parser, script, use_quick):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default,
                                 help=help_text)
         else:
-            parser.add_argument(flag, type=SETTINGS[name], default=default, help=help_text)
+            parse = SETTINGS[name]
+            if name in MAY_BE_NONE:
+                parse = or_none(parse)
+            parser.add_argument(flag, type=parse, default=default, help=help_text)
 
 
 def check_names(parser, comments):
@@ -383,13 +399,17 @@ def check_names(parser, comments):
             parser.error(f"{name} is missing from config.py")
 
 
-def parse_constants(parser, script):
+def parse_constants(parser, script, overridden):
     """Parse all constants, including those that `script` does not use: if ALPHA is invalid, it is
-    better to know before the hours of the baseline than after."""
+    better to know before the hours of the baseline than after. But a file must exist only if it is
+    used: it may have been deleted since."""
     defaults = {}
     for name in SETTINGS:
+        is_used = name in FLAGS[script] and name not in overridden
         if script == "evaluate" and name == "DATASET_DIR":
             defaults[name] = None  # the checkpoint records its folder
+        elif SETTINGS[name] in MUST_EXIST and not is_used:
+            defaults[name] = None
         else:
             defaults[name] = parse_value(parser, name, globals()[name], name)
     return defaults
@@ -446,6 +466,11 @@ def constant_of(flag):
     return name.replace("-", "_").upper()
 
 
+def given_constants(argv):
+    """The constants whose flags are in `argv`."""
+    return {constant_of(word) for word in argv if word.startswith("--")}
+
+
 def unknown_argument(argument, script, args):
     """The message for an unknown argument: it belongs to another script, or is misspelt."""
     flag = argument.split("=")[0]
@@ -454,7 +479,7 @@ def unknown_argument(argument, script, args):
     if flag.startswith("--") and owners and constant not in FLAGS[script]:
         return f"{flag} is not a flag of this script, but of {' and '.join(owners)}"
 
-    flags = ["--" + name.replace("_", "-") for name in vars(args)]
+    flags = ["--" + name.replace("_", "-") for name in vars(args) if name != "argv"]
     return f"unknown argument {argument!r}{closest(flag, flags)}; --help lists every flag"
 
 
@@ -493,7 +518,7 @@ def check_training(parser, args):
     seeds = args.seeds or []
     if len(set(seeds)) < len(seeds):
         parser.error("argument --seeds: give each seed only once")
-    if seeds and "SEED" in [constant_of(word) for word in args.argv]:
+    if seeds and "SEED" in given_constants(args.argv):
         parser.error("argument --seeds: cannot be combined with --seed")
 
     if args.dataset_name == "ImageFolder" and not args.dataset_dir:
@@ -501,7 +526,8 @@ def check_training(parser, args):
                      "contains train/<class>/* and test/<class>/*")
     if args.dataset_dir and args.dataset_name != "ImageFolder":
         parser.error(f"argument --dataset-dir: {args.dataset_name} has its own images; add "
-                     "--dataset-name ImageFolder to train on those in the folder")
+                     "--dataset-name ImageFolder to train on those in the folder, or "
+                     "--dataset-dir None")
 
     if args.num_epochs < args.warmup_epochs:
         parser.error(f"argument --num-epochs: {args.num_epochs} is less than --warmup-epochs "
@@ -523,12 +549,19 @@ def check_training(parser, args):
 
 def check_distillation(parser, args):
     """Refuse further combinations that train_distillation.py cannot run."""
+    teacher_size = args.teacher_image_size or args.image_size
     if args.teacher_checkpoint:
+        # TEACHER_MODEL is not checked: the checkpoint may be of another model.
         if args.fresh_teacher:
             parser.error("argument --fresh-teacher: has no effect with --teacher-checkpoint")
-    elif args.teacher_epochs < args.warmup_epochs:
-        parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than "
-                     f"--warmup-epochs {args.warmup_epochs:g}")
+        if args.teacher_weights:
+            parser.error("argument --teacher-weights: has no effect with --teacher-checkpoint; "
+                         "set one of them to None")
+    else:
+        if args.teacher_epochs < args.warmup_epochs:
+            parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than "
+                         f"--warmup-epochs {args.warmup_epochs:g}")
+        check_model(parser, "teacher", args.teacher_model, args.teacher_weights, teacher_size, args)
 
     if args.distillation_loss == "dist":
         if args.batch_size < 3:
@@ -540,21 +573,18 @@ def check_distillation(parser, args):
         if args.kl_direction == "reverse":
             parser.error("argument --kl-direction: has no effect with --distillation-loss dist")
 
-    teacher_size = args.teacher_image_size or args.image_size
     if args.cutmix_alpha and teacher_size != args.image_size:
         parser.error("argument --cutmix-alpha: cutmix needs images of one size, so "
                      "--teacher-image-size must be that of the student")
-    check_model(parser, "teacher", args.teacher_model, args.teacher_weights, teacher_size, args)
 
 
 def check_model(parser, role, name, weights, image_size, args):
     """Refuse a model without available weights, or with a fixed input size other than this."""
     if weights and not args.pretrained:
-        parser.error(f"argument --{role}-weights: has no effect with --no-pretrained")
+        parser.error(f"argument --{role}-weights: has no effect with --no-pretrained; set it "
+                     "to None")
 
     has_weights = weights or timm.models.is_model_pretrained(name)
-    if role == "teacher" and args.teacher_checkpoint:
-        has_weights = True
     if args.pretrained and not has_weights:
         parser.error(f"argument --{role}-model: timm has no weights of {name}; give "
                      f"--{role}-weights or --no-pretrained")

@@ -146,7 +146,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     else:
         model = timm.create_model(name, num_classes=num_classes)
 
-    set_normalisation(model)
+    set_normalisation(model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     for module in model.modules():
         if isinstance(module, torch.nn.SiLU):
             # In-place SiLU makes autograd clone the input first, at the cost of an extra kernel.
@@ -157,10 +157,10 @@ def build_model(name, num_classes, pretrained=False, weights=None):
 print_once = functools.cache(print)  # with several seeds the same line would be printed for each
 
 
-def set_normalisation(model):
-    """Register the buffers of `forward`, from the mean and std in the model's pretrained_cfg."""
-    mean = torch.tensor(model.pretrained_cfg["mean"])[:, None, None]
-    std = torch.tensor(model.pretrained_cfg["std"])[:, None, None]
+def set_normalisation(model, mean, std):
+    """Register the buffers of `forward`. `mean` and `std` have a number for each channel."""
+    mean = torch.tensor(mean)[:, None, None]
+    std = torch.tensor(std)[:, None, None]
     model.register_buffer("pixel_scale", 1 / std, persistent=False)
     model.register_buffer("pixel_shift", -mean / std, persistent=False)
 
@@ -221,6 +221,8 @@ def load_weights(model, path):
     for name, tensor in state_dict.items():
         if name in expected and (has_head or name not in head):
             matching[name] = tensor
+    if not are_finite(matching.values()):
+        raise utils.UserError(f"{path} is unusable: some of its weights are NaN or infinite")
     model.load_state_dict(matching, strict=False)  # not strict: the head may be missing
     return len(matching), has_head
 
@@ -309,6 +311,10 @@ def describe_mismatch(state_dict, model):
     if len(mismatches) > 3:
         text += f"; and {len(mismatches) - 3} more"
     return text
+
+
+def are_finite(tensors):
+    return all(tensor.isfinite().all() for tensor in tensors)
 
 
 def head_names(model):
@@ -409,6 +415,7 @@ def load_recorded_teacher(path, recorded):
         return load_model(path)
     info = {**recorded["info"], "epoch": 0, "val_accuracy": recorded["val_accuracy"]}
     model, _ = load_teacher_model(path, info["model_name"], info["num_classes"])
+    set_normalisation(model, info["mean"], info["std"])
     return model, info
 
 
@@ -425,14 +432,16 @@ def weight_file(path):
 
 
 def use_timm_config(model, file):
-    """Take mean and std from the config.json of a timm folder. Raises UserError if the file is
-    invalid or is for another model."""
+    """Take the preprocessing from the config.json of a timm folder: mean, std, crop_pct and
+    interpolation. Raises UserError if the file is invalid or is for another model."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         architecture = config["architecture"]
         cfg = config.get("pretrained_cfg", config)  # older versions of timm do not nest it
-        model.pretrained_cfg |= {"mean": cfg["mean"], "std": cfg["std"]}
-        set_normalisation(model)
+        model.pretrained_cfg |= {"mean": cfg["mean"], "std": cfg["std"],
+                                 "crop_pct": float(cfg["crop_pct"]),
+                                 "interpolation": cfg["interpolation"]}
+        set_normalisation(model, cfg["mean"], cfg["std"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise utils.UserError(f"{file} is missing, or is not a config.json of timm") from None
     if architecture != model.pretrained_cfg["architecture"]:
@@ -451,11 +460,13 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
 
     Casting once saves the casts that autocast would make in each step.
     """
+    if not are_finite(teacher.parameters()):
+        raise utils.UserError("some of the teacher's weights are NaN or infinite")
     teacher = fold_batch_norms(teacher.requires_grad_(False).eval(), image_size)
     for module in teacher.modules():
         if type(module) in CASTABLE_LAYERS:
             module.to(dtype)
-    if not all(weight.isfinite().all() for weight in teacher.parameters()):
+    if not are_finite(teacher.parameters()):
         raise utils.UserError("the teacher's weights overflow in fp16; use --amp-dtype bf16 or "
                               "fp32")
     teacher.train = lambda mode=True: teacher  # train() of a module that contains it must not undo
@@ -521,8 +532,11 @@ def capture_cuda_graph(model, size, args):
             return eager_forward(images)  # evaluation: without autocast
         # Autocast must be inside what is captured (pytorch #71631, #120930).
         with utils.autocast(images.device, args):
-            captured_logits = eager_forward(images)
-        return captured_logits
+            logits = eager_forward(images)
+        if logits._is_view():
+            logits = logits.clone()  # of a head that ends in Flatten: detach_ below refuses views
+        captured_logits = logits
+        return logits
 
     model.forward = forward
     images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
@@ -571,6 +585,7 @@ INFO_TYPES = {  # entries of a best_model.pth that load_model and its callers re
     "num_classes": int,
     "class_names": list,
     "image_size": int,
+    "crop_pct": float,
     "interpolation": str,
     "mean": list,
     "std": list,
@@ -621,7 +636,8 @@ def build_info(run, model, name, data, args, **more):
 
 def gradcam_layer(model, image_size):
     """Name of the last convolution with a feature map of at least 4 x 4, below which GradCAM shows
-    nothing useful; None if there is none, or the model is a transformer.
+    nothing useful. None if there is none, or if the model's features are not (B, C, H, W), as in
+    most transformers. Shortcuts do not count.
 
     Runs `model` once. Raises UserError if it cannot take images of this size.
     """
@@ -643,11 +659,29 @@ def gradcam_layer(model, image_size):
                               f"{image_size} px: {utils.first_line(error)}") from None
     model.train(was_training)
 
-    large = [convolution for convolution, size in map_sizes.items() if size >= 4]
-    if features.ndim != 4 or not large:  # a transformer's features are (B, tokens, width)
+    # Transformers have features (B, tokens, C), several of them, or (B, H, W, C): Swin.
+    is_tensor = isinstance(features, torch.Tensor)
+    if not is_tensor or features.ndim != 4 or features.shape[1] != model.num_features:
         return None
+
     names = {module: name for name, module in model.named_modules()}
-    return names[large[-1]]
+    layer = None
+    previous_names = []
+    for convolution, size in map_sizes.items():
+        name = names[convolution]
+        if size >= 4 and not is_shortcut(name, previous_names):
+            layer = name
+        previous_names.append(name)
+    return layer
+
+
+def is_shortcut(name, previous_names):
+    """Whether the convolution `name` is on the shortcut of a residual block, rather than between
+    two stages: then other convolutions of the same block ran before it."""
+    block = re.split(r"\.(?:downsample|shortcut)\b", name)[0]
+    if block == name:
+        return False
+    return any(previous.startswith(f"{block}.") for previous in previous_names)
 
 
 def load_model(path, device="cpu"):
@@ -663,10 +697,12 @@ def load_model(path, device="cpu"):
     name = info["model_name"]
     try:
         model = build_model(name, info["num_classes"])
+        # As recorded: another version of timm may have another mean and std for this model.
+        set_normalisation(model, info["mean"], info["std"])
         model.load_state_dict(weights)
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
+        if not are_finite(weights.values()):
             raise RuntimeError("some weights are not finite")
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise utils.UserError(f"{path} does not fit {name}: {utils.first_line(error)}") from None
     return model.to(device).eval(), info
 
@@ -716,12 +752,17 @@ def export_best_student(checkpoint_dir, info):
 
 def choose_best_student(folder, info):
     """Path of the student below `folder` with the best validation accuracy, among those with the
-    images of `info`; None if there is none. A tie goes to the baseline."""
+    images of `info`; None if there is none. A tie goes to the baseline. An invalid checkpoint is
+    left out with a warning, since the run that has just finished is not at fault."""
     best_path = None
     best_accuracy = 0.0
     for run in ("baseline", "distilled"):
         for path in student_checkpoints(folder / run):
-            checkpoint = utils.load_checkpoint(path)
+            try:
+                _, checkpoint = load_model(path)
+            except utils.UserError as error:
+                print(f"warning: not considered for the best student: {error}")
+                continue
             has_same_images = all(checkpoint[key] == info[key] for key in
                                   ("dataset", "class_names", "split_fingerprint"))
             is_best = best_path is None or checkpoint["val_accuracy"] > best_accuracy
@@ -758,11 +799,13 @@ def export_timm_folder(file, folder, origin):
     more = {"label_names": info["class_names"], "sha256": utils.sha256(file), "origin": origin}
     temporary = folder.with_name(".new_best")
 
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     try:
         model = model.to(memory_format=torch.contiguous_format)
         timm.models.save_for_hf(model, temporary, model_config=more, safe_serialization=True)
+        shutil.rmtree(folder, ignore_errors=True)
         utils.replace(temporary, folder)
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
-        # Tensors that share memory, or a full disk.
-        print(f"warning: {folder}/ could not be written: {utils.first_line(error)}")
+        # Tensors that share memory, or a full disk. The previous folder stays.
+        shutil.rmtree(temporary, ignore_errors=True)
+        print(f"warning: {folder}/ is not updated to {file}: {utils.first_line(error)}")

@@ -176,7 +176,10 @@ def load_teacher(path, args, data, device):
     teacher, info = models.load_teacher_model(path, args.teacher_model, len(data.class_names))
     is_foreign = info is None
     if is_foreign:
-        info = models.build_info("teacher", teacher, args.teacher_model, data, teacher_args(args))
+        run_args = teacher_args(args)
+        gradcam_layer = models.gradcam_layer(teacher, run_args.image_size)
+        info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
+                                 gradcam_layer=gradcam_layer)
         print(f"warning: {path} may have been trained on images that are used for validation here")
     else:
         mismatch = models.teacher_mismatch(info, args, data)

@@ -283,6 +283,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, flags, words", [
     ("baseline", "--batchsize 4", ["--batchsize", "--batch-size", "--help"]),
     ("baseline", "--batch 4", ["'--batch'"]),  # no abbreviations
+    ("baseline", "--tags 4", ["'--tags'", "--help"]),
     ("baseline", "--batch_size 4", ["'--batch_size'", "--batch-size"]),
     ("baseline", "stray", ["'stray'"]),
     ("baseline", "--temperature 4", ["--temperature", "train_distillation.py"]),
@@ -325,6 +326,10 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     ("distillation", "--distillation-loss dist --batch-size 2", ["dist", "--batch-size", "3"]),
     ("distillation", "--distillation-loss dist --accumulate-steps 2", ["--accumulate-steps"]),
     ("distillation", "--fresh-teacher --teacher-checkpoint config.py", ["--teacher-checkpoint"]),
+    ("distillation", "--teacher-weights config.py --teacher-checkpoint config.py",
+     ["--teacher-weights", "no effect", "--teacher-checkpoint"]),
+    ("distillation", "--teacher-model tf_efficientnet_b0_nss", ["closest: tf_efficientnet_b0"]),
+    ("baseline", "--batch-size None", ["whole number", "'None'"]),
     ("baseline", "--cuda-graph --accumulate-steps 2", ["--cuda-graph", "--accumulate-steps"]),
 ])
 def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, monkeypatch):
@@ -340,7 +345,7 @@ def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, mo
     ("baseline", "--student-model efficientnet_b0.ra_in1k"),
     ("baseline", "--student-model efficientnet_b8 --no-pretrained"),
     ("baseline", "--student-model efficientnet_b8 --student-weights config.py"),
-    ("baseline", "--student-model tf_efficientnet_b0_ns --no-pretrained"),  # a deprecated name
+    ("baseline", "--student-model tf_efficientnet_b0_ns"),  # a deprecated name
     ("baseline", "--student-model vit_tiny_patch16_224 --image-size 224"),
     ("baseline", "--dataset-name ImageFolder --dataset-dir ."),
     ("distillation", "--teacher-model efficientnet_b8 --teacher-weights config.py"),
@@ -348,6 +353,9 @@ def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, mo
     ("distillation", "--teacher-model vit_tiny_patch16_224 --teacher-image-size 224"),
     ("distillation", "--teacher-epochs 2 --warmup-epochs 3 --teacher-checkpoint config.py"),
     ("distillation", "--teacher-checkpoint tests"),  # a folder
+    ("distillation", "--teacher-model vit_tiny_patch16_224 --image-size 96 "
+                     "--teacher-checkpoint config.py"),  # it may be of another model
+    ("baseline", "--data-dir seed --seeds 1 2"),
     ("distillation", "--teacher-epochs 2 --warmup-epochs 2"),
     ("distillation", "--distillation-loss kd --batch-size 1 --accumulate-steps 2"),
     ("distillation", "--distillation-loss dist --batch-size 3 --mixup-alpha 0"),
@@ -444,7 +452,7 @@ def test_booleans_take_no_value(name, capsys):
 @pytest.mark.parametrize("name, value", [
     ("ALPHA", 2), ("BATCH_SIZE", "many"), ("PRETRAINED", 1), ("STUDENT_MODEL", "b0"),
     ("LEARNING_RATE", float("nan")), ("IMAGE_SIZE", 224.5), ("DATA_DIR", ""),
-    ("DETERMINISTIC", "no"), ("STUDENT_WEIGHTS", "/no/such/file")])
+    ("DETERMINISTIC", "no")])
 @pytest.mark.parametrize("flags", [[], ["--quick"]])
 def test_config_is_held_to_the_rules_of_flags(name, value, flags, capsys, monkeypatch):
     """In every script: hours of the baseline would be lost on an ALPHA that is refused later."""
@@ -453,6 +461,46 @@ def test_config_is_held_to_the_rules_of_flags(name, value, flags, capsys, monkey
         message = refused(capsys, script, *flags)
         assert f"{name} in config.py" in message
         assert allowed(name) in message
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("STUDENT_WEIGHTS", []), ("TEACHER_WEIGHTS", []), ("TEACHER_CHECKPOINT", []),
+    ("DATASET_DIR", ["--dataset-name", "ImageFolder"])])
+def test_file_of_config_must_exist_only_where_it_is_used(name, flags, capsys, monkeypatch):
+    monkeypatch.setattr(config, name, "/no/such")
+    message = refused(capsys, "distillation", *flags)
+    assert f"{name} in config.py" in message
+    assert allowed(name) in message
+
+    config.parse_args("evaluate", "", [])
+    config.parse_args("distillation", "", ["--quick"])
+    config.parse_args("distillation", "", [flag_of(name), "None"])
+    if name.startswith("TEACHER"):
+        config.parse_args("baseline", "", [])
+
+
+@pytest.mark.parametrize("name", MAY_BE_NONE)
+def test_none_on_the_command_line_overrides_config(name, monkeypatch):
+    monkeypatch.setattr(config, name, 64 if name == "TEACHER_IMAGE_SIZE" else str(ROOT / "tests"))
+    args = config.parse_args("distillation", "", [flag_of(name), "None"])
+    assert vars(args)[name.lower()] is None
+
+
+def test_dataset_dir_of_config_and_another_dataset_have_a_way_out(capsys, monkeypatch):
+    monkeypatch.setattr(config, "DATASET_NAME", "ImageFolder")
+    monkeypatch.setattr(config, "DATASET_DIR", str(ROOT))
+    assert "--dataset-dir None" in refused(capsys, "baseline", "--dataset-name", "CIFAR10")
+    args = config.parse_args("baseline", "", ["--dataset-name", "CIFAR10", "--dataset-dir", "None"])
+    assert args.dataset_dir is None
+
+
+def test_deprecated_model_name_becomes_the_current_one():
+    args = config.parse_args("baseline", "", ["--student-model", "tf_efficientnet_b0_ns"])
+    assert args.student_model == "tf_efficientnet_b0.ns_jft_in1k"
+
+
+def test_misspelt_flag_is_not_answered_with_a_name_that_is_no_flag(capsys):
+    assert "--argv" not in refused(capsys, "baseline", "--args", "4")
 
 
 def test_quicks_values_are_held_to_the_same_rules(capsys, monkeypatch):

@@ -340,6 +340,16 @@ def test_torchs_files_are_known_by_their_content(tmp_path, source):
     assert torch.equal(model.conv_stem.weight, source.conv_stem.weight)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weight_file_that_is_not_finite_is_refused(tmp_path, source, number):
+    state_dict = source.state_dict()
+    state_dict["conv_stem.weight"][0] = number
+    torch.save(state_dict, tmp_path / "weights.pth")
+    with pytest.raises(utils.UserError, match="NaN or infinite") as error:
+        from_file(tmp_path / "weights.pth")
+    assert "weights.pth" in str(error.value)
+
+
 def test_head_is_kept_where_it_has_the_same_classes(tmp_path, source, capsys):
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     kept = from_file(tmp_path / "weights.pth", num_classes=1000)
@@ -447,13 +457,27 @@ def test_infer_keeps_the_order_and_evaluates():
 @pytest.mark.parametrize("name, size, layer", [
     ("efficientnet_b0", 224, "conv_head"), ("tf_efficientnet_lite0", 224, "conv_head"),
     ("efficientnet_b0", 32, "blocks.3.0.conv_pw"), ("resnet18", 128, "layer4.1.conv2"),
-    ("resnet18", 32, "layer2.1.conv2"), ("test_vit", 160, None)])
+    ("resnet18", 32, "layer2.1.conv2"), ("test_vit", 160, None),
+    ("resnet10t", 128, "layer4.0.conv2"),  # the shortcut runs last
+    ("convnext_atto", 128, "stages.3.blocks.1.mlp.fc2"),  # convolutions between stages are none
+    ("crossvit_9_240", 240, None),  # features of two branches
+    pytest.param("caformer_s18", 128, "stages.3.downsample.conv", marks=pytest.mark.slow),
+    pytest.param("swin_tiny_patch4_window7_224", 224, None, marks=pytest.mark.slow)])
 def test_gradcam_layer_is_the_last_whose_map_shows_something(name, size, layer):
     model = models.build_model(name, 10)
     state = copy.deepcopy(model.state_dict())
     assert models.gradcam_layer(model, size) == layer
     assert model.training
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+
+
+def test_features_with_channels_last_have_no_gradcam_layer(monkeypatch):
+    """As Swin's, quicker."""
+    model = models.build_model("test_efficientnet", 10)
+    convolutional = model.forward_features
+    monkeypatch.setattr(model, "forward_features",
+                        lambda images: convolutional(images).permute(0, 2, 3, 1))
+    assert models.gradcam_layer(model, 160) is None
 
 
 def test_image_size_that_the_model_cannot_take_is_one_sentence():
@@ -485,6 +509,15 @@ def test_teacher_whose_weights_overflow_in_fp16_is_refused():
     teacher.conv_stem.weight.data[0] = 1e6
     with pytest.raises(utils.UserError, match="fp16"):
         models.freeze_teacher(teacher, 32, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_teacher_that_is_not_finite_does_not_blame_fp16(dtype):
+    teacher = models.build_model("test_efficientnet", 5)
+    teacher.conv_stem.weight.data[0] = float("nan")
+    with pytest.raises(utils.UserError, match="NaN or infinite") as error:
+        models.freeze_teacher(teacher, 32, dtype)
+    assert "fp16" not in str(error.value)
 
 
 def with_digits_statistics(model):
@@ -556,7 +589,8 @@ def save_teacher(kind, path, num_classes=5):
         safetensors.torch.save_file(model.state_dict(), path)
     elif kind == "timm folder":
         path = path / "teacher"
-        model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.3, 0.3)}
+        model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.3, 0.3, 0.3),
+                                 "crop_pct": 0.6, "interpolation": "bilinear"}
         timm.models.save_for_hf(model, path, safe_serialization=True)
     return path, model.eval()
 
@@ -587,7 +621,9 @@ def test_recorded_teacher_is_loaded_again(tmp_path, kind):
     """As a student's checkpoint describes it, whatever --teacher-model is by then."""
     path, _ = save_teacher(kind, tmp_path)
     teacher, _ = models.load_teacher_model(path, "test_efficientnet", 5)
-    recorded = {"val_accuracy": 0.8, "info": {"model_name": "test_efficientnet", "num_classes": 5}}
+    recorded = {"val_accuracy": 0.8, "info": {
+        "model_name": "test_efficientnet", "num_classes": 5,
+        "mean": list(teacher.pretrained_cfg["mean"]), "std": list(teacher.pretrained_cfg["std"])}}
     again, info = models.load_recorded_teacher(path, recorded)
     assert info["val_accuracy"] == 0.8
     images = torch.rand(2, 3, 32, 32)
@@ -596,6 +632,35 @@ def test_recorded_teacher_is_loaded_again(tmp_path, kind):
     save_student(tmp_path, "teacher", 0.9)
     ours = tmp_path / "teacher" / "best_model.pth"
     assert models.load_recorded_teacher(ours, {"val_accuracy": 0.9})[1]["val_accuracy"] == 0.9
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "weight file", "timm folder"])
+def test_normalisation_is_the_recorded_one_whatever_timm_says_today(tmp_path, kind):
+    mean = [0.11, 0.22, 0.33]
+    std = [0.44, 0.55, 0.66]
+    if kind == "checkpoint":
+        save_student(tmp_path, "teacher", 0.9, mean=mean, std=std)
+        model, _ = models.load_model(tmp_path / "teacher" / "best_model.pth")
+    else:
+        path, _ = save_teacher(kind, tmp_path)
+        recorded = {"val_accuracy": 0.8, "info": {"model_name": "test_efficientnet",
+                                                  "num_classes": 5, "mean": mean, "std": std}}
+        model, _ = models.load_recorded_teacher(path, recorded)
+    torch.testing.assert_close(model.pixel_scale.flatten(), 1 / torch.tensor(std))
+    torch.testing.assert_close(model.pixel_shift.flatten(), -torch.tensor(mean) / torch.tensor(std))
+
+
+def test_preprocessing_of_a_timm_folder_is_recorded(tmp_path):
+    path, _ = save_teacher("timm folder", tmp_path, num_classes=10)
+    teacher, _ = models.load_teacher_model(path, "test_efficientnet", 10)
+    args = config.parse_args("baseline", "", ["--quick"])
+    photographs = data_loader.Images(None, [], torch.zeros(1), [])
+    data = data_loader.Dataset("ImageFolder", list("0123456789"), photographs, photographs, "f",
+                               "resized_crop")
+    info = models.build_info("teacher", teacher, "test_efficientnet", data, args)
+    assert info["crop_pct"] == 0.6
+    assert info["interpolation"] == "bilinear"
+    assert info["mean"] == [0.1, 0.2, 0.3]
 
 
 def test_exported_best_student_can_teach(tmp_path):
@@ -691,7 +756,8 @@ def gradient_nodes(model):
             for parameter in model.parameters()]
 
 
-def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch):
+@pytest.mark.parametrize("head", ["linear", "flatten"])
+def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch, head):
     """torch's graph keeps its logits for as long as the model lives. Their autograd nodes, of the
     stream of the capture, must not be those that training uses."""
     kept = []
@@ -704,6 +770,9 @@ def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed)
     args = arguments("baseline", "--cuda-graph", "--amp-dtype", "fp32", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10).train()
+    if head == "flatten":  # its output is a view
+        model.classifier = torch.nn.Sequential(
+            model.classifier, torch.nn.Unflatten(1, (10, 1, 1)), torch.nn.Flatten())
     models.capture_cuda_graph(model, 32, args)
 
     assert kept[0].grad_fn is None
@@ -779,6 +848,8 @@ CHANGES = {  # kinds of files that differ from a good one in a single entry
     "from a hub": {"model_name": "hf-hub:someone/something"},
     "from a folder": {"model_name": "local-dir:/somewhere"},
     "size in words": {"image_size": "big"},
+    "no crop_pct": {"crop_pct": None},
+    "mean in words": {"mean": ["a", "b", "c"]},
     "no settings": {"config": {}},
 }
 
@@ -822,14 +893,15 @@ def spoil(kind, good, folder):
     ("older format", f"format {utils.FORMAT_VERSION}"), ("bare weights", "not a checkpoint"),
     ("last.pth", "model_name"), ("unknown model", "resnet_99"), ("keys missing", "model_name"),
     ("number", "model_name"), ("from a hub", "hf-hub:someone"), ("from a folder", "local-dir:"),
-    ("size in words", "image_size"), ("flipped bit", "damaged"), ("packed", "refused"),
+    ("size in words", "image_size"), ("no crop_pct", "crop_pct"),
+    ("mean in words", "does not fit"), ("flipped bit", "damaged"), ("packed", "refused"),
     ("not finite", "finite"), ("no settings", "argv")])
 def test_hostile_and_damaged_models_are_one_sentence(tmp_path, kind, word):
     good = tmp_path / "good" / "best_model.pth"
     info = {"model_name": "test_efficientnet", "num_classes": 5, "class_names": list("abcde"),
             "image_size": 32, "config": dict.fromkeys(models.CONFIG_KEYS), "dataset": "Digits",
-            "split_fingerprint": "f", "interpolation": "bicubic", "mean": [0.5] * 3,
-            "std": [0.5] * 3, "versions": {}}
+            "split_fingerprint": "f", "crop_pct": 1.0, "interpolation": "bicubic",
+            "mean": [0.5] * 3, "std": [0.5] * 3, "versions": {}}
     save_best(good, models.build_model("test_efficientnet", 5), info)
     assert models.load_model(good)[1]["epoch"] == 1
 
@@ -896,6 +968,46 @@ def test_best_model_of_other_images_is_left_and_said(tmp_path, capsys):
     models.export_best_student(tmp_path, {**info, "split_fingerprint": "another"})
     assert "best_model.pth" in capsys.readouterr().out
     assert (tmp_path / "best_model.pth").read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["flipped bit", "older format", "no crop_pct", "not finite"])
+def test_invalid_checkpoint_of_another_run_is_left_out_with_a_warning(tmp_path, capsys, kind):
+    info = save_student(tmp_path, "baseline", 0.5)
+    save_student(tmp_path, "good", 0.9)
+    (tmp_path / "distilled").mkdir()
+    spoil(kind, tmp_path / "good" / "best_model.pth", tmp_path / "distilled")
+    models.export_best_student(tmp_path, info)
+    assert utils.load_checkpoint(tmp_path / "best_model.pth")["run"] == "baseline"
+    assert "warning" in capsys.readouterr().out
+
+
+def test_export_that_fails_leaves_the_previous_folder(tmp_path, capsys, monkeypatch):
+    info = save_student(tmp_path, "baseline", 0.5)
+    models.export_best_student(tmp_path, info)
+    folder = tmp_path / "best_model"
+    weights = (folder / "model.safetensors").read_bytes()
+
+    def save_half(model, target, **options):
+        target.mkdir()
+        (target / "model.safetensors").touch()
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timm.models, "save_for_hf", save_half)
+        save_student(tmp_path, "distilled", 0.9)
+        models.export_best_student(tmp_path, info)
+    out = capsys.readouterr().out
+    assert "warning" in out
+    assert "no space left" in out
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert not (tmp_path / ".new_best").exists()
+
+    # What a killed export has left is replaced.
+    (tmp_path / ".new_best").mkdir()
+    (tmp_path / ".new_best" / "junk").touch()
+    models.export_best_student(tmp_path, info)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert json.loads((folder / "config.json").read_text())["origin"]["run"] == "distilled"
 
 
 @pytest.mark.parametrize("crop_pct, interpolation", [(1.0, "bicubic"), (0.875, "bilinear")])
