@@ -8,6 +8,7 @@ itself. Small square images of one size (CIFAR, digits) are held on the device a
 and augmented there a batch at a time. Photographs, and random resized crops of any image, are made
 by worker processes.
 """
+import collections
 import contextlib
 import functools
 import json
@@ -46,6 +47,11 @@ MAX_ASPECT_RATIO = 10        # of a picture that is resized whole before its mid
 FEW_VAL_IMAGES = 300         # below it one image moves the validation accuracy noticeably
 DOWNLOAD_TIMEOUT = 20        # s without an answer
 EVAL_PIXELS = 32 * 224**2    # of an evaluation batch: 0.44 GB for EfficientNet-B0 in float32
+
+# Formats that Pillow knows, but as video, vector graphics or tables of numbers.
+NO_PICTURES = {"BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
+HEIC = {".heic", ".heif", ".hif"}  # an iPhone's pictures, which need a package of their own
+HEIC_HINT = "convert HEIC pictures to JPEG first, as with the package pillow-heif"
 
 
 class Images(NamedTuple):
@@ -116,11 +122,28 @@ def load_other_parts(class_names, args):
     own_val = None
     for part in parts:
         images, names = load_split(args.dataset_name, part, args)
-        if mismatch := describe_class_mismatch(names, class_names):
+        if part == "test":
+            align_classes(images, names, class_names)
+        elif mismatch := describe_class_mismatch(names, class_names):
             raise UserError(f"{part}/ and train/ must have the same class folders; {mismatch}")
-        if part == "val":
+        else:
             own_val = images
     return own_val
+
+
+def align_classes(test, test_class_names, class_names):
+    """The `test` images with the labels of a model that knows `class_names`. Raises UserError where
+    they have a class that it does not know; prints which of its classes they lack."""
+    unknown = sorted(set(test_class_names) - set(class_names))
+    if unknown:
+        raise UserError(f"test/ has {len(unknown)} classes that were not trained on: "
+                        f"{', '.join(unknown[:10])}")
+    missing = sorted(set(class_names) - set(test_class_names))
+    if missing:
+        print_once(f"warning: the test images lack {len(missing)} of {len(class_names)} classes: "
+                   f"{', '.join(missing[:10])}; the scores are of the others")
+    trained_labels = torch.tensor([class_names.index(name) for name in test_class_names])
+    return test._replace(labels=trained_labels[test.labels])
 
 
 def describe_class_mismatch(one, other):
@@ -291,14 +314,15 @@ def read_folder(folder, data_dir):
     `data_dir`/decoded/, for as long as names, sizes and dates of the files stay the same.
     """
     class_names, files, labels = list_pictures(folder)
-    names = [file.relative_to(folder).as_posix() for file in files]
+    names = [printable(file.relative_to(folder).as_posix()) for file in files]
 
     stats = [file.stat() for file in files]
     state = [(name, stat.st_size, stat.st_mtime_ns)
              for name, stat in zip(names, stats, strict=True)]
     signature = sha256(json.dumps(state).encode()).hexdigest()
-    place = sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    cache = Path(data_dir, "decoded", f"{folder.parent.name}-{folder.name}-{place}.pth")
+    place = sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
+    dataset = printable(folder.parent.name)[:40]  # a file's name must not become too long
+    cache = Path(data_dir, "decoded", f"{dataset}-{folder.name}-{place}.pth")
 
     content = load_cache(cache)
     if content.get("signature") != signature:
@@ -329,38 +353,85 @@ def load_cache(cache):
 def list_pictures(folder):
     """Class names, sorted, and paths and labels of the pictures below folder/<class>/.
 
-    Passed over are hidden files, files that are no pictures, and links to folders in there, which
-    may lead in a circle.
+    Passed over are hidden files, files that Pillow does not read, and links to folders in there,
+    which may lead in a circle.
     """
+    check_layout(folder)
     class_folders = sorted(entry for entry in folder.glob("[!.]*") if entry.is_dir())
     files = []
     labels = []
-    num_passed_over = 0
+    all_passed_over = collections.Counter()
     for label, class_folder in enumerate(class_folders):
         found = [Path(place, name) for place, _, names in os.walk(class_folder) for name in names]
-        pictures = sorted(path for path in found if is_picture(path, folder))
+        reasons = {path: reason_to_pass_over(path, folder) for path in found}
+        pictures = sorted(path for path, reason in reasons.items() if not reason)
+        passed_over = collections.Counter(filter(None, reasons.values()))
         if not pictures:
-            raise UserError(f"{class_folder} should be a class and has no picture")
+            raise UserError(f"{printable(class_folder)} should be a class and has no picture"
+                            + describe_passed_over(passed_over))
         files += pictures
         labels += [label] * len(pictures)
-        num_passed_over += len(found) - len(pictures)
+        all_passed_over += passed_over
 
-    if len(class_folders) < 2:
-        raise UsageError(
-            f"{folder} must have two or more folders with pictures, one for each class")
-    if num_passed_over:
-        print_once(f"{folder}: {num_passed_over} files are no pictures or hidden, "
-                   "and are passed over")
-    class_names = [entry.name for entry in class_folders]
+    # Test images may lack classes, but nothing can be learned of one class.
+    if len(class_folders) < (1 if folder.name == "test" else 2):
+        raise UsageError(f"{printable(folder)} must have two or more folders with pictures, "
+                         "one for each class")
+    if all_passed_over:
+        print_once(printable(folder) + describe_passed_over(all_passed_over))
+    class_names = [printable(entry.name) for entry in class_folders]
     return class_names, files, torch.tensor(labels)
 
 
-def is_picture(path, folder):
-    """Whether a file below `folder` is a picture by its name, and neither it nor one of the folders
-    between is hidden."""
-    has_extension = path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
-    is_hidden = "/." in path.relative_to(folder).as_posix()
-    return has_extension and not is_hidden and path.is_file()
+def check_layout(folder):
+    """UsageError where `folder`, the train/, val/ or test/ of an image dataset, does not exist."""
+    if folder.is_dir():
+        return
+    dataset_dir = folder.parent
+    parent = dataset_dir.resolve().parent
+    if dataset_dir.resolve().name in ("train", "val", "test") and (parent / folder.name).is_dir():
+        raise UsageError(f"--dataset-dir must be the folder that holds train/ and test/: "
+                         f"{printable(parent)}, not {printable(dataset_dir)}")
+    found = sorted(printable(entry.name) for entry in dataset_dir.glob("[!.]*") if entry.is_dir())
+    raise UsageError(f"{printable(folder)} does not exist: pictures belong in train/<class>/ and "
+                     f"test/<class>/; there are the folders {', '.join(found[:10]) or '(none)'}")
+
+
+def reason_to_pass_over(path, folder):
+    """What keeps a file below `folder` from being taken for a picture, in a word; "" if nothing."""
+    if "/." in path.relative_to(folder).as_posix():
+        return "hidden"
+    extension = path.suffix.lower()
+    if extension not in picture_extensions():
+        return printable(extension) or "without extension"
+    if not path.is_file():
+        return "broken links or no files"
+    return ""
+
+
+@functools.cache
+def picture_extensions():
+    """Extensions of the files that the installed Pillow reads as one still picture of pixels."""
+    formats = Image.registered_extensions()  # loads all plugins
+    return {extension for extension, name in formats.items()
+            if name in Image.OPEN and name not in NO_PICTURES}
+
+
+def describe_passed_over(counts):
+    """How many files were passed over and why, as the end of a sentence; "" where none were."""
+    if not counts:
+        return ""
+    kinds = [f"{count} {kind}" for kind, count in sorted(counts.items())]
+    text = f": {sum(counts.values())} files were passed over ({', '.join(kinds)})"
+    if counts.keys() & HEIC:
+        text += f"; {HEIC_HINT}"
+    return text
+
+
+def printable(path):
+    """A path as text that can be printed and saved: bytes that are not UTF-8, which old archives
+    have in their names, as \\xf6."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def decode(folder, files):
@@ -374,10 +445,11 @@ def decode(folder, files):
         return np.asarray(image) if is_small else None
 
     # Threads are enough, since Pillow decodes outside Python's lock.
-    results = thread_map(read, files, desc=f"reading {folder}", leave=False, disable=None)
+    results = thread_map(read, files, desc=f"reading {printable(folder)}", leave=False,
+                         disable=None)
     faults = [str(result) for result in results if isinstance(result, UserError)]
     if faults:
-        raise UserError(f"{len(faults)} of {len(files)} files in {folder} are at fault: "
+        raise UserError(f"{len(faults)} of {len(files)} files in {printable(folder)} are at fault: "
                         + "; ".join(faults[:10]))
     if any(pixels is None or pixels.shape != results[0].shape for pixels in results):
         return None
@@ -393,7 +465,9 @@ def open_image(file):
         with Image.open(file) as image:
             yield image
     except UnidentifiedImageError:
-        raise UserError(f"{image_name(file)} is not a picture") from None
+        name = image_name(file)
+        hint = f" that Pillow reads; {HEIC_HINT}" if Path(name).suffix.lower() in HEIC else ""
+        raise UserError(f"{name} is not a picture{hint}") from None
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         # The text of an OSError repeats the file's name.
         reason = getattr(error, "strerror", None) or utils.first_line(error)
@@ -403,9 +477,9 @@ def open_image(file):
 def image_name(file):
     """What to call a picture (path or open file) in a message."""
     if isinstance(file, (str, Path)):
-        return file
+        return printable(file)
     # An upload has the sender's name as `filename`, an open file its path as `name`.
-    return getattr(file, "filename", None) or getattr(file, "name", "the file")
+    return str(getattr(file, "filename", None) or getattr(file, "name", "the file"))
 
 
 def read_image(file, min_side=None):
@@ -546,7 +620,7 @@ def resize(images, size, mode):
 class Photographs:
     """Images of which workers make views: `make_views(i, seed)` is a list of PIL images."""
 
-    def __init__(self, labels, make_views, device, num_workers, keep_workers=False):
+    def __init__(self, labels, make_views, device, num_workers):
         self.labels = labels.tolist()
         self.device = device
         # The list of batches is refilled for each epoch, so that the DataLoader can stay, and with
@@ -557,7 +631,9 @@ class Photographs:
             batch_sampler=self.batches_to_read,
             collate_fn=functools.partial(read_batch, make_views),
             num_workers=num_workers,
-            persistent_workers=keep_workers and num_workers > 0,
+            # New workers for each epoch would cost seconds where they import torch anew (Windows),
+            # and Python drops what a signal's handler raises while it forks or ends them.
+            persistent_workers=num_workers > 0,
             worker_init_fn=init_worker,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one, as dropout does
@@ -708,7 +784,7 @@ class TrainingLoader:
             make_views = functools.partial(
                 random_views, data.train, sizes, info["interpolation"], data.augmentation)
             self.source = Photographs(
-                data.train.labels, make_views, device, args.num_workers, keep_workers=True)
+                data.train.labels, make_views, device, args.num_workers)
         else:
             self.source = SmallImages(
                 data.train, sizes, info["interpolation"], data.augmentation, device)

@@ -1,11 +1,11 @@
-"""Is the distilled student better than the baseline, where, and can one rely on it?
+"""Compare the distilled student with the baseline on the test images: gain, confidence, causes.
 
-    python evaluate.py            # the two students in checkpoints/, all seeds that both have
-    python evaluate.py --quick    # those of the quick run
+    python evaluate.py            # the students in checkpoints/, for all seeds that both have
+    python evaluate.py --quick    # the students of the quick run
 
-Dataset, split, image size and crop are the checkpoints' own. Writes into results/ the report for
-people, comparison.json and predictions.npz for programs, tables as Markdown, LaTeX and CSV, and
-then every figure as PNG and PDF.
+Dataset, split, image size and crop are read from the checkpoints. Written to results/ are a report
+for people, comparison.json and predictions.npz for programs, tables as Markdown, LaTeX and CSV,
+and every figure as PNG and PDF.
 """
 import argparse
 import csv
@@ -52,22 +52,22 @@ SCORES = {
     "macro_f1": "macro-F1",
     "val_accuracy": "validation accuracy",
 }
-MIN_SEEDS = 3          # from so many seeds on, the verdict takes them for a sample too
-MIN_DISCORDANT = 25    # images on which the students differ; with fewer the verdict is undecided
-MIN_CLASSES_TOP5 = 6   # with fewer, five guesses are nearly always right
-CALIBRATION_BINS = 15  # of confidence, equal in width: as Guo et al. 2017
-CONFUSED_PAIRS = 10    # pairs of classes that comparison.json lists for each model
+MIN_SEEDS = 3          # with fewer, the verdict ignores the variation between seeds
+MIN_DISCORDANT = 25    # images that only one student gets right; fewer leave it undecided
+MIN_CLASSES_TOP5 = 6   # with five classes or fewer, top-5 accuracy is always 100 %
+CALIBRATION_BINS = 15  # equal-width bins of confidence, as in Guo et al. 2017
+CONFUSED_PAIRS = 10    # pairs of classes listed in comparison.json for each role
 
-# Measurement of inference. The models take turns, so that what slows the machine slows them all.
+# Timing of inference. The models take turns, so that a busy machine slows all of them alike.
 LATENCY_BATCH = 1
 THROUGHPUT_BATCH = 64
 PASSES_PER_ROUND = {LATENCY_BATCH: 10, THROUGHPUT_BATCH: 1}
-MIN_ROUNDS = 3       # also where they take longer than the limit
+MIN_ROUNDS = 3         # run even if they exceed SECONDS_LIMIT
 MAX_ROUNDS = 30
-SECONDS_LIMIT = 12   # for the rounds of one batch size
-COMPARABLE_ROUNDS = 6  # fewer say nothing about a difference: each order of three models once
+SECONDS_LIMIT = 12     # for all rounds of one batch size
+COMPARABLE_ROUNDS = 6  # needed to compare times: three models in each of their 3! = 6 orders
 
-# The 20 superclasses of CIFAR-100 (Krizhevsky 2009), by the class names of its files.
+# The 20 superclasses of CIFAR-100 (Krizhevsky 2009), with class names as in the dataset's files.
 CIFAR100_SUPERCLASSES = {
     "aquatic mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
     "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
@@ -96,7 +96,7 @@ def main(args):
     device = utils.setup(args)
     results_dir = Path(args.results_dir)
 
-    # Load: every model answers the test images once.
+    # Load each model and run it once on the test images.
     paths, left_out = find_students(args)
     _, reference = models.load_model(paths["distilled"][0])
     test, data, missing_classes, no_validation = open_images(reference, args)
@@ -123,7 +123,7 @@ def main(args):
         "missing_classes": [printable(name) for name in missing_classes],
     }
 
-    # What is written first is safe from whatever may happen to a figure.
+    # Numbers are written before the figures, so that an error in a figure loses none of them.
     report = report_text(numbers)
     write_numbers(trained, labels, numbers, report, results_dir)
     models.export_best_student(args.checkpoint_dir, reference)
@@ -131,30 +131,33 @@ def main(args):
 
     print(f"\n{summary_text(numbers, results_dir)}")
     if args.quick:
-        print(f"The real comparison starts with: {config.format_command('baseline', [])}")
+        print(f"Start the full comparison with: {config.format_command('baseline', [])}")
 
 
 # Load ---------------------------------------------------------------------------------------------
 
 @dataclass
 class TrainedModel:
-    """One model of the comparison and what it answers to the test images."""
+    """One of the compared models, with its outputs on the test images."""
     path: Path
     model: torch.nn.Module
-    info: dict                 # all that its checkpoint holds but the weights
-    log_probs: np.ndarray      # (N, C) float64, log-probabilities of the test images
-    temperature: float | None  # fitted on validation images; None where those cannot be had
-    history: list              # a dict per epoch of its training, [] where its last.pth is gone
+    info: dict                 # the checkpoint without the weights
+    log_probs: np.ndarray      # (N, C) float64, log-probabilities on the test images
+    temperature: float | None  # fitted on the validation images; None if they are unavailable
+    history: list              # one dict per training epoch; [] if there is no last.pth
 
     @cached_property
     def predictions(self):
-        """(N,) indices of classes."""
+        """(N,) predicted class indices."""
         return self.log_probs.argmax(1)
 
 
 def find_students(args):
-    """Paths of the students to compare, {role: [one per seed]}, and a phrase for each that is left
-    out. They are of the seeds that both roles have, if there are any, else the two plain runs."""
+    """Choose the students to compare: ({role: [path per seed]}, [name of each unused checkpoint]).
+
+    These are the seeds that both roles have or, if there are none or a checkpoint was given on the
+    command line, one checkpoint per role: the given one or that of the run without --seeds.
+    """
     given = {"baseline": args.baseline_checkpoint, "distilled": args.distilled_checkpoint}
     folders = {role: Path(args.checkpoint_dir, role) for role in STUDENTS}
     single = {role: Path(given[role] or folders[role] / "best_model.pth") for role in STUDENTS}
@@ -163,7 +166,8 @@ def find_students(args):
 
     if common_seeds and not any(given.values()):
         paths = {role: [by_seed[role][seed] for seed in common_seeds] for role in STUDENTS}
-        left_out = [f"the plain {role} run" for role in STUDENTS if single[role].is_file()]
+        left_out = [f"the {role} run without --seeds"
+                    for role in STUDENTS if single[role].is_file()]
     else:
         require_both(single, by_seed, args)
         paths = {role: [single[role]] for role in STUDENTS}
@@ -177,12 +181,12 @@ def find_students(args):
 
     digests = {role: {utils.sha256(path) for path in paths[role]} for role in STUDENTS}
     if digests["baseline"] & digests["distilled"]:
-        raise UserError("baseline and distilled student are one and the same checkpoint")
+        raise UserError("baseline and distilled student are the same checkpoint")
     return paths, left_out
 
 
 def checkpoints_by_seed(folder):
-    """{seed: path} of the checkpoints in the seed_<n>/ of a student's `folder`."""
+    """{seed: path} of the checkpoints in the subfolders seed_<n>/ of a student's folder."""
     paths = {}
     for path in models.student_checkpoints(folder):
         if path.parent != folder:
@@ -192,22 +196,25 @@ def checkpoints_by_seed(folder):
 
 
 def require_both(single, by_seed, args):
-    """Raise UserError, with the command that trains it, for a student that is not there."""
+    """Raise UserError with the training command if a student is missing."""
+    # If both files are missing, ask for the role that has fewer seeds: the other may be complete.
     fewer_seeds_first = sorted(STUDENTS, key=lambda role: len(by_seed[role]))
     for role in fewer_seeds_first:
         if not single[role].is_file():
-            raise UserError(f"there is no {single[role]}; make it with: {how_to_make(role, args)}")
+            command = training_command(role, args)
+            raise UserError(f"{single[role]} does not exist; make it with: {command}")
 
 
-def how_to_make(role, args):
-    """The command that trains the student of `role` as a fair pair to those of the other role."""
+def training_command(role, args):
+    """The command that trains the student of `role` with the settings and seeds of the other."""
     other_role = "distilled" if role == "baseline" else "baseline"
     other_folder = Path(args.checkpoint_dir, other_role)
     seeds = checkpoints_by_seed(other_folder)
 
-    argv = []
+    argv = []  # may repeat a flag: format_command takes the last one
     for path in seeds.values() or models.student_checkpoints(other_folder):
-        argv += models.load_model(path)[1]["config"]["argv"]
+        _, info = models.load_model(path)
+        argv += info["config"]["argv"]
     argv += args.argv
     if seeds:
         argv += ["--seeds", *map(str, seeds)]
@@ -215,17 +222,22 @@ def how_to_make(role, args):
 
 
 def open_images(info, args):
-    """The images of `info`, a checkpoint's dict: test images, data that it was trained on (or
-    None), names of the classes without test images, and why there is no data (or None)."""
+    """Open the images that the model of `info` was trained for. Returns a tuple:
+
+    test              test images, labelled as in the checkpoint
+    data              its training and validation images; None if unreadable or changed since
+    missing_classes   names of the classes without test images
+    no_validation     why `data` is None, else None
+    """
     settings = argparse.Namespace(**info["config"])
     settings.data_dir = args.data_dir
-    settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may lie elsewhere now
+    settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may have moved
     if info["dataset"] == "ImageFolder" and not Path(settings.dataset_dir).is_dir():
-        raise UserError(f"the pictures are no longer in {settings.dataset_dir}; "
-                        "say where with --dataset-dir DIR")
+        raise UserError(f"there is no image folder {settings.dataset_dir}; "
+                        "give its new location with --dataset-dir DIR")
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings)
-    test = number_as_checkpoint(test, class_names, info["class_names"])
+    test = renumber_labels(test, class_names, info["class_names"])
     missing_classes = [name for name in info["class_names"] if name not in class_names]
 
     try:
@@ -233,14 +245,14 @@ def open_images(info, args):
     except UserError as error:
         return test, None, missing_classes, str(error)
     if data.split_fingerprint != info["split_fingerprint"]:
-        why = "the training images are no longer those of the checkpoints"
-        return test, None, missing_classes, why
+        no_validation = "the training images have changed since the checkpoints were made"
+        return test, None, missing_classes, no_validation
     return test, data, missing_classes, None
 
 
-def number_as_checkpoint(test, class_names, known_names):
-    """The `test` images with labels that count the checkpoint's `known_names`, of which a test
-    folder may lack some. UserError for a class that the checkpoint does not know."""
+def renumber_labels(test, class_names, known_names):
+    """`test` with its labels, indices into `class_names`, turned into indices into `known_names`,
+    the checkpoint's. UserError if one of `class_names` is not in there; some may be missing."""
     unknown = [name for name in class_names if name not in known_names]
     if unknown:
         raise UserError(f"the test images have {len(unknown)} classes that the checkpoints do not "
@@ -252,12 +264,13 @@ def number_as_checkpoint(test, class_names, known_names):
 
 
 def printable(text):
-    """`text` with a replacement character for each byte of a file's name that is no UTF-8."""
+    """`text` with U+FFFD for each lone surrogate, Python's stand-in for a byte of a file name that
+    is not UTF-8."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def printable_names(class_names):
-    """The names as evaluate.py writes them, numbered where two would otherwise be the same."""
+    """The class names in printable form, with a number added to those that would be equal."""
     names = []
     for name in map(printable, class_names):
         unique_name = name
@@ -270,9 +283,12 @@ def printable_names(class_names):
 
 
 def load_trained(path, reference, test, data, args, device, is_teacher=False):
-    """The TrainedModel of a checkpoint. `reference` is the distilled student's dict: its classes
-    must be this one's, else UserError, `data` (or None) has its split, and it records how the
-    teacher's weights are to be read, which may be any weight file."""
+    """Load a checkpoint as a TrainedModel and run it on the `test` images.
+
+    `reference` is the first distilled student's info: UserError if the checkpoint is for another
+    dataset or other classes. `data` (None if unavailable) has the reference's validation split. A
+    teacher may be any weight file; reference["teacher"] describes how to load it.
+    """
     if is_teacher:
         model, info = models.load_recorded_teacher(path, reference["teacher"])
         model.to(device)
@@ -280,89 +296,100 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
         model, info = models.load_model(path, device)
     mismatch = data_loader.describe_class_mismatch(info["class_names"], reference["class_names"])
     if mismatch or info["dataset"] != reference["dataset"]:
-        message = (f"{path} cannot be compared with the distilled student: one is of "
-                   f"{info['dataset']}, the other of {reference['dataset']}")
+        message = (f"{path} cannot be compared with the distilled student: trained on "
+                   f"{info['dataset']} and {reference['dataset']}")
         if mismatch:
-            message += f"; {mismatch}"
+            message += f"; classes: {mismatch}"
         raise UserError(message)
 
-    # With another split it was trained on some of these validation images.
+    # A model with another split has been trained on some of these validation images.
     temperature = None
     if data and info["split_fingerprint"] == reference["split_fingerprint"]:
         val_log_probs = infer_log_probs(model, info, data.val, args, device)
         temperature = best_temperature(val_log_probs, data.val.labels.numpy())
 
-    last_path = path.with_name("last.pth")
-    history = []
-    if last_path.is_file():
-        history = utils.load_checkpoint(last_path)["history"]
-
+    is_foreign = is_teacher and "info" in reference["teacher"]
+    history = [] if is_foreign else training_history(path)
     log_probs = infer_log_probs(model, info, test, args, device)
     info["class_names"] = printable_names(info["class_names"])
     return TrainedModel(path, model, info, log_probs, temperature, history)
 
 
+def training_history(path):
+    """The history in the last.pth beside a run's best_model.pth, else []. A copy under another name
+    may lie beside the last.pth of some other run."""
+    last_path = path.with_name("last.pth")
+    if path.name != "best_model.pth" or not last_path.is_file():
+        return []
+    return utils.load_checkpoint(last_path)["history"]
+
+
 def infer_log_probs(model, info, images, args, device):
-    """Log-probabilities (N, C) float64 of `images` by the model of `info`."""
+    """Log-probabilities (N, C) float64 of `images`; `info` describes the model's input."""
     loader = data_loader.EvaluationLoader(images, info, args, device)
     logits, _ = models.infer(model, loader)
     return logits.double().log_softmax(1).numpy()
 
 
 def find_teacher(students, args):
-    """(path of the teacher that these students record, None), or (None, why there is none)."""
+    """Find the teacher recorded in the distilled students: (path, None) or (None, reason)."""
     recorded = [student.info.get("teacher") for student in students]
     if not all(recorded):
-        return None, "the distilled checkpoint names no teacher"
+        return None, "the distilled checkpoint does not record a teacher"
 
     digest = recorded[0]["sha256"]
     if any(teacher["sha256"] != digest for teacher in recorded):
         return None, "the distilled students had different teachers"
 
-    # The whole folder of checkpoints may have moved since.
+    # The checkpoint folder may have been moved as a whole.
     recorded_path = Path(recorded[0]["path"])
     for path in (recorded_path, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
         if path.exists() and utils.sha256(models.weight_file(path)) == digest:
             return path, None
-    return None, f"the teacher {recorded_path} is gone, or has changed (its SHA-256 differs)"
+    return None, f"the teacher {recorded_path} is gone or has changed (SHA-256 differs)"
 
 
 def find_differences(trained):
-    """What differs between the students besides the teacher, a phrase each; [] is a fair pair."""
+    """Phrases for whatever makes the students an unfair pair, [] if nothing does: settings that
+    both have and that differ, another model or split, unfinished training."""
     students = trained["baseline"] + trained["distilled"]
     reference = trained["distilled"][0].info
     may_differ = set(config.MAY_CHANGE_ON_RESUME)
     if len(students) > 2:
-        may_differ.add("seed")  # both roles have the same ones
+        may_differ.add("seed")  # it differs within a role, and both roles have the same seeds
 
     phrases = []
     for student in students:
-        ours = student.info["config"]
-        theirs = reference["config"]
-        for name in sorted(ours.keys() & theirs.keys() - may_differ):
-            if ours[name] != theirs[name]:
-                phrases.append(f"{name} ({ours[name]} and {theirs[name]})")
+        settings = student.info["config"]
+        reference_settings = reference["config"]
+        for name in sorted(settings.keys() & reference_settings.keys() - may_differ):
+            value = settings[name]
+            reference_value = reference_settings[name]
+            if value != reference_value:
+                phrases.append(f"{name} differs ({value} and {reference_value})")
         if student.info["model_name"] != reference["model_name"]:
-            phrases.append("the model")
+            phrases.append("the model differs")
         if student.info["split_fingerprint"] != reference["split_fingerprint"]:
-            phrases.append("the validation split")
+            phrases.append("the validation split differs")
 
     for student in students:
         epochs = len(student.history)
         if 0 < epochs < student.info["config"]["num_epochs"]:
-            phrases.append(f"{student.path.parent} is not trained to its end")
-    return list(dict.fromkeys(phrases))  # each once
+            phrases.append(f"training in {student.path.parent} is unfinished")
+    return list(dict.fromkeys(phrases))  # without duplicates
 
 
 # Metrics ------------------------------------------------------------------------------------------
 
 def compare(trained, labels, validation_images):
-    """Every number that follows from the answers, by the names in results/README.md.
+    """All numbers computed from the predictions; results/README.md explains every key.
 
-    `trained` is {role: [TrainedModel per seed]}, `labels` (N,) are the test images' classes,
-    `validation_images` is their number or None. Accuracies are fractions, losses nats.
+    `trained` is {role: [TrainedModel per seed]}, `labels` (N,) are the true classes,
+    `validation_images` is the number of validation images or None. Accuracies are fractions,
+    losses are in nats.
     """
     first = trained["baseline"][0].info
+    # An ImageFolder is called by its folder's name; the other datasets have no dataset_dir.
     folder = Path(first["config"]["dataset_dir"] or first["dataset"])
     class_sizes = np.bincount(labels, minlength=first["num_classes"])
     numbers = {
@@ -395,7 +422,7 @@ def compare(trained, labels, validation_images):
 
 
 def training_settings(info):
-    """What a reader asks first of a distilled student's training; None for what it has not."""
+    """The main training settings of a student; None for those that it does not have."""
     settings = info["config"]
     return {
         "epochs": settings["num_epochs"],
@@ -406,7 +433,7 @@ def training_settings(info):
 
 
 def score_role(group, labels):
-    """Scores of one role: the mean over its seeds; the main scores also by seed, with their sd."""
+    """Scores of one role: means over its seeds; for those in SCORES also `by_seed` and the sd."""
     by_seed = [score_model(model, labels) for model in group]
     main_scores = {}
     for name in SCORES:
@@ -419,7 +446,7 @@ def score_role(group, labels):
     return {
         "model_name": group[0].info["model_name"],
         "image_size": group[0].info["image_size"],
-        "epochs": [model.info["epoch"] for model in group],  # that of the checkpoint, by seed
+        "epochs": [model.info["epoch"] for model in group],  # the best epoch of each seed
         **mean_over_seeds(by_seed),
         "top1_ci": confidence_interval(correct_answers(group, labels)),
         "by_seed": main_scores,
@@ -428,7 +455,8 @@ def score_role(group, labels):
 
 
 def mean_over_seeds(by_seed):
-    """The mean of dicts of numbers, key by key; without what is not known of every seed."""
+    """Key-by-key means of one (nested) dict of numbers per seed; keys that a seed lacks are left
+    out."""
     means = {}
     for key, first_value in by_seed[0].items():
         values = [scores[key] for scores in by_seed if key in scores]
@@ -442,7 +470,8 @@ def mean_over_seeds(by_seed):
 
 
 def score_model(model, labels):
-    """What one model scores on the test images; by class, of the classes that have some."""
+    """Scores of one model on the test images; macro-F1 and per-class accuracy skip the classes
+    without any."""
     classes = np.unique(labels)
     class_names = [model.info["class_names"][i] for i in classes]
     _, recalls, f1, _ = metrics.precision_recall_fscore_support(
@@ -469,6 +498,7 @@ def calibration(log_probs, labels):
     """NLL in nats, Brier score (Brier 1950, sum over classes), expected calibration error."""
     rows = np.arange(len(labels))
     probabilities = np.exp(log_probs)
+    # sum_c (p_c - [c = label])**2, multiplied out
     brier = (probabilities**2).sum(1) - 2 * probabilities[rows, labels] + 1
     confidence, accuracy, counts = reliability(*top_answers(log_probs, labels))
     return {
@@ -479,13 +509,13 @@ def calibration(log_probs, labels):
 
 
 def top_answers(log_probs, labels):
-    """(N,) confidences, each the top probability, and (N,) whether that answer is correct."""
+    """(N,) confidence, the largest probability, and (N,) whether that prediction is correct."""
     return np.exp(log_probs.max(1)), log_probs.argmax(1) == labels
 
 
 def reliability(confidence, correct):
-    """Mean confidence, accuracy and number of images, each (CALIBRATION_BINS,), by bins of
-    confidence (0, 1/15], (1/15, 2/15], ...; an empty one has 0 of all three."""
+    """Mean confidence, accuracy and number of images in each bin of confidence, (0, 1/15],
+    (1/15, 2/15], ..., as three arrays (CALIBRATION_BINS,); all are 0 in an empty bin."""
     bins = np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1
     bins = np.clip(bins, 0, CALIBRATION_BINS - 1)
 
@@ -497,7 +527,7 @@ def reliability(confidence, correct):
 
 
 def best_temperature(log_probs, labels):
-    """The temperature with the least NLL (Guo et al. 2017), between 0.05 and 20."""
+    """The temperature between 0.05 and 20 that minimises the NLL (Guo et al. 2017)."""
     rows = np.arange(len(labels))
 
     def nll(temperature):
@@ -507,7 +537,7 @@ def best_temperature(log_probs, labels):
 
 
 def fidelity(student, teacher):
-    """How alike two models answer; KL(teacher || student) in nats."""
+    """Agreement of the top-1 predictions, and mean KL(teacher || student) in nats."""
     differences = teacher.log_probs - student.log_probs
     return {
         "agreement": float((student.predictions == teacher.predictions).mean()),
@@ -516,11 +546,13 @@ def fidelity(student, teacher):
 
 
 def training_hours(trained):
-    """Hours that each role's training took, mean over the seeds; None where a history is gone."""
+    """Training time of each role in hours, mean over the seeds; None if a history is missing."""
     hours = {}
     for role, group in trained.items():
         by_seed = [sum(row["seconds"] for row in model.history) / 3600 for model in group]
-        hours[role] = statistics.fmean(by_seed) if all(by_seed) else None
+        hours[role] = None
+        if all(by_seed):  # the sum over an empty history is 0
+            hours[role] = statistics.fmean(by_seed)
     return hours
 
 
@@ -536,22 +568,22 @@ def confusion_counts(group, labels):
 
 
 def most_confused(trained, labels):
-    """{role: [its most confused pairs of classes, each a dict]}, the most frequent first.
+    """{role: [a dict per confused pair of classes, the most frequent first]}.
 
-    `images` counts this role's images of class `true` that are taken for `predicted`; `share` has
-    for every role what part of the images of class `true` that is.
+    `images` is how many images of class `true` the role's model classifies as `predicted`; `share`
+    is {role: the fraction of the images of class `true` classified so}, for comparison.
     """
     names = trained["baseline"][0].info["class_names"]
     counts = {role: confusion_counts(group, labels) for role, group in trained.items()}
-    class_sizes = np.bincount(labels, minlength=len(names))  # 0 only where all counts are 0
+    class_sizes = np.bincount(labels, minlength=len(names))
 
     pairs_by_role = {}
     for role in trained:
         errors = counts[role].copy()
         np.fill_diagonal(errors, 0)
         pairs_by_role[role] = []
-        for place in np.argsort(-errors, axis=None, kind="stable")[:CONFUSED_PAIRS]:
-            true, predicted = np.unravel_index(place, errors.shape)
+        for flat_index in np.argsort(-errors, axis=None, kind="stable")[:CONFUSED_PAIRS]:
+            true, predicted = np.unravel_index(flat_index, errors.shape)
             if errors[true, predicted] == 0:
                 break
             share = {other: float(counts[other][true, predicted] / class_sizes[true])
@@ -570,7 +602,7 @@ def is_cifar100(class_names):
 
 
 def superclass_errors(group, labels):
-    """How many errors stay within the right superclass of CIFAR-100, mean over the seeds."""
+    """Errors, and those within the true class's superclass of CIFAR-100, means over the seeds."""
     superclass_of = {}
     for number, class_names in enumerate(CIFAR100_SUPERCLASSES.values()):
         for name in class_names:
@@ -592,10 +624,10 @@ def superclass_errors(group, labels):
 
 
 def teacher_effect(trained, labels):
-    """What became of the test images where teacher and baseline are right or wrong, four cells.
+    """Four cells of test images: teacher right or wrong, baseline right or wrong.
 
-    Each has its number of images, the distilled student's accuracy on them, and the images that
-    distillation gains there (corrected) or loses (spoilt); numbers are means over the seeds.
+    Each cell has its number of images, the distilled student's accuracy on them, and the gain: how
+    many more of them the distilled student gets right than the baseline. Means over the seeds.
     """
     teacher_correct = trained["teacher"][0].predictions == labels
     seeds = len(trained["baseline"])
@@ -623,19 +655,20 @@ def teacher_effect(trained, labels):
 # Statistics ---------------------------------------------------------------------------------------
 
 def correct_answers(group, labels):
-    """(seeds, N), whether each model of a role classifies each test image correctly."""
+    """(S, N) bool for S seeds and N test images: whether the prediction is correct."""
     return np.array([model.predictions == labels for model in group])
 
 
 def compare_students(trained, labels):
-    """The gain, distilled minus baseline in top-1 accuracy, and what follows from it.
+    """The gain, top-1 accuracy of distilled minus baseline, with its intervals, tests and verdict.
 
-    Students of one seed are compared image by image. McNemar's test (1947) is exact and two-sided,
-    on the images that only one student classifies correctly.
+    The two students of a seed are compared image by image, and by McNemar's test (1947). The
+    verdict uses the interval over seeds and images, or that over images if there are fewer than
+    MIN_SEEDS seeds.
     """
     baseline_correct = correct_answers(trained["baseline"], labels)
     distilled_correct = correct_answers(trained["distilled"], labels)
-    gains = distilled_correct.astype(float) - baseline_correct  # (seeds, N) of -1, 0, 1
+    gains = distilled_correct.astype(float) - baseline_correct  # (S, N), each -1, 0 or 1
 
     only_baseline = (gains < 0).sum(1).tolist()   # images, by seed
     only_distilled = (gains > 0).sum(1).tolist()
@@ -656,10 +689,10 @@ def compare_students(trained, labels):
     else:
         verdict_ci = "images"
         ci = ci_over_images
-    discordant = int((gains != 0).any(0).sum())
-    word, reason = verdict(ci, discordant, mcnemar_p)
+    discordant = int((gains != 0).any(0).sum())  # in at least one seed
+    verdict_word, reason = verdict(ci, discordant, mcnemar_p)
     return {
-        "verdict": word,
+        "verdict": verdict_word,
         "undecided_because": reason,
         "gain": statistics.fmean(gain_by_seed),
         "gain_by_seed": gain_by_seed,
@@ -677,18 +710,19 @@ def compare_students(trained, labels):
 
 
 def verdict(ci, discordant, mcnemar_p):
-    """("better", "worse" or "undecided", why it is undecided or None).
+    """(verdict, reason): "better", "worse" or "undecided", and why it is undecided, else None.
 
-    `ci` is the interval of the gain, `discordant` the number of images on which the students
-    differ, `mcnemar_p` the exact test of each seed. The interval takes the mean for normal, which
-    it is not with few such images; of one seed the exact test must agree with it.
+    `ci` is the interval of the gain, `discordant` the number of images that only one of the two
+    students classifies correctly, `mcnemar_p` McNemar's p of each seed. The interval assumes that
+    the mean gain is normally distributed, which fails with few discordant images. For a single
+    seed the exact test must confirm the interval.
     """
     low, high = ci
     if low <= 0 <= high:
         return "undecided", "the interval includes zero"
     if discordant < MIN_DISCORDANT:
-        return "undecided", (f"the students differ on {discordant} images only; "
-                             f"{MIN_DISCORDANT} or more are needed")
+        return "undecided", (f"only {discordant} images are classified correctly by just one of "
+                             f"the students; {MIN_DISCORDANT} or more are needed")
     if len(mcnemar_p) == 1 and mcnemar_p[0] >= 0.05:
         return "undecided", (f"McNemar's exact test (p = {mcnemar_p[0]:.2g}) does not confirm the "
                              "interval")
@@ -696,11 +730,11 @@ def verdict(ci, discordant, mcnemar_p):
 
 
 def gains_by_class(trained, labels):
-    """{class: gain in accuracy and p}, for the classes that have test images.
+    """{class: {"gain": in accuracy, "p": of no gain}}, for the classes that have test images.
 
-    `p` is that of a sign test on the class's images, by the sum of their gains over the seeds (with
-    one seed McNemar's exact test), adjusted for the number of classes (Benjamini, Hochberg 1995):
-    of the classes with p < 0.05 one in twenty is expected to be noise.
+    A sign test for each class asks whether more of its images gain than lose, summed over the seeds
+    (with one seed this is McNemar's exact test). `p` is adjusted for the number of classes
+    (Benjamini, Hochberg 1995): at most 5 % of the classes with p < 0.05 are expected to be noise.
     """
     gains = (correct_answers(trained["distilled"], labels).astype(float)
              - correct_answers(trained["baseline"], labels))
@@ -721,19 +755,22 @@ def gains_by_class(trained, labels):
 
 
 def confidence_interval(gains):
-    """95 % interval of the mean of `gains` (seeds, N), where seeds and images both are samples.
+    """95 % confidence interval of the mean of `gains` (S, N), for other seeds and other images.
 
-    A two-way layout with random effects and one observation per cell: Searle, Casella, McCulloch,
-    Variance Components (1992), chapter 4. The mean squares are expected to be, with the variances
-    of seeds, images and of what is left,
+    Two-way random-effects model with one observation per cell (Searle, Casella, McCulloch, Variance
+    Components, 1992, chapter 4): gain = mean + seed effect + image effect + residual. The expected
+    mean squares are
 
-        ms_seeds = var_residual + N * var_seeds,   ms_images = var_residual + S * var_images,
-        ms_residual = var_residual,
+        E[ms_seeds] = var_residual + N * var_seeds,   E[ms_images] = var_residual + S * var_images,
+        E[ms_residual] = var_residual,
 
-    so that the mean's variance var_seeds / S + var_images / N + var_residual / (S * N) is
-    (ms_seeds + ms_images - ms_residual) / (S * N). Where the seeds differ no more than the images'
-    noise makes them differ, ms_seeds <= ms_residual, it is ms_images / (S * N). By calculation the
-    truth lies within in 94 to 97.4 of 100 comparisons, with three seeds in 92.5 at worst.
+    so the variance of the mean, var_seeds / S + var_images / N + var_residual / (S * N), is
+    estimated by (ms_seeds + ms_images - ms_residual) / (S * N). If ms_seeds <= ms_residual, then
+    var_seeds is taken as 0. For S = 1 this is the t interval over the images.
+
+    With S - 1 degrees of freedom the interval is only approximate. For normal effects and large N
+    it covers the true mean with a probability of at least 94 % from four seeds on, 92.5 % with
+    three (numerical integration over the variance ratios); it is too wide if var_images dominates.
     """
     S, N = gains.shape
     mean = gains.mean()
@@ -741,23 +778,24 @@ def confidence_interval(gains):
     seed_means = gains.mean(1, keepdims=True)   # (S, 1)
 
     ms_images = S * image_means.var(ddof=1)
-    variance_sum = ms_images
+    scaled_variance = ms_images  # S * N times the variance of the mean
     degrees_of_freedom = N - 1
     if S > 1:
         residuals = gains - image_means - seed_means + mean
         ms_residual = (residuals**2).sum() / ((S - 1) * (N - 1))
         ms_seeds = N * seed_means.var(ddof=1)
         if ms_seeds > ms_residual:
-            variance_sum = ms_images + (ms_seeds - ms_residual)
-            degrees_of_freedom = S - 1  # the few seeds are now what limits the precision
+            scaled_variance = ms_images + (ms_seeds - ms_residual)
+            degrees_of_freedom = S - 1  # of ms_seeds, the least precise term
 
-    standard_error = math.sqrt(variance_sum / (S * N))
+    standard_error = math.sqrt(scaled_variance / (S * N))
     half_width = stats.t.ppf(0.975, degrees_of_freedom) * standard_error
     return [float(mean - half_width), float(mean + half_width)]
 
 
 def exact_mcnemar(only_baseline, only_distilled):
-    """Two-sided p of as unequal a split of the images that one student alone has right."""
+    """Two-sided p of McNemar's exact test: a binomial test on the images, given as two counts,
+    that only one of the students classifies correctly."""
     discordant = only_baseline + only_distilled
     if discordant == 0:
         return 1.0
@@ -765,8 +803,8 @@ def exact_mcnemar(only_baseline, only_distilled):
 
 
 def t_test(gain_by_seed):
-    """95 % interval of the mean of paired differences, and p of no difference (Student 1908); None
-    for one seed, and where all are equal, which is no proof that the next would be."""
+    """95 % CI of the mean of paired differences, and p of no difference (Student 1908). Both are
+    None if there is one seed or all gains are equal, since the variance is then unknown."""
     if len(set(gain_by_seed)) == 1:
         return None, None
     test = stats.ttest_1samp(gain_by_seed, 0)
@@ -774,8 +812,8 @@ def t_test(gain_by_seed):
 
 
 def compare_with_teacher(trained, labels):
-    """The teacher's lead over the baseline, with its interval, and what share of it was recovered:
-    None unless the lead is more than noise, since a gain divided by noise means nothing."""
+    """The teacher's lead over the baseline with its interval, and the fraction of it that the
+    distilled student gains: None if the lead may be noise, as the ratio is then meaningless."""
     baseline_correct = correct_answers(trained["baseline"], labels)
     distilled_correct = correct_answers(trained["distilled"], labels)
     teacher_correct = correct_answers(trained["teacher"], labels)  # (1, N)
@@ -794,8 +832,8 @@ def compare_with_teacher(trained, labels):
 # Inference ----------------------------------------------------------------------------------------
 
 def measure_inference(trained, device, timed=True):
-    """What inference costs with each role's first model, in float32 as evaluation does it; the
-    times are None where not `timed`. With the spread, 5th to 95th percentile, between rounds."""
+    """Cost of inference with each role's first model, in float32: size, operations and, if `timed`,
+    latency and throughput. `_spread` is the 5th to 95th percentile over the rounds."""
     first = {role: group[0] for role, group in trained.items()}
     inference = {"device": utils.device_name(device), "rounds": None, "distilled_to_baseline": None}
     for role, model in first.items():
@@ -835,7 +873,7 @@ def measure_inference(trained, device, timed=True):
 
 
 def random_images(model, batch_size, device):
-    """(B, 3, S, S) floats in [0, 1] of the model's size, channels_last as the loader's."""
+    """(B, 3, size, size) floats in [0, 1], channels_last as the loader yields them."""
     size = model.info["image_size"]
     images = torch.rand(batch_size, 3, size, size, device=device)
     return images.contiguous(memory_format=torch.channels_last)
@@ -843,7 +881,7 @@ def random_images(model, batch_size, device):
 
 @torch.inference_mode()
 def count_macs(model, device):
-    """Multiply-accumulate operations of one image: FlopCounterMode counts each as two."""
+    """Multiply-accumulate operations for one image; FlopCounterMode counts each as two."""
     with FlopCounterMode(display=False) as counter:
         models.forward(model.model, random_images(model, 1, device))
     return counter.get_total_flops() // 2
@@ -851,8 +889,8 @@ def count_macs(model, device):
 
 @torch.inference_mode()
 def time_rounds(models_by_role, batch_size, device):
-    """Seconds of a batch, {role: (rounds,)}. In each round every model has its turn, in the rounds
-    each order of the models as often; a round before the first warms up and is not counted."""
+    """Seconds per batch, {role: (rounds,)}. Every model has one turn in each round, and the rounds
+    cycle through all orders of the models. A warm-up round before them is not counted."""
     images = {role: random_images(model, batch_size, device)
               for role, model in models_by_role.items()}
     passes = PASSES_PER_ROUND[batch_size]
@@ -873,7 +911,7 @@ def time_rounds(models_by_role, batch_size, device):
 
 
 def time_passes(model, images, passes, device):
-    """Seconds of one forward pass, from the call until the device has the logits."""
+    """Mean seconds of one forward pass, including the wait until the device has finished."""
     start = time.perf_counter()
     for _ in range(passes):
         models.forward(model, images)
@@ -885,8 +923,8 @@ def time_passes(model, images, passes, device):
 
 
 def compare_times(seconds):
-    """Time of the distilled student divided by the baseline's, within each round: the median, the
-    range of nine rounds in ten, and whether that excludes 1 (None: too few rounds)."""
+    """Ratio of distilled to baseline time within each round: median, 5th to 95th percentile
+    (`range`), and whether these exclude 1 (`differ`, None if there are too few rounds)."""
     ratios = seconds["distilled"] / seconds["baseline"]
     low, high = np.quantile(ratios, [0.05, 0.95]).tolist()
     differ = None
@@ -898,6 +936,7 @@ def compare_times(seconds):
 @torch.inference_mode()
 def peak_memory_mb(model, device):
     """MiB of GPU memory for a batch of THROUGHPUT_BATCH images: weights, images, activations."""
+    # The GPU holds all models, so the weights of this one are counted and not measured.
     images = random_images(model, THROUGHPUT_BATCH, device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -914,12 +953,12 @@ REPORT_WIDTH = 100
 
 
 def report_text(numbers):
-    """The comparison as text of at most 100 columns, the verdict first, the details last."""
+    """The whole report, wrapped at REPORT_WIDTH: the verdict first, the tables last."""
     sections = [heading_lines(numbers)]
     for warning in warning_texts(numbers):
         sections.append([f"WARNING: {warning}."])
     sections.append(verdict_lines(numbers))
-    sections.append(source_lines(numbers))
+    sections.append(gain_source_lines(numbers))
     sections.append(cost_lines(numbers))
 
     sections.append(["Details"])
@@ -939,7 +978,7 @@ def report_text(numbers):
 
 
 def summary_text(numbers, results_dir):
-    """What the script prints last: what was compared, the verdict, accuracies, where to look."""
+    """What the script prints at the end: models, warnings, verdict, accuracies and paths."""
     lines = heading_lines(numbers)
     for warning in warning_texts(numbers):
         lines.append(f"WARNING: {warning}.")
@@ -957,7 +996,7 @@ def summary_text(numbers, results_dir):
 
 def heading_lines(numbers):
     scores = numbers["models"]
-    teacher = scores["teacher"]["model_name"] if "teacher" in scores else "no longer available"
+    teacher = scores["teacher"]["model_name"] if "teacher" in scores else "not available"
     dataset = numbers["dataset"]
     return [
         f"Baseline {scores['baseline']['model_name']} against distilled "
@@ -977,45 +1016,43 @@ def warning_texts(numbers):
     notes = numbers["notes"]
     texts = []
     if notes["unfair"]:
-        texts.append("This is no fair pair, these differ between the two runs: "
-                     + "; ".join(notes["unfair"]))
+        texts.append("This is not a fair pair: " + "; ".join(notes["unfair"]))
     texts += weakness_texts(numbers)
     if notes["missing_classes"]:
-        texts.append(f"{len(notes['missing_classes'])} classes have no test images, and all "
-                     f"numbers are of the others: {shorten_list(notes['missing_classes'])}")
+        texts.append(f"{len(notes['missing_classes'])} classes have no test images and are not "
+                     f"scored: {shorten_list(notes['missing_classes'])}")
     if notes["no_teacher"]:
-        texts.append(f"No teacher in this report: {notes['no_teacher']}")
+        texts.append(f"The teacher is not evaluated: {notes['no_teacher']}")
     if notes["trained_on"]:
-        texts.append(f"{len(notes['trained_on'])} test images are, to the bit, among the training "
-                     f"or validation images too: {shorten_list(notes['trained_on'])}")
+        texts.append(f"{len(notes['trained_on'])} test images are identical to training or "
+                     f"validation images: {shorten_list(notes['trained_on'])}")
     if notes["no_validation"]:
         texts.append(f"No temperature scaling: {notes['no_validation']}")
     if notes["left_out"]:
-        texts.append(f"Left out: {', '.join(notes['left_out'])}")
+        texts.append(f"Not compared: {', '.join(notes['left_out'])}")
     return texts
 
 
 def weakness_texts(numbers):
-    """What makes the comparison say little: a weak teacher, students near chance level."""
+    """Warnings of a teacher no better than the baseline and of students near chance level."""
     texts = []
     comparison = numbers["comparison"]
     if "teacher_lead" in comparison:
-        lead = (f"{points(comparison['teacher_lead'])} percentage points, 95 % CI "
+        lead = (f"{signed_points(comparison['teacher_lead'])} percentage points, 95 % CI "
                 f"{ci_text(comparison['teacher_lead_ci'])}")
         if not comparison["teacher_beats_baseline"]:
-            texts.append(f"The teacher does not beat the baseline on these images ({lead}); little "
-                         "can be learned from it")
+            texts.append(f"The teacher is no better than the baseline on the test images ({lead})")
         elif comparison["teacher_lead_ci"][0] <= 0:
             texts.append(f"The teacher's lead over the baseline ({lead}) may be noise")
 
     class_sizes = numbers["dataset"]["images_per_class"].values()
-    chance = max(class_sizes) / sum(class_sizes)  # of always naming the largest class
-    enough = max(chance, models.min_teacher_accuracy(numbers["dataset"]["num_classes"]))
+    chance = max(class_sizes) / sum(class_sizes)  # accuracy of always predicting the largest class
+    min_accuracy = max(chance, models.min_teacher_accuracy(numbers["dataset"]["num_classes"]))
     for role in STUDENTS:
         accuracy = numbers["models"][role]["top1"]
-        if accuracy <= enough:
-            texts.append(f"The {role} student, at {accuracy:.2%}, is hardly above chance level "
-                         f"({chance:.2%}); train longer or on more images before comparing")
+        if accuracy <= min_accuracy:
+            texts.append(f"The {role} student's accuracy, {accuracy:.2%}, is close to chance level "
+                         f"({chance:.2%}); train it longer or on more images")
     return texts
 
 
@@ -1028,28 +1065,28 @@ def verdict_interval(comparison):
     return comparison[f"ci_over_{comparison['verdict_ci']}"]
 
 
-def points(fraction):
+def signed_points(fraction):
     return f"{100 * fraction:+.2f}"
 
 
 def count_text(images, sign=""):
-    """A number of images, often a mean over seeds: 12 or 1,205.3; `sign` "+" shows its sign."""
+    """A mean number of images: 12 or 1,205.3; with `sign` "+" also +12."""
     return f"{images:{sign},.1f}".removesuffix(".0")
 
 
 def ci_text(ci):
     low, high = ci
-    return f"{points(low)} to {points(high)}"
+    return f"{signed_points(low)} to {signed_points(high)}"
 
 
 def verdict_lines(numbers):
-    """The verdict, and with several seeds what seeds alone and images alone would say."""
+    """The verdict with its gain and interval, then the other intervals and tests."""
     comparison = numbers["comparison"]
     seeds = len(numbers["seeds"])
     basis = "over the test images"
     if comparison["verdict_ci"] == "both":
         basis = f"over {seeds} seeds and the test images"
-    gain = (f"{points(comparison['gain'])} percentage points of top-1 accuracy "
+    gain = (f"{signed_points(comparison['gain'])} percentage points of top-1 accuracy "
             f"(95 % CI {ci_text(verdict_interval(comparison))} {basis})")
 
     if comparison["verdict"] == "undecided":
@@ -1061,36 +1098,37 @@ def verdict_lines(numbers):
     val_gain = scores["distilled"]["val_accuracy"] - scores["baseline"]["val_accuracy"]
     _, high = verdict_interval(comparison)
     if val_gain > 0 and val_gain > high:
-        lines.append(f"The gain on the validation images, {points(val_gain)} percentage points, is "
-                     "not borne out by the test images. The validation images are fewer, and they "
-                     "chose the epochs.")
+        lines.append("The test images do not confirm the gain on the validation images, "
+                     f"{signed_points(val_gain)} percentage points. Validation accuracy is "
+                     "optimistic, since it was used to choose the best epochs.")
 
     p_values = ", ".join(f"{p:.2g}" for p in comparison["mcnemar_p_by_seed"])
     if seeds == 1:
-        lines.append(f"McNemar's exact test: p = {p_values}. One seed says nothing about how much "
-                     "another one would differ.")
+        lines.append(f"McNemar's exact test: p = {p_values}. With a single seed, the variation "
+                     "between seeds is unknown.")
         return lines
 
-    over_seeds = "none, since all gain the same"
+    over_seeds = "undefined, since all seeds have the same gain"
     if comparison["ci_over_seeds"]:
         over_seeds = (f"{ci_text(comparison['ci_over_seeds'])} "
                       f"(paired t-test p = {comparison['t_test_p']:.2g})")
-    lines.append(f"95 % CI over the test images alone: {ci_text(comparison['ci_over_images'])}; "
-                 f"over the seeds alone: {over_seeds}. McNemar's exact test by seed: p = "
+    lines.append(f"95 % CI over the test images only: {ci_text(comparison['ci_over_images'])}; "
+                 f"over the seeds only: {over_seeds}. McNemar's exact test for each seed: p = "
                  f"{p_values}.")
     if np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
-        lines.append("The interval over seeds and images is that over the images, since the seeds "
-                     "differ no more than the choice of images makes them differ.")
+        lines.append("The interval over seeds and images equals that over the images: no variation "
+                     "between seeds was detected beyond the noise of the test images.")
     return lines
 
 
-def source_lines(numbers):
-    """Where the gain comes from: images that one student alone has right; the teacher's part."""
+def gain_source_lines(numbers):
+    """Images that only one student classifies correctly, by whether the teacher is right there."""
     comparison = numbers["comparison"]
-    average = "On average over the seeds, of" if len(numbers["seeds"]) > 1 else "Of"
-    lines = [f"{average} {numbers['dataset']['test_images']:,} test images the distilled student "
-             f"alone classifies {count_text(comparison['only_distilled_correct'])} correctly, the "
-             f"baseline alone {count_text(comparison['only_baseline_correct'])}."]
+    average = "on average over the seeds, " if len(numbers["seeds"]) > 1 else ""
+    lines = [f"Of {numbers['dataset']['test_images']:,} test images, {average}"
+             f"{count_text(comparison['only_distilled_correct'])} are classified correctly by the "
+             f"distilled student only, {count_text(comparison['only_baseline_correct'])} by the "
+             "baseline only."]
 
     effect = numbers.get("teacher_effect")
     if effect:
@@ -1099,71 +1137,73 @@ def source_lines(numbers):
             correct = effect[f"teacher_{word}_baseline_right"]
             net = errors["gain_in_images"] + correct["gain_in_images"]
             corrected = count_text(errors["gain_in_images"])
-            spoilt = count_text(abs(correct["gain_in_images"]))
+            lost = count_text(abs(correct["gain_in_images"]))
             lines.append(
                 f"Where the teacher is {word}, distillation corrects {corrected} of the baseline's "
-                f"{count_text(errors['images'])} errors and spoils {spoilt} of its "
-                f"{count_text(correct['images'])} correct answers: {count_text(net, '+')} images.")
+                f"{count_text(errors['images'])} errors and loses {lost} of its "
+                f"{count_text(correct['images'])} correct predictions: net "
+                f"{count_text(net, '+')} images.")
     return lines
 
 
 def cost_lines(numbers):
-    """What training took, and whether inference takes the students equally long."""
+    """Training time, and inference time of the two students."""
     lines = []
     hours = numbers["timings"]["training_hours"]
     missing = [role for role in ROLES if hours.get(role) is None]
     if missing:
-        lines.append(f"What training cost is not known of: {', '.join(missing)}.")
+        lines.append(f"Training time is unknown for: {', '.join(missing)}.")
     else:
         duration = {role: 3600 * hours[role] for role in ROLES}
-        both = duration["distilled"] + duration["teacher"]
+        with_teacher = duration["distilled"] + duration["teacher"]
         lines.append(f"Training took {utils.format_duration(duration['baseline'])} for the "
-                     f"baseline and {utils.format_duration(both)} for the distilled student, its "
-                     f"teacher's {utils.format_duration(duration['teacher'])} included.")
+                     f"baseline and {utils.format_duration(with_teacher)} for the distilled "
+                     f"student, including {utils.format_duration(duration['teacher'])} for its "
+                     "teacher.")
 
     inference = numbers["inference"]
     if inference["distilled_to_baseline"]:
         lines.append(
             f"Inference on {inference['device']}: "
-            + speed_text(inference, "latency", "latency_ms", "ms at batch 1") + "; "
-            + speed_text(inference, "throughput", "images_per_second", "images/s at batch 64")
-            + ".")
+            + speed_text(inference, "latency", "latency_ms", f"ms at batch {LATENCY_BATCH}") + "; "
+            + speed_text(inference, "throughput", "images_per_second",
+                         f"images/s at batch {THROUGHPUT_BATCH}") + ".")
     return lines
 
 
 def speed_text(inference, kind, key, unit):
-    """One measurement of both students, and whether their difference is more than noise."""
-    found = inference["distilled_to_baseline"][kind]
-    low, high = found["range"]
-    if found["differ"] is None:
-        conclusion = f"{inference['rounds'][kind]} rounds are too few to tell them apart"
-    elif found["differ"]:
-        conclusion = "they differ by more than the noise between repeats"
+    """One measurement of both students, and whether their times differ by more than noise."""
+    times = inference["distilled_to_baseline"][kind]
+    low, high = times["range"]
+    if times["differ"] is None:
+        conclusion = f"{inference['rounds'][kind]} rounds are too few for a comparison"
+    elif times["differ"]:
+        conclusion = "the difference exceeds the noise between rounds"
     else:
-        conclusion = "no difference beyond the noise between repeats"
+        conclusion = "no difference beyond the noise between rounds"
     return (f"baseline {inference['baseline'][key]:.4g} and distilled "
-            f"{inference['distilled'][key]:.4g} {unit} (time ratio {found['ratio']:.3f}, "
-            f"nine rounds in ten {low:.3f} to {high:.3f}: {conclusion})")
+            f"{inference['distilled'][key]:.4g} {unit} (time ratio {times['ratio']:.3f}, "
+            f"5th to 95th percentile {low:.3f} to {high:.3f}: {conclusion})")
 
 
 # Report: the tables -------------------------------------------------------------------------------
 
 def table_row(label, cells, indent="  "):
-    """A line in columns of 38 + 20 + 20 + 20."""
+    """A line of the report's tables: a label of 38 characters and cells of 20."""
     return f"{indent + label:<38}" + "".join(f"{cell:>20}" for cell in cells)
 
 
 def number_cells(dicts, key, spec):
-    """The cells of a row: `key` of each of the `dicts`, - where it is not known; with several
-    seeds ± the standard deviation, in percentage points."""
+    """The cells of a row: `key` of each dict, "-" if it has none; if the dict has a standard
+    deviation over the seeds for `key`, also ± that in percentage points."""
     texts = []
-    for numbers in dicts:
-        if numbers.get(key) is None:
+    for values in dicts:
+        if values.get(key) is None:
             texts.append("-")
             continue
-        text = format(numbers[key], spec)
-        if numbers.get("sd") and key in numbers["sd"]:
-            text += f" ± {100 * numbers['sd'][key]:.2f}"
+        text = format(values[key], spec)
+        if values.get("sd") and key in values["sd"]:
+            text += f" ± {100 * values['sd'][key]:.2f}"
         texts.append(text)
     return texts
 
@@ -1175,8 +1215,11 @@ def score_table(numbers):
     for key, label in SCORES.items():
         if key in scores[0]:
             lines.append(table_row(label, number_cells(scores, key, ".2%")))
-    epochs = [", ".join(map(str, role_scores["epochs"])) for role_scores in scores]
-    lines.append(table_row("best epoch, by seed", epochs))
+    best_epochs = []
+    for role_scores in scores:
+        epochs = [str(epoch or "-") for epoch in role_scores["epochs"]]  # 0: trained elsewhere
+        best_epochs.append(", ".join(epochs))
+    lines.append(table_row("best epoch of each seed", best_epochs))
     return lines
 
 
@@ -1187,14 +1230,14 @@ def calibration_table(numbers):
         plain.append(scores["calibration"])
         scaled.append(scores.get("calibration_scaled", {}))
 
-    kinds = {"nll": "cross-entropy (NLL)", "brier": "Brier score",
-             "ece": "expected calibration error"}
-    lines = [f"Calibration (nats; sum over classes; {CALIBRATION_BINS} equal-width bins)"]
-    for key, label in kinds.items():
+    row_labels = {"nll": "NLL (nats)", "brier": "Brier score", "ece": "ECE"}
+    lines = ["Calibration (Brier score summed over classes; expected calibration error, ECE, with "
+             f"{CALIBRATION_BINS} bins)"]
+    for key, label in row_labels.items():
         lines.append(table_row(label, number_cells(plain, key, ".4f")))
-    for key, label in kinds.items():
-        lines.append(table_row(f"{label}, scaled", number_cells(scaled, key, ".4f")))
-    lines.append(table_row("temperature, fitted on validation",
+    for key, label in row_labels.items():
+        lines.append(table_row(f"{label}, temperature-scaled", number_cells(scaled, key, ".4f")))
+    lines.append(table_row("temperature (from validation images)",
                            number_cells(scaled, "temperature", ".4f")))
     return lines
 
@@ -1203,12 +1246,12 @@ def fidelity_table(numbers):
     if "fidelity" not in numbers:
         return []
     fidelities = [numbers["fidelity"]["baseline"], numbers["fidelity"]["distilled"], {}]
-    recovered = [{}, numbers["comparison"], {}]
+    recovered = [{}, numbers["comparison"], {}]  # of the distilled student only
     return [
         "Fidelity to the teacher",
-        table_row("same top-1 answer", number_cells(fidelities, "agreement", ".2%")),
+        table_row("same top-1 prediction", number_cells(fidelities, "agreement", ".2%")),
         table_row("mean KL(teacher || student) (nats)", number_cells(fidelities, "kl", ".4f")),
-        table_row("teacher's advantage recovered",
+        table_row("gain / teacher's lead over baseline",
                   number_cells(recovered, "advantage_recovered", ".0%")),
     ]
 
@@ -1216,7 +1259,7 @@ def fidelity_table(numbers):
 def inference_table(numbers):
     roles = list(numbers["models"])
     costs = [numbers["inference"][role] for role in roles]
-    timed = numbers["inference"]["rounds"] is not None
+    is_timed = numbers["inference"]["rounds"] is not None
 
     sizes = [f"{cost['image_size']}" for cost in costs]
     parameters = [f"{cost['parameters'] / 1e6:.2f}" for cost in costs]
@@ -1226,16 +1269,17 @@ def inference_table(numbers):
     lines.append(table_row("parameters (million)", parameters))
     lines.append(table_row("multiply-accumulates (million)", macs))
     lines.append(table_row("checkpoint (MB)", number_cells(costs, "file_size_mb", ".1f")))
-    if timed:
-        lines.append(table_row("latency, batch 1 (ms)", number_cells(costs, "latency_ms", ".2f")))
+    if is_timed:
+        lines.append(table_row(f"latency, batch {LATENCY_BATCH} (ms)",
+                               number_cells(costs, "latency_ms", ".2f")))
         lines.append(table_row("  5th to 95th percentile",
                                spread_cells(costs, "latency_ms", ".2f")))
-        lines.append(table_row("throughput, batch 64 (images/s)",
+        lines.append(table_row(f"throughput, batch {THROUGHPUT_BATCH} (images/s)",
                                number_cells(costs, "images_per_second", ".0f")))
         lines.append(table_row("  5th to 95th percentile",
                                spread_cells(costs, "images_per_second", ".0f")))
     if costs[0]["peak_memory_mb"] is not None:
-        lines.append(table_row("GPU memory, batch 64 (MB)",
+        lines.append(table_row(f"GPU memory, batch {THROUGHPUT_BATCH} (MB)",
                                number_cells(costs, "peak_memory_mb", ".0f")))
     return lines
 
@@ -1253,7 +1297,7 @@ def teacher_effect_table(numbers):
     if not effect:
         return []
     heads = ("test images", "distilled accuracy", "gain in images")
-    lines = [table_row("Where the gain comes from", heads, indent="")]
+    lines = [table_row("Gain by teacher and baseline", heads, indent="")]
     for name, cell in effect.items():
         _, teacher_word, _, baseline_word = name.split("_")
         accuracy = "-" if cell["images"] == 0 else f"{cell['distilled_accuracy']:.2%}"
@@ -1263,8 +1307,8 @@ def teacher_effect_table(numbers):
 
 
 def confusion_table(numbers, shown=5):
-    """The `shown` most confused pairs of each model, and how often each model confuses them; for
-    CIFAR-100 the superclasses."""
+    """The `shown` most confused pairs of each role, with every role's rate; for CIFAR-100 also the
+    errors within superclasses."""
     roles = list(numbers["models"])
     pairs = {}
     for role in roles:
@@ -1273,14 +1317,14 @@ def confusion_table(numbers, shown=5):
 
     lines = []
     if pairs:
-        lines.append(table_row("Most confused (share of true class)", map(str.capitalize, roles),
-                               indent=""))
+        lines.append("Most frequent confusions (% of the images of the true class)")
+        lines.append(table_row("True class → predicted class", map(str.capitalize, roles)))
     for (true, predicted), share in sorted(pairs.items(), key=lambda pair: -pair[1]["baseline"]):
-        label = textwrap.shorten(f"{true} taken for {predicted}", 36, placeholder="…")
+        label = f"{short_name(true, 17)} → {short_name(predicted, 16)}"
         lines.append(table_row(label, [f"{share[role]:.1%}" for role in roles]))
     if "superclasses" in numbers:
         superclasses = [numbers["superclasses"][role] for role in roles]
-        lines.append(table_row("errors within the right superclass",
+        lines.append(table_row("errors within the true superclass",
                                number_cells(superclasses, "share_within", ".1%")))
     return lines
 
@@ -1310,7 +1354,7 @@ def write_text(path, text):
 
 
 def setting_parts(numbers):
-    """What was compared, for the head of a table and below a figure: dataset, pair, loss, ..."""
+    """What was compared: dataset, models, distillation loss, epochs, seeds, each as a phrase."""
     dataset = numbers["dataset"]
     training = numbers["training"]
     scores = numbers["models"]
@@ -1332,7 +1376,7 @@ def setting_line(numbers):
 
 
 def comparison_rows(numbers):
-    """Heads and rows, all texts, of the table for a paper or a README: teacher, baseline and
+    """(column heads, rows of strings) of the table for a paper or README: teacher, baseline and
     distilled student, ± the standard deviation over the seeds."""
     heads = ["", "model", "top-1 (%)", "gain, points (95 % CI)"]
     if "top5" in numbers["models"]["baseline"]:
@@ -1348,7 +1392,8 @@ def comparison_rows(numbers):
         row = [role, scores["model_name"], score_text(scores, "top1"), ""]
         if role == "distilled":
             comparison = numbers["comparison"]
-            row[3] = f"{points(comparison['gain'])} ({ci_text(verdict_interval(comparison))})"
+            interval = ci_text(verdict_interval(comparison))
+            row[3] = f"{signed_points(comparison['gain'])} ({interval})"
         if "top5" in scores:
             row.append(score_text(scores, "top5"))
         row.append(score_text(scores, "macro_f1"))
@@ -1395,7 +1440,7 @@ def latex_row(cells):
 
 
 def per_class_csv(numbers):
-    """A row for each class: its test images, accuracies, gain, and p (see `gains_by_class`)."""
+    """One row per class: test images, accuracy of each role, gain and p (see gains_by_class)."""
     roles = list(numbers["models"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -1414,28 +1459,28 @@ def per_class_csv(numbers):
 
 # Figures ------------------------------------------------------------------------------------------
 
-matplotlib.use("Agg")  # no window, also without a display
+matplotlib.use("Agg")  # draws into files; needs no display
 
-FIGURE_WIDTH = 7      # inches, of a page; no text is below 6 pt there
-MAX_CHANGES = 30      # classes of which the changes are shown
-MAX_NAMED = 50        # classes whose names a confusion matrix has room for, at 6 pt
-MAX_NAMED_BESIDE = 20  # the same, of one that stands beside another
-MAX_ANNOTATED = 20    # classes whose cells have room for a number
-MAX_ORDERED = 300     # classes up to which neighbours are optimised, which takes C**3 steps
+FIGURE_WIDTH = 7      # inches, the text width of a page; text is 6 pt or larger
+MAX_CHANGES = 30      # classes shown in class_changes
+MAX_NAMED = 50        # classes up to which a confusion matrix names all of them
+MAX_CONFUSED = 20     # beyond that: classes in the matrix of the most confused ones
+MAX_ANNOTATED = 20    # classes up to which each cell shows its number
+MAX_ORDERED = 300     # classes up to which the optimal order is computed, in O(C**3)
 GALLERY_COLUMNS = 4
-GALLERY_MOST = 8      # pictures of each kind
+GALLERY_MOST = 8      # images corrected, and images newly misclassified
 
-# Colours of Okabe and Ito, which the colour-blind tell apart; lines and markers differ in grey too.
+# Okabe and Ito's colours, safe for the colour-blind. In greyscale, lines and markers still differ.
 STYLES = {
     "baseline": {"color": "#0072B2", "linestyle": "-", "marker": "o", "label": "Baseline"},
     "distilled": {"color": "#E69F00", "linestyle": "--", "marker": "s", "label": "Distilled"},
     "teacher": {"color": "#595959", "linestyle": ":", "marker": "^", "label": "Teacher"},
 }
-GAIN_COLOR = "#009E73"
-LOSS_COLOR = "#D55E00"
+GAIN_COLOR = "#009E73"  # green
+LOSS_COLOR = "#D55E00"  # orange
 
-# Matplotlib takes each character from the first of these that has it. The first comes with it; the
-# others are the systems' own for Chinese, Japanese, Korean, Arabic, Hindi.
+# Matplotlib draws each character in the first of these fonts that has it. DejaVu comes with
+# Matplotlib; the others come with the systems, for Chinese, Japanese, Korean, Arabic and Hindi.
 FONT_FAMILIES = (
     "DejaVu Sans",
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari",  # Linux
@@ -1445,12 +1490,12 @@ FONT_FAMILIES = (
 
 
 def write_figures(trained, labels, test, numbers, results_dir):
-    """Write every figure as PNG and PDF into `results_dir`, one after the other for memory."""
+    """Write every figure as PNG and PDF. One is closed before the next is drawn, to save memory."""
     set_figure_style()
     caption = figure_caption(numbers)
 
     def save(name, figure):
-        # Below all else, so that no layout has to make room for it.
+        # The caption goes below everything already drawn, outside the figure's layout.
         figure.draw_without_rendering()
         bottom = figure.get_tightbbox().y0 / figure.get_figheight()
         figure.text(0.5, bottom - 0.01, caption, ha="center", va="top", fontsize=6,
@@ -1461,7 +1506,7 @@ def write_figures(trained, labels, test, numbers, results_dir):
         plt.close(figure)
 
     with warnings.catch_warnings():
-        # A character that no font has is a box in the figure, which says enough.
+        # Matplotlib draws a box for a character that no font has; no warning is needed.
         warnings.filterwarnings("ignore", "Glyph .* missing")
         save("accuracy_comparison", accuracy_comparison(numbers))
         save("training_curves", training_curves(trained))
@@ -1473,15 +1518,16 @@ def write_figures(trained, labels, test, numbers, results_dir):
         shares = confusion_shares(trained, labels)
         names = trained["baseline"][0].info["class_names"]
         order = class_order(sum(shares.values()))
-        most = most_confused_classes(sum(shares.values()), MAX_NAMED_BESIDE)
+        confused = most_confused_classes(sum(shares.values()), MAX_CONFUSED)
         for role, matrix in shares.items():
-            title = f"Confusion matrix, {role} ({numbers['models'][role]['model_name']})"
+            title = f"Confusion matrix of the {role} ({numbers['models'][role]['model_name']})"
             save(f"confusion_matrix_{role}",
-                 confusion_matrix(title, matrix, names, order, most, SHARE_SCALE))
+                 confusion_matrix(title, matrix, names, order, confused, SHARE_SCALE))
         difference = shares["distilled"] - shares["baseline"]
-        title = "Confusion matrix, difference: distilled minus baseline"
+        title = "Difference of the confusion matrices, distilled minus baseline"
         save("confusion_matrix_difference",
-             confusion_matrix(title, difference, names, order, most, difference_scale(difference)))
+             confusion_matrix(title, difference, names, order, confused,
+                              difference_scale(difference)))
 
 
 def set_figure_style():
@@ -1491,7 +1537,7 @@ def set_figure_style():
         "figure.constrained_layout.use": True,
         "savefig.dpi": 200,
         "savefig.bbox": "tight",
-        "text.parse_math": False,  # a $ is no formula in a class name
+        "text.parse_math": False,  # a class name may contain $
         "figure.titlesize": 9,
         "axes.titlesize": 8,
         "axes.labelsize": 7.5,
@@ -1503,7 +1549,7 @@ def set_figure_style():
 
 
 def figure_caption(numbers):
-    """The setting in lines that break between its parts only."""
+    """The setting's phrases, with line breaks only between phrases."""
     parts = setting_parts(numbers)
     unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
     return textwrap.fill(" · ".join(unbroken), 150)
@@ -1512,7 +1558,7 @@ def figure_caption(numbers):
 # Figures: scores ----------------------------------------------------------------------------------
 
 def accuracy_comparison(numbers):
-    """The figure to show others: accuracies, and the gain with the verdict in its title."""
+    """The main figure: accuracies on the left, gains on the right with the verdict as title."""
     rows = len(gain_rows(numbers))
     figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 1.5 + 0.24 * rows))
     draw_accuracies(left, numbers)
@@ -1521,7 +1567,7 @@ def accuracy_comparison(numbers):
 
 
 def draw_accuracies(axis, numbers):
-    """Mean with 95 % CI of each role on a fitted axis; each seed faint below its mean."""
+    """Each role's mean accuracy with its 95 % CI, and faintly each seed."""
     roles = [role for role in ("teacher", "baseline", "distilled") if role in numbers["models"]]
     names = []
     for y, role in enumerate(roles):
@@ -1541,13 +1587,13 @@ def draw_accuracies(axis, numbers):
     axis.grid(visible=False, axis="y")
     label = "accuracy (%), 95 % CI"
     if len(numbers["seeds"]) > 1:
-        label = "accuracy (%), mean and 95 % CI; faint: single seeds"
+        label = "accuracy (%), mean and 95 % CI; faint: each seed"
     axis.set(ylim=(len(roles) - 0.4, -0.6), xlabel=label,
              title="Top-1 accuracy on the test images")
 
 
 def gain_rows(numbers):
-    """(name, gain, its interval) of every seed and, of several, of all together."""
+    """(name, gain, CI) of each seed and, if there are several, of all seeds."""
     comparison = numbers["comparison"]
     rows = []
     for seed, gain, ci in zip(numbers["seeds"], comparison["gain_by_seed"],
@@ -1559,14 +1605,14 @@ def gain_rows(numbers):
 
 
 def draw_gains(axis, numbers):
-    """The gain with its 95 % CI, by seed and together."""
+    """The gain with its 95 % CI, for each seed and for all."""
     rows = gain_rows(numbers)
     names = []
     for y, (name, gain, (low, high)) in enumerate(rows):
         color = "black" if y == len(rows) - 1 else "#999999"
         axis.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]],
                       capsize=4, fmt="o", markersize=5, color=color)
-        names.append(f"{name}  {points(gain)}")
+        names.append(f"{name}  {signed_points(gain)}")
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), names)
     axis.grid(visible=False, axis="y")
@@ -1574,15 +1620,16 @@ def draw_gains(axis, numbers):
     comparison = numbers["comparison"]
     axis.set(ylim=(len(rows) - 0.4, -0.6),
              xlabel="gain over the baseline, percentage points",
-             title=f"{points(comparison['gain'])} points (95 % CI "
+             title=f"{signed_points(comparison['gain'])} points (95 % CI "
                    f"{ci_text(verdict_interval(comparison))}): {comparison['verdict']}")
 
 
 def reliability_diagram(trained, labels, numbers):
-    """Accuracy against confidence, as trained and after temperature scaling, with the counts."""
-    panels = {"as trained": False}
+    """Accuracy against confidence before and, if every model has a temperature, after temperature
+    scaling; below each panel the number of images per bin."""
+    panels = {"without temperature scaling": False}  # title: is it scaled?
     if all(model.temperature for group in trained.values() for model in group):
-        panels["temperature fitted on validation images"] = True
+        panels["with temperature scaling"] = True
 
     figure, axes = plt.subplots(
         2, len(panels), figsize=(FIGURE_WIDTH * len(panels) / 2, 4.2), squeeze=False, sharex=True,
@@ -1598,13 +1645,13 @@ def reliability_diagram(trained, labels, numbers):
         below.set_xlabel("confidence (%)")
     axes[0, 0].set_ylabel("accuracy (%)")
     axes[1, 0].set(ylabel="test images", ylim=(0, None))
-    figure.suptitle("Accuracy against confidence, in bins of 10 images and more")
+    figure.suptitle("Reliability diagram (bins with 10 or more images)")
     return figure
 
 
 def draw_reliability(above, below, role, group, labels, is_scaled, ece):
-    """One role's curve, seeds pooled, and its test images by bin; below the diagonal it is
-    overconfident."""
+    """One role's curve, from the images of all seeds, and its number of images per bin. A model is
+    overconfident where its curve is below the diagonal."""
     answers = []
     for model in group:
         log_probs = model.log_probs
@@ -1615,7 +1662,7 @@ def draw_reliability(above, below, role, group, labels, is_scaled, ece):
     correct = np.concatenate([seed_correct for _, seed_correct in answers])
 
     mean_confidence, accuracy, counts = reliability(confidence, correct)
-    filled = counts >= 10  # the accuracy of fewer images is noise
+    filled = counts >= 10  # with fewer, the accuracy is mostly noise
     style = STYLES[role] | {"label": f"{STYLES[role]['label']}, ECE {ece:.3f}"}
     above.plot(100 * mean_confidence[filled], 100 * accuracy[filled], markersize=3.5, **style)
     edges = np.linspace(0, 100, CALIBRATION_BINS + 1)
@@ -1625,8 +1672,8 @@ def draw_reliability(above, below, role, group, labels, is_scaled, ece):
 # Figures: training --------------------------------------------------------------------------------
 
 def plot_history(axis, group, column, scale=1, **style):
-    """A column of the histories, where it is not empty, over the epochs: of one seed a line, of
-    several a faint line each and their mean, which bears the label."""
+    """Plot a column of the histories against the epoch, skipping empty values. Several seeds get a
+    faint line each and a labelled line for their mean over the epochs that all have."""
     style = {**style, "marker": None}
     values_by_seed = []
     for model in group:
@@ -1652,19 +1699,19 @@ def style_epoch_axis(axis, title, unit):
 
 
 def add_one_legend(figure, columns):
-    """A legend below the panels, with every label of theirs once."""
+    """One legend below all panels, with each label once."""
     handles = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        # transFigure, or the legend would move when saving enlarges the picture by what is below.
+        # Placed relative to the figure: saving with bbox "tight" adds space below the panels.
         figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=columns,
                       bbox_to_anchor=(0.5, 0), bbox_transform=figure.transFigure)
 
 
 def training_curves(trained):
-    """Losses and accuracy over the epochs; seeds faint, their mean bold."""
+    """Losses and validation accuracy against the epoch."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 2.8))
     draw_training_loss(left, trained)
     draw_validation_loss(middle, trained)
@@ -1679,7 +1726,7 @@ def draw_training_loss(axis, trained):
     smoothing = trained["baseline"][0].info["config"].get("label_smoothing")
     title = "Training cross-entropy"
     if smoothing:
-        title += f"\n(labels smoothed by {smoothing:g},\nthe teacher's are not)"
+        title += f"\n(students: label smoothing {smoothing:g},\nteacher: none)"
     style_epoch_axis(axis, title, "nats")
 
 
@@ -1696,12 +1743,13 @@ def draw_validation_accuracy(axis, trained):
             if model.history:
                 axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"], markersize=4,
                           color=STYLES[role]["color"], marker=STYLES[role]["marker"],
-                          fillstyle="none")  # hides none below
+                          fillstyle="none")  # marks may coincide
     style_epoch_axis(axis, "Validation accuracy\n(mark: best epoch)", "%")
 
 
 def distillation_diagnostics(trained):
-    """Why the teacher helped or not, on the training images as augmented."""
+    """Loss terms, entropies and accuracies on the augmented training images: why distillation
+    helped or not."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 3.2))
     draw_loss_parts(left, trained["distilled"])
     draw_entropies(middle, trained)
@@ -1709,19 +1757,19 @@ def distillation_diagnostics(trained):
     left.set_ylim(bottom=0)
     right.set_ylim(bottom=0)
     add_one_legend(figure, columns=3)
-    figure.suptitle("On the training images as augmented, while the students learn")
+    figure.suptitle("Distillation on the augmented training images")
     return figure
 
 
 def draw_loss_parts(axis, distilled):
     info = distilled[0].info
-    if info.get("teacher"):  # --distilled-checkpoint may name a student that had none
+    if info.get("teacher"):  # --distilled-checkpoint may be a student without a teacher
         alpha = info["config"]["alpha"]
         plot_history(axis, distilled, "distill_loss", alpha, color=GAIN_COLOR, linestyle="-",
                      label=f"{alpha:g} × distillation loss ({info['config']['distillation_loss']})")
         plot_history(axis, distilled, "ce_loss", 1 - alpha, color=LOSS_COLOR, linestyle="--",
                      label=f"{1 - alpha:.3g} × cross-entropy")
-    style_epoch_axis(axis, "Distilled student's loss", "as weighted in the loss")
+    style_epoch_axis(axis, "Distilled student's loss", "weighted loss term")
 
 
 def draw_entropies(axis, trained):
@@ -1734,8 +1782,8 @@ def draw_entropies(axis, trained):
         plot_history(axis, trained["distilled"], "teacher_entropy", **STYLES["teacher"])
     uniform = math.log(info["num_classes"])
     axis.axhline(uniform, color="black", linewidth=0.8)
-    axis.annotate(f"uniform, ln {info['num_classes']}", (0.03, uniform), va="bottom", fontsize=6.5,
-                  xycoords=("axes fraction", "data"))
+    axis.annotate(f"uniform prediction, ln {info['num_classes']}", (0.03, uniform), va="bottom",
+                  fontsize=6.5, xycoords=("axes fraction", "data"))
     axis.set_ylim(0, 1.15 * uniform)
     style_epoch_axis(axis, "Entropy of the predictions", "nats")
 
@@ -1758,10 +1806,10 @@ def short_name(name, length):
 
 
 def class_changes(numbers):
-    """Accuracy of both students by class, in the order of the gain; of many classes the ends."""
+    """Accuracy of both students by class, sorted by gain: all classes, or both ends of the list."""
     changes = numbers["class_changes"]
     names = sorted(changes, key=lambda name: changes[name]["gain"])
-    title = "Accuracy by class, in the order of the gain"
+    title = "Accuracy by class, sorted by gain"
     if len(names) > MAX_CHANGES:
         half = MAX_CHANGES // 2
         title = f"Accuracy by class: the {half} largest and {half} smallest gains of {len(names)}"
@@ -1786,22 +1834,22 @@ def draw_class_changes(axis, names, numbers):
         color = GAIN_COLOR if after[name] >= before[name] else LOSS_COLOR
         axis.plot([100 * before[name], 100 * after[name]], [y, y], color=color, linewidth=1.6,
                   zorder=1)
-        is_noise = numbers["class_changes"][name]["p"] >= 0.05
+        is_significant = numbers["class_changes"][name]["p"] < 0.05
         label = short_name(name, 30)
-        tick_labels.append(label if is_noise else f"* {label}")
+        tick_labels.append(f"* {label}" if is_significant else label)
 
     y = np.arange(len(names))
     points_of = {"baseline": before, "distilled": after}
-    for role, size in (("baseline", 6), ("distilled", 3.5)):  # where they coincide both show
+    for role, size in (("baseline", 6), ("distilled", 3.5)):  # both show if they coincide
         style = STYLES[role] | {"linestyle": "", "markersize": size}
         axis.plot([100 * points_of[role][name] for name in names], y, **style)
     axis.set_yticks(y, tick_labels)
     axis.set(ylim=(-0.8, len(names) - 0.2),
-             xlabel="accuracy (%)        * more than noise (sign test, 5 % false discoveries)")
+             xlabel="accuracy (%)        * significant (sign test, false discovery rate 5 %)")
 
 
 def gallery(trained, labels, test):
-    """A random choice of the images that the distilled student corrects or newly misclassifies."""
+    """Random test images that the distilled student corrects or newly misclassifies."""
     baseline = trained["baseline"][0]
     distilled = trained["distilled"][0]
     was_correct = baseline.predictions == labels
@@ -1815,19 +1863,21 @@ def gallery(trained, labels, test):
     figure = plt.figure(figsize=(FIGURE_WIDTH * columns / GALLERY_COLUMNS, 0.5 + 2.25 * rows))
     first = {role: group[0] for role, group in trained.items()}
     crop = data_loader.crop_to_size(distilled.info)
-    for place, i in enumerate(shown, start=1):
-        axis = figure.add_subplot(rows, columns, place)
+    for position, i in enumerate(shown, start=1):
+        axis = figure.add_subplot(rows, columns, position)
         image = crop(data_loader.load_image(test, i))
         draw_picture(axis, image, i, labels[i], first, is_correct[i])
 
     seed = distilled.info["config"]["seed"]
-    figure.suptitle(f"Test images, random choice of seed {seed}: {len(corrected):,} corrected "
-                    f"(green),\n{len(misclassified):,} newly misclassified (orange)")
+    figure.suptitle(f"{len(corrected):,} test images corrected (green), "
+                    f"{len(misclassified):,} newly misclassified (orange);\n"
+                    f"random examples, students of seed {seed}")
     return figure
 
 
 def choose_pictures(corrected, misclassified):
-    """Indices of up to GALLERY_MOST images of each kind, in whole rows, the corrected first."""
+    """Random indices of up to GALLERY_MOST images of each kind, the corrected ones first. If they
+    need more than one row, the larger kind loses some so that all rows are full."""
     random = np.random.default_rng(0)
     chosen = [random.permutation(images)[:GALLERY_MOST].tolist()
               for images in (corrected, misclassified)]
@@ -1839,13 +1889,13 @@ def choose_pictures(corrected, misclassified):
 
 
 def draw_picture(axis, image, i, label, model_by_role, is_corrected):
-    """The square that the model sees, above it the class and what each model takes it for."""
+    """Draw an image as cropped for the model, titled with its class and each prediction."""
     names = model_by_role["baseline"].info["class_names"]
     lines = [f"Class: {short_name(names[label], 22)}"]
     for role, model in model_by_role.items():
         confidence = np.exp(model.log_probs[i].max())
-        answer = short_name(names[model.predictions[i]], 15)
-        lines.append(f"{STYLES[role]['label']}: {answer} {confidence:.0%}")
+        prediction = short_name(names[model.predictions[i]], 15)
+        lines.append(f"{STYLES[role]['label']}: {prediction} {confidence:.0%}")
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
     axis.set_title("\n".join(lines), fontsize=6.5, loc="left")
@@ -1861,7 +1911,7 @@ class Scale(NamedTuple):
     label: str
 
 
-# The square root lets a few percent be seen.
+# A square-root scale makes errors of a few percent visible.
 SHARE_SCALE = Scale("Blues", matplotlib.colors.PowerNorm(0.5, 0, 100),
                     "share of the true class (%), square-root scale")
 
@@ -1881,8 +1931,8 @@ def signed_square(values):
 
 
 def confusion_shares(trained, labels):
-    """{role: (C, C)}, what share of each true class's images (rows) is taken for each class, mean
-    over the seeds; 0 for classes without images."""
+    """{role: (C, C) confusion matrix normalised over each row, a true class}, means over the seeds;
+    0 in rows without images."""
     shares = {}
     for role, group in trained.items():
         counts = confusion_counts(group, labels)
@@ -1891,8 +1941,8 @@ def confusion_shares(trained, labels):
 
 
 def class_order(confusion):
-    """The order of classes in a confusion matrix (C, C): their own up to 20, else one in which
-    those that are taken for each other are neighbours (average linkage)."""
+    """The order of classes for drawing a confusion matrix (C, C): unchanged up to MAX_ANNOTATED
+    classes, else by hierarchical clustering (average linkage): confused classes are adjacent."""
     if len(confusion) <= MAX_ANNOTATED:
         return np.arange(len(confusion))
     similarity = confusion + confusion.T
@@ -1903,12 +1953,12 @@ def class_order(confusion):
 
 
 def most_confused_classes(confusion, count):
-    """The `count` classes, sorted, in the most frequent errors of a matrix (C, C)."""
+    """Indices of the `count` classes with the most frequent errors in a matrix (C, C), sorted."""
     errors = confusion.copy()
     np.fill_diagonal(errors, 0)
     classes = []
-    for place in np.argsort(-errors, axis=None, kind="stable"):
-        for label in np.unravel_index(place, errors.shape):
+    for flat_index in np.argsort(-errors, axis=None, kind="stable"):
+        for label in np.unravel_index(flat_index, errors.shape):
             if label not in classes and len(classes) < count:
                 classes.append(int(label))
         if len(classes) >= min(count, len(confusion)):
@@ -1917,8 +1967,8 @@ def most_confused_classes(confusion, count):
 
 
 def confusion_matrix(title, matrix, names, order, most_confused, scale):
-    """A matrix (C, C) with the names of all classes or, where they are many, as an image without
-    names beside one of the classes `most_confused`."""
+    """Figure of a matrix (C, C) with class names; with more than MAX_NAMED classes, of the matrix
+    without names and, beside it, the part of the classes `most_confused` with names."""
     if len(names) <= MAX_NAMED:
         side = min(FIGURE_WIDTH - 0.5, 3 + 0.2 * len(names))
         figure, axis = plt.subplots(figsize=(side + 0.5, side))
@@ -1932,8 +1982,7 @@ def confusion_matrix(title, matrix, names, order, most_confused, scale):
 
         part = matrix[np.ix_(most_confused, most_confused)]
         part_names = [names[i] for i in most_confused]
-        part_order = class_order(np.abs(part))
-        mesh = draw_matrix(right, part, part_names, part_order, scale)
+        mesh = draw_matrix(right, part, part_names, np.arange(len(part)), scale)
         right.set_title(f"the {len(most_confused)} most confused classes")
         figure.colorbar(mesh, ax=(left, right), label=scale.label, location="bottom", shrink=0.5,
                         aspect=40)
@@ -1942,9 +1991,10 @@ def confusion_matrix(title, matrix, names, order, most_confused, scale):
 
 
 def draw_matrix(axis, matrix, names, order, scale):
-    """Cells in percent, with names where there are `names`, and with numbers where they are few."""
+    """Draw the cells in percent, with tick labels unless `names` is None, and with the number in
+    each cell up to MAX_ANNOTATED classes."""
     cells = 100 * matrix[np.ix_(order, order)]
-    # A PDF holds the cells as an image: a million squares would take minutes to show.
+    # Rasterized, since a PDF viewer would take minutes for a million vector squares.
     mesh = axis.pcolormesh(cells, cmap=scale.cmap, norm=scale.norm, rasterized=True)
     axis.invert_yaxis()
     axis.set_aspect("equal")
@@ -1957,14 +2007,14 @@ def draw_matrix(axis, matrix, names, order, scale):
     centres = np.arange(len(order)) + 0.5
     ordered_names = [short_name(names[i], 16) for i in order]
     size = 7 if len(names) <= MAX_ANNOTATED else 6
-    upright = len("".join(ordered_names)) <= 30
-    axis.set_xticks(centres, ordered_names, fontsize=size, rotation=0 if upright else 90)
+    fits_horizontally = len("".join(ordered_names)) <= 30
+    axis.set_xticks(centres, ordered_names, fontsize=size, rotation=0 if fits_horizontally else 90)
     axis.set_yticks(centres, ordered_names, fontsize=size)
     if len(names) <= MAX_ANNOTATED:
         for row, column in np.ndindex(*cells.shape):
             value = cells[row, column]
             if abs(value) >= 0.5:
-                # White on the dark ends of the scale, where its square root passes 0.6.
+                # White text on dark cells: beyond 0.6 of the square-root scale, 0.6**2 = 0.36.
                 is_dark = abs(value) > 0.36 * scale.norm.vmax
                 axis.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center",
                           fontsize=6, color="white" if is_dark else "black")

@@ -1,4 +1,4 @@
-"""How near the training loop runs to the hardware's limit, on made-up images of CIFAR's shape.
+"""How close the training loop comes to the hardware's limit, on synthetic images of CIFAR's shape.
 
     python tests/benchmark_training.py           # EfficientNet-B0, B2 as teacher, 224 px, batch 16
     python tests/benchmark_training.py --image-size 32 --batch-size 128 --json FILE
@@ -7,8 +7,8 @@ Three loops take turns, so that a machine that slows down slows them all; median
 
 (a) plain: what people write: torchvision's PIL transforms, a DataLoader with its best number of
     workers, NCHW, autocast, `.item()` in every step;
-(b) project: train_baseline.train and train_distillation.train, as the scripts run them, the second
-    of two epochs, from the history's own column;
+(b) project: train_baseline.train and train_distillation.train with the default EMA, as the scripts
+    run them: images/s of the second of two epochs, from the history;
 (c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already there.
 
 Each for cross-entropy (CE) and for distillation (KD); then (b) and (c) for evaluation, in its own
@@ -41,17 +41,57 @@ import train_baseline
 import train_distillation
 import utils
 
-CLASSES = 100
+NUM_CLASSES = 100
+COLUMNS = {"plain": ".0f", "project": ".0f", "ceiling": ".0f", "project / plain": ".2f",
+           "project / ceiling": ".3f"}
 
+
+def made_up(pixels, labels):
+    """A dataset of these images, (N, 32, 32, 3) uint8 and (N,); sixteen of them for validation."""
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    train = data_loader.Images(pixels, None, torch.from_numpy(labels), [])
+    val = train.select(range(16))
+    class_names = [str(i) for i in range(NUM_CLASSES)]
+    return data_loader.Dataset("made up", class_names, train, val, "", "flip_crop")
+
+
+def parse_settings(args, distill, folder="."):
+    """The project's settings for this benchmark, from its own command line."""
+    flags = ["--student-model", args.model, "--no-pretrained", "--image-size", args.image_size,
+             "--batch-size", args.batch_size, "--learning-rate", "1e-4", "--num-epochs", "2",
+             "--checkpoint-dir", folder, "--results-dir", folder]
+    if args.cuda_graph:
+        flags += ["--cuda-graph"]
+    script = "baseline"
+    if distill:
+        flags += ["--teacher-model", args.teacher]
+        script = "distillation"
+    settings = config.parse_args(script, "", [str(flag) for flag in flags])
+    settings.amp_dtype = args.amp_dtype
+    return settings
+
+
+def build_models(args, device):
+    """(student, frozen teacher) as the scripts have them, with random weights."""
+    student = models.build_model(args.model, NUM_CLASSES).to(device)
+    teacher = models.build_model(args.teacher, NUM_CLASSES)
+    dtype = utils.DTYPES[args.amp_dtype]
+    return student, models.freeze_teacher(teacher, args.image_size, dtype).to(device)
+
+
+# (a) plain ----------------------------------------------------------------------------------------
 
 class PlainDataset(torch.utils.data.Dataset):
     """Images as torchvision's CIFAR100 hands them out: PIL, through a transform."""
 
     def __init__(self, pixels, labels, size):
-        self.pixels, self.labels = pixels, labels
+        self.pixels = pixels
+        self.labels = labels
         self.transform = transforms.Compose([
-            transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(),
-            transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.ToTensor(),
+            transforms.RandomCrop(32, 4),
+            transforms.RandomHorizontalFlip(),
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
 
     def __len__(self):
@@ -61,85 +101,78 @@ class PlainDataset(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
 
 
-def plain_loop(args, device, pixels, labels, workers):
-    """(a): a function that trains a round and returns its images/s."""
-    student, teacher = (models.build_model(name, CLASSES).to(
-        device, memory_format=torch.contiguous_format) for name in (args.model, args.teacher))
-    teacher.eval()
+def plain_loop(args, device, pixels, labels, num_workers):
+    """A function of `distill` that trains a round and returns its images/s."""
+    student = models.build_model(args.model, NUM_CLASSES)
+    student = student.to(device, memory_format=torch.contiguous_format)
+    teacher = models.build_model(args.teacher, NUM_CLASSES)
+    teacher = teacher.to(device, memory_format=torch.contiguous_format).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
     loader = torch.utils.data.DataLoader(
         PlainDataset(pixels, labels, args.image_size), args.batch_size, shuffle=True,
-        drop_last=True, num_workers=workers, pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0)
+        drop_last=True, num_workers=num_workers, pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0)
 
-    def loss_of(images, targets, distil):
+    def loss_of(images, targets, distill):
         logits = student(images)
-        loss = F.cross_entropy(logits, targets)
-        if not distil:
-            return loss
+        ce_loss = F.cross_entropy(logits, targets)
+        if not distill:
+            return ce_loss
         with torch.no_grad():
             teacher_logits = teacher(images)
         kl = F.kl_div(F.log_softmax(logits / 4, 1), F.softmax(teacher_logits / 4, 1),
                       reduction="batchmean")
-        return 0.3 * loss + 0.7 * 16 * kl
+        return 0.7 * 16 * kl + 0.3 * ce_loss
 
-    def run(distil):
+    def run(distill):
         student.train()
         start = time.perf_counter()
-        total = 0.0
+        total_loss = 0.0
         for images, targets in loader:
             images = images.to(device, non_blocking=True)
             targets = targets.to(device, non_blocking=True)
             with utils.autocast(device, args):
-                loss = loss_of(images, targets, distil)
+                loss = loss_of(images, targets, distill)
+
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
-            total += loss.item()
+            total_loss += loss.item()
         return len(loader) * args.batch_size / (time.perf_counter() - start)
     return run
 
 
-def settings_of(args, distil, folder="."):
-    """The project's settings for this benchmark, from its own command line."""
-    flags = ["--student-model", args.model, "--no-pretrained", "--image-size", args.image_size,
-             "--batch-size", args.batch_size, "--learning-rate", "1e-4", "--num-epochs", "2",
-             "--checkpoint-dir", folder, "--results-dir", folder, "--ema-decay", "0"]
-    flags += ["--cuda-graph"] if args.cuda_graph else []
-    if distil:
-        flags += ["--teacher-model", args.teacher]
-    script = "distillation" if distil else "baseline"
-    settings = config.parse_args(script, "", [str(flag) for flag in flags])
-    settings.amp_dtype = args.amp_dtype
-    return settings
+def best_plain_loop(args, device, pixels, labels):
+    """(number of workers, loop) of the fastest of args.workers, in a round after a first one."""
+    loops = {}
+    speeds = {}
+    for num_workers in args.workers:
+        loop = plain_loop(args, device, pixels, labels, num_workers)
+        loop(False)
+        loops[num_workers] = loop
+        speeds[num_workers] = loop(False)
+    best = max(speeds, key=speeds.get)
+    return best, loops[best]
 
 
-def made_up(pixels, labels):
-    """A dataset of these images, sixteen of them for validation."""
-    pixels, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels)
-    train = data_loader.Images(pixels.contiguous(), None, labels, [])
-    names = [str(i) for i in range(CLASSES)]
-    return data_loader.Dataset("made up", names, train, train.select(range(16)), "", "flip_crop")
+# (b) project --------------------------------------------------------------------------------------
 
-
-def project_loop(args, device, pixels, labels, distil):
-    """(b): a function that trains two epochs as the scripts do; the second one's images/s."""
+def project_loop(args, device, pixels, labels, distill):
+    """A function that trains two epochs as the scripts do and returns the second one's images/s."""
     data = made_up(pixels, labels)
-    student = models.build_model(args.model, CLASSES).to(device)
-    teacher = models.freeze_teacher(models.build_model(args.teacher, CLASSES), args.image_size,
-                            utils.DTYPES[args.amp_dtype]).to(device)
+    student, teacher = build_models(args, device)
+    name = "distilled" if distill else "baseline"
 
     def run():
-        quiet = contextlib.redirect_stdout(io.StringIO())
-        with tempfile.TemporaryDirectory() as folder, quiet:
-            settings = settings_of(args, distil, folder)
-            name = "distilled" if distil else "baseline"
+        with (tempfile.TemporaryDirectory() as folder,
+              contextlib.redirect_stdout(io.StringIO())):
+            settings = parse_settings(args, distill, folder)
             info = models.build_info(name, student, args.model, data, settings)
-            if distil:
+            if distill:
                 info["teacher"] = {"sha256": ""}
                 train_distillation.train(student, teacher, info, data, settings)
             else:
@@ -149,7 +182,47 @@ def project_loop(args, device, pixels, labels, distil):
     return run
 
 
-def recorded(step):
+# (c) ceiling --------------------------------------------------------------------------------------
+
+def ceiling_loop(args, device, distill):
+    """A function that makes as many steps on one resident batch and returns its images/s."""
+    settings = parse_settings(args, distill)
+    student, teacher = build_models(args, device)
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True,
+                                  capturable=device.type == "cuda")
+    images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, NUM_CLASSES, (args.batch_size,), device=device)
+
+    def step():
+        with utils.autocast(device, args):
+            logits = student(images)
+            loss = models.cross_entropy(logits, labels)
+            if distill:
+                with torch.no_grad():
+                    teacher_logits = teacher(images)
+                distill_loss = models.distill_loss(logits, teacher_logits, settings)
+                loss = settings.alpha * distill_loss + (1 - settings.alpha) * loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
+    if device.type == "cuda":
+        step = record_graph(step)
+
+    def run():
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            loss = step()
+        loss.item()  # waits for the device
+        return args.steps * args.batch_size / (time.perf_counter() - start)
+    return run
+
+
+def record_graph(step):
     """`step` as a CUDA graph.
 
     https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture
@@ -160,6 +233,7 @@ def recorded(step):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
+
     graph = torch.cuda.CUDAGraph()
     # thread_local: the DataLoaders of (a) have threads of their own.
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -167,88 +241,78 @@ def recorded(step):
 
     def replay():
         graph.replay()
-        return loss
+        return loss.detach()
     return replay
 
 
-def ceiling_loop(args, device, distil):
-    """(c): a function that makes as many steps on one resident batch and returns its images/s."""
-    settings = settings_of(args, distil)
-    student = models.build_model(args.model, CLASSES).to(device).train()
-    teacher = models.freeze_teacher(models.build_model(args.teacher, CLASSES), args.image_size,
-                            utils.DTYPES[args.amp_dtype]).to(device)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05, fused=True,
-                                  capturable=device.type == "cuda")
-    images = torch.rand(args.batch_size, 3, args.image_size, args.image_size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(0, CLASSES, (args.batch_size,), device=device)
-
-    def step():
-        with utils.autocast(device, args):
-            logits = student(images)
-            if distil:
-                with torch.no_grad():
-                    teacher_logits = teacher(images)
-                loss, _, _ = models.distillation_loss(logits, teacher_logits, labels, settings)
-            else:
-                loss = models.cross_entropy(logits, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        return loss
-    replay = recorded(step) if device.type == "cuda" else step
-
-    def run():
-        start = time.perf_counter()
-        for _ in range(args.steps):
-            loss = replay()
-        float(loss.detach())  # waits for the device
-        return args.steps * args.batch_size / (time.perf_counter() - start)
-    return run
-
+# Evaluation ---------------------------------------------------------------------------------------
 
 def evaluation_loops(args, device):
     """(b) and (c) of evaluation: as the scripts do it, and one resident batch again and again."""
-    model = models.build_model(args.model, CLASSES).to(device).eval()
-    random, settings = np.random.default_rng(0), settings_of(args, False)
+    model = models.build_model(args.model, NUM_CLASSES).to(device).eval()
+    settings = parse_settings(args, distill=False)
     info = {"image_size": args.image_size, "interpolation": "bicubic", "crop_pct": 1.0}
+    random = np.random.default_rng(0)
 
-    def loader_of(count):
+    def build_loader(count):
         data = made_up(random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
-                       random.integers(0, CLASSES, count))
+                       random.integers(0, NUM_CLASSES, count))
         return data_loader.EvaluationLoader(data.train, info, settings, device)
-    size = loader_of(16).batch_size
-    loader = loader_of(args.steps * size)
-    images = torch.rand(size, 3, args.image_size, args.image_size, device=device)
+
+    batch_size = build_loader(16).batch_size
+    num_images = args.steps * batch_size
+    loader = build_loader(num_images)
+    images = torch.rand(batch_size, 3, args.image_size, args.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
 
-    def timed(infer):
+    def project():
         start = time.perf_counter()
-        infer()
-        return args.steps * size / (time.perf_counter() - start)
+        models.infer(model, loader)
+        return num_images / (time.perf_counter() - start)
 
     @torch.inference_mode()
     def ceiling():
+        start = time.perf_counter()
         for _ in range(args.steps):
             logits = model(images)
         logits.sum().item()  # waits for the device
-    return {"project": lambda: timed(lambda: models.infer(model, loader)),
-            "ceiling": lambda: timed(ceiling)}
+        return num_images / (time.perf_counter() - start)
 
+    return {"project": project, "ceiling": ceiling}
+
+
+# The table ----------------------------------------------------------------------------------------
 
 def compare(args, name, loops):
-    """A row of the table: the loops in turns."""
+    """A row of the table: the loops in turns, medians of their images/s and of each round's ratios.
+    """
     for run in loops.values():
         run()
-    rounds = [{loop: run() for loop, run in loops.items()} for _ in range(args.rounds)]
+    rounds = []
+    for _ in range(args.rounds):
+        rounds.append({loop: run() for loop, run in loops.items()})
+
     row = {"what": name}
-    row |= {loop: statistics.median(one[loop] for one in rounds) for loop in loops}
+    for loop in loops:
+        row[loop] = statistics.median(speeds[loop] for speeds in rounds)
     for other in ("plain", "ceiling"):
         if other in loops:
-            ratios = [one["project"] / one[other] for one in rounds]
+            ratios = [speeds["project"] / speeds[other] for speeds in rounds]
             row[f"project / {other}"] = statistics.median(ratios)
     return row
+
+
+def print_table(args, rows, device, num_workers):
+    print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, "
+          f"{utils.device_name(device)}, {args.amp_dtype}, torch {torch.__version__}; (a) with "
+          f"{num_workers} workers; images/s, medians of {args.rounds} rounds of {args.steps} steps")
+    print("| | (a) plain | (b) project | (c) ceiling | b/a | b/c |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        cells = [row["what"]]
+        for name, number_format in COLUMNS.items():
+            cells.append(format(row[name], number_format) if name in row else "")
+        print("|", " | ".join(cells), "|")
 
 
 def parse():
@@ -261,10 +325,11 @@ def parse():
     parser.add_argument("--steps", type=int, help="steps a round; default 200 on a GPU, else 20")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+",
-                        default=[n for n in (0, 2, 4, 8, 16) if n <= os.cpu_count()],
+                        default=[number for number in (0, 2, 4, 8, 16) if number <= os.cpu_count()],
                         help="numbers of workers to choose the best of for (a)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp-dtype", default="auto")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--cuda-graph", action="store_true", help="for (b)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args()
@@ -273,34 +338,26 @@ def parse():
 def main():
     args = parse()
     device = utils.setup(args)
-    args.steps = args.steps or (200 if device.type == "cuda" else 20)
+    if args.steps is None:
+        args.steps = 200 if device.type == "cuda" else 20
+
     random = np.random.default_rng(0)
     count = args.steps * args.batch_size
     pixels = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    labels = random.integers(0, CLASSES, count)
+    labels = random.integers(0, NUM_CLASSES, count)
+    num_workers, plain = best_plain_loop(args, device, pixels, labels)
 
-    tried = {workers: plain_loop(args, device, pixels, labels, workers)
-             for workers in args.workers}
-    warm = {workers: (run(False), run(False))[1] for workers, run in tried.items()}
-    best = max(warm, key=warm.get)
-    rows = [compare(args, "KD" if distil else "CE", {
-        "plain": functools.partial(tried[best], distil),
-        "project": project_loop(args, device, pixels, labels, distil),
-        "ceiling": ceiling_loop(args, device, distil)}) for distil in (False, True)]
+    rows = []
+    for name, distill in (("CE", False), ("KD", True)):
+        rows.append(compare(args, name, {
+            "plain": functools.partial(plain, distill),
+            "project": project_loop(args, device, pixels, labels, distill),
+            "ceiling": ceiling_loop(args, device, distill)}))
     rows.append(compare(args, "evaluation", evaluation_loops(args, device)))
 
-    print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, "
-          f"{utils.device_name(device)}, {args.amp_dtype}, torch {torch.__version__}; (a) with "
-          f"{best} workers; images/s, medians of {args.rounds} rounds of {args.steps} steps")
-    columns = {"plain": ".0f", "project": ".0f", "ceiling": ".0f", "project / plain": ".2f",
-               "project / ceiling": ".3f"}
-    print("| | (a) plain | (b) project | (c) ceiling | b/a | b/c |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        cells = [format(row[name], form) if name in row else "" for name, form in columns.items()]
-        print(f"| {row['what']} |", " | ".join(cells), "|")
+    print_table(args, rows, device, num_workers)
     if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
+        settings = {name: str(value) for name, value in vars(args).items()}
         text = json.dumps({"settings": settings, "rows": rows}, indent=1)
         args.json.write_text(text, encoding="utf-8")
 

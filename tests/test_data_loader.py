@@ -5,6 +5,7 @@
 import hashlib
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import pickle
@@ -29,12 +30,12 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from sklearn.model_selection import train_test_split
 
 import data_loader
 import utils
-from conftest import ROOT, wait_for, write_pictures
+from conftest import ROOT, wait_until, write_pictures
 
 CPU = torch.device("cpu")
 FLAGS = ["--dataset-name", "ImageFolder", "--val-fraction", "0.25", "--batch-size", "4",
@@ -632,7 +633,7 @@ def test_no_worker_outlives_its_training(tmp_path, method, name, state):
         else:
             process.send_signal(number)
         process.wait(timeout=60)
-        wait_for(lambda: not living_processes(process.pid), seconds=60)
+        wait_until(lambda: not living_processes(process.pid), seconds=60)
         assert "Traceback" not in process.stderr.read()
     finally:
         for pid in living_processes(process.pid):
@@ -959,8 +960,121 @@ def test_what_is_no_picture_is_passed_over_and_counted(arguments, tmp_path, caps
     assert after.split_fingerprint == before.split_fingerprint
     out = capsys.readouterr().out
     assert out.count("passed over") == 1
-    assert "5 files" in out
+    assert "5 files" in out and "1 .txt" in out and "2 hidden" in out
     assert "3 classes, 18 training images, 6 validation images" in out
+
+
+def test_all_pictures_that_pillow_reads_are_taken(arguments, tmp_path, capsys):
+    """JFIF, GIF, JPEG 2000 and whatever this Pillow reads; no PDF, no EPS and no film."""
+    folder = write_pictures(tmp_path / "pictures")
+    cat = folder / "train" / "cat"
+    image = Image.open(cat / "000.png")
+    taken = ["gif", "jfif", "jpe", "jp2", "webp", "tga", "ICO"]
+    if features.check("avif"):
+        taken.append("avif")
+    for extension in taken:
+        image.save(cat / f"a.{extension}")
+    image.save(cat / "a.pdf")
+    image.save(cat / "a.eps")
+    for name in ("a.heic", "b.heic", "a.mpg", "README"):
+        (cat / name).write_bytes(b"no picture to Pillow")
+
+    data_loader.print_once.cache_clear()
+    class_names, files, _ = data_loader.list_pictures(folder / "train")
+    assert class_names == ["cat", "dog", "eel"]
+    assert {file.name for file in files if file.stem == "a"} == {f"a.{name}" for name in taken}
+    out = capsys.readouterr().out
+    assert "6 files" in out
+    assert all(kind in out for kind in ("1 .pdf", "1 .eps", "2 .heic", "1 .mpg", "pillow-heif"))
+    data_loader.open_dataset(folder_args(arguments, folder))
+
+
+def test_a_class_of_heic_pictures_alone_names_the_way_out(arguments, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    for file in (folder / "train" / "dog").iterdir():
+        file.rename(file.with_suffix(".HEIC"))
+    with pytest.raises(utils.UserError, match="dog .*8 .heic.*pillow-heif"):
+        data_loader.open_dataset(folder_args(arguments, folder))
+    with pytest.raises(utils.UserError, match="IMG_1.HEIC .*pillow-heif"):
+        data_loader.read_image(upload(b"\0\0\0\x18ftypheic", "IMG_1.HEIC"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other file systems allow no such names")
+@pytest.mark.parametrize("size", [(32, 32), (40, 60)])
+def test_names_that_are_not_utf_8_are_written_with_their_bytes(arguments, tmp_path, capsys, size):
+    """Folders and files of an old archive: pictures are read, and all names can be printed."""
+    folder = write_pictures(tmp_path / "pictures", sizes=(size,))
+    for part in ("train", "test"):
+        for old in (b"k\xf6nig", b"k\xe4nig"):
+            target = os.path.join(os.fsencode(folder / part), old)
+            shutil.copytree(os.fsencode(folder / part / "cat"), target)
+            os.rename(os.path.join(target, b"000.png"), os.path.join(target, b"\xff.png"))
+    odd_folder = tmp_path / os.fsdecode(b"bilder \xfc")
+    folder.rename(odd_folder)
+    (odd_folder / "train" / "cat" / os.fsdecode(b"a.\xfc")).write_bytes(b"")
+
+    data_loader.print_once.cache_clear()
+    args = folder_args(arguments, odd_folder)
+    data = data_loader.open_dataset(args)
+    test = load_test(args)
+    assert data.class_names == ["cat", "dog", "eel", r"k\xe4nig", r"k\xf6nig"]
+    assert r"k\xf6nig/\xff.png" in test.names
+    (json.dumps([data.class_names, test.names]) + capsys.readouterr().out).encode()
+    for i in range(len(test.labels)):
+        data_loader.load_image(test, i)
+
+    next((odd_folder / "train").glob("k*/*")).write_bytes(b"")
+    with pytest.raises(utils.UserError) as error:
+        data_loader.open_dataset(args)
+    str(error.value).encode()
+
+
+def test_a_name_of_any_length_and_alphabet(arguments, tmp_path):
+    folder = write_pictures(tmp_path / ("図" * 80), classes=("猫" * 80, "犬"), sizes=((32, 32),))
+    data = data_loader.open_dataset(folder_args(arguments, folder))
+    assert data.class_names == ["犬", "猫" * 80]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 60)])
+def test_test_images_may_lack_classes(arguments, tmp_path, capsys, size):
+    """Of the middle, so that labels must be those of training; even all but one."""
+    folder = write_pictures(tmp_path / "pictures", sizes=(size,))
+    shutil.rmtree(folder / "test" / "dog")
+    args = folder_args(arguments, folder)
+    data_loader.print_once.cache_clear()
+    data = data_loader.open_dataset(args)
+    assert "1 of 3 classes: dog" in capsys.readouterr().out
+
+    test, names = data_loader.load_split("ImageFolder", "test", args)
+    aligned = data_loader.align_classes(test, names, data.class_names)
+    assert aligned.labels.tolist() == [0, 0, 0, 2, 2, 2]
+    shutil.rmtree(folder / "test" / "cat")
+    test, names = data_loader.load_split("ImageFolder", "test", args)
+    aligned = data_loader.align_classes(test, names, data.class_names)
+    assert aligned.labels.tolist() == [2, 2, 2]
+
+
+def test_a_test_class_that_was_not_trained_on_is_refused(arguments, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    test, names = data_loader.load_split("ImageFolder", "test", folder_args(arguments, folder))
+    with pytest.raises(utils.UserError, match="test/ .*eel"):
+        data_loader.align_classes(test, names, ["cat", "dog", "fox"])
+    aligned = data_loader.align_classes(test, names, ["eel", "dog", "cat"])
+    assert aligned.labels.tolist() == [2, 2, 2, 1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("given, words", [
+    ("pictures/test", ["--dataset-dir", "holds train/", "pictures, not"]),
+    ("pictures/train", ["--dataset-dir", "holds train/", "pictures, not"]),
+    ("pictures/test/cat", ["train/<class>/"]),
+    (".", ["train/<class>/", "pictures"])])
+def test_a_wrong_dataset_dir_is_told_what_is_wanted(arguments, tmp_path, given, words):
+    write_pictures(tmp_path / "pictures")
+    args = folder_args(arguments, tmp_path / given)
+    for call in (lambda: data_loader.open_dataset(args), lambda: load_test(args)):
+        with pytest.raises(utils.UsageError) as error:
+            call()
+        assert all(word in str(error.value) for word in words)
 
 
 def test_image_folder_takes_its_own_validation_part(arguments, tmp_path):
@@ -1032,7 +1146,7 @@ def spoil(folder, fault):
     ("no test", ["pictures/test"]),
     ("one class", ["pictures/train", "two or more"]),
     ("empty test class", ["test/fox", "no picture"]),
-    ("other class", ["test/", "fox"]),
+    ("other class", ["test/", "fox", "not trained"]),
     ("broken", ["2 of 24", "cat/001.png", "dog/002.png"]),
     ("truncated", ["1 of 24", "dog/002.jpg", "truncated"]),
     ("huge", ["1 of 24", "dog/002.png"]),

@@ -196,7 +196,7 @@ def test_report_names_models_dataset_and_best_student(trained):
     for word in ("test_efficientnet", "test_resnet", "Digits", "360", "seed 42"):
         assert word in heading
     assert lines.index("Details") > 5  # the verdict comes first
-    assert not any(line.startswith("WARNING: This is no fair pair") for line in lines)
+    assert not any(line.startswith("WARNING: This is not a fair pair") for line in lines)
     assert (trained / "c" / "best_model.pth").is_file()
 
 
@@ -309,7 +309,7 @@ def test_teacher_that_is_gone_or_another_is_left_out(copied, fault, found, word)
         assert ("teacher" in numbers[key]) == found
     assert ("teacher_effect" in numbers) == ("fidelity" in numbers) == found
     report = read_report(results)
-    assert ("No teacher in this report" in report) == (not found)
+    assert ("teacher is not evaluated" in report) == (not found)
     assert word in report
 
 
@@ -317,7 +317,7 @@ def test_unfair_pair_is_named(copied):
     change_checkpoint(copied, "distilled", config={"learning_rate": 0.123},
                       split_fingerprint="other")
     report = read_report(run_evaluate(copied))
-    for phrase in ("WARNING: This is no fair pair", "learning_rate (0.003 and 0.123)",
+    for phrase in ("WARNING: This is not a fair pair", "learning_rate differs (0.003 and 0.123)",
                    "the validation split"):
         assert phrase in report
 
@@ -328,8 +328,8 @@ def test_unfinished_run_is_named(copied):
     content["history"].pop()
     torch.save(content, last_path)
     report = read_report(run_evaluate(copied))
-    assert "no fair pair" in report
-    assert "distilled is not trained to its end" in report
+    assert "not a fair pair" in report
+    assert "distilled is unfinished" in report
 
 
 def test_other_classes_cannot_be_compared(copied):
@@ -388,7 +388,25 @@ def test_training_cost_is_unknown_without_a_history(copied):
     shutil.copy(checkpoint_path(copied, "baseline"), elsewhere)
     results = run_evaluate(copied, "--baseline-checkpoint", elsewhere)
     assert read_numbers(results)["timings"]["training_hours"]["baseline"] is None
-    assert "training cost is not known of: baseline" in read_report(results)
+    assert "Training time is unknown for: baseline" in read_report(results)
+
+
+def test_only_a_runs_own_last_pth_is_its_history(copied):
+    path = checkpoint_path(copied, "baseline")
+    assert len(evaluate.training_history(path)) == 4
+    copy = shutil.copy(path, path.with_name("theirs.pth"))
+    assert evaluate.training_history(copy) == []
+
+
+def test_confused_pairs_with_long_names_stay_distinct():
+    names = ["golden retriever puppy", "labrador retriever puppy", "curly-coated retriever"]
+    labels = np.array([0, 0, 0])
+    trained = {}
+    for role in ("baseline", "distilled"):
+        trained[role] = [model_of(sure_of(np.array([1, 2, 2]), 3), class_names=names)]
+    rows = evaluate.confusion_table(evaluate.compare(trained, labels, None))[2:]
+    assert len({row[:38] for row in rows}) == 2
+    assert all("→ labrador" in row or "→ curly" in row for row in rows)
 
 
 def test_seeds_of_both_roles_are_used_and_the_rest_is_named(trained, tmp_path):
@@ -403,7 +421,7 @@ def test_seeds_of_both_roles_are_used_and_the_rest_is_named(trained, tmp_path):
     results = run_evaluate(tmp_path)
     numbers = read_numbers(results)
     assert numbers["seeds"] == [0, 1, 2]
-    assert numbers["notes"]["left_out"] == ["the plain baseline run", "baseline seed 5",
+    assert numbers["notes"]["left_out"] == ["the baseline run without --seeds", "baseline seed 5",
                                             "distilled seed 7"]
     report = read_report(results)
     assert "seeds 0, 1, 2" in report and "±" in report and "distilled seed 7" in report
@@ -957,9 +975,9 @@ def test_from_three_seeds_on_the_verdict_rests_on_seeds_and_images():
     low, high = comparison["ci_over_both"]
     assert low < over_seeds.low and over_seeds.high < high  # images are few, seeds nearly equal
 
-    sentence, alone, *_ = evaluate.verdict_lines(three)
+    sentence, separate, *_ = evaluate.verdict_lines(three)
     assert f"{100 * low:+.2f} to {100 * high:+.2f}" in sentence and "3 seeds" in sentence
-    assert "images alone" in alone and "seeds alone" in alone
+    assert "images only" in separate and "seeds only" in separate
     baseline = three["models"]["baseline"]
     assert baseline["top1"] == pytest.approx(0.939)
     assert baseline["sd"]["top1"] == pytest.approx(0.001)
@@ -1022,7 +1040,7 @@ def test_validation_gain_that_the_test_images_do_not_bear_out(val_accuracy, told
     trained = pair_of(labels, 60, 20)
     trained["distilled"][0].info["val_accuracy"] = val_accuracy  # the baseline's is 0.5
     lines = evaluate.verdict_lines(evaluate.compare(trained, labels, None))
-    assert any("not borne out" in line for line in lines) == told
+    assert any("do not confirm" in line for line in lines) == told
 
 
 def test_equal_intervals_are_explained():
@@ -1037,12 +1055,13 @@ def test_equal_intervals_are_explained():
     numbers = evaluate.compare(trained, labels, None)
     over_images = numbers["comparison"]["ci_over_images"]
     assert numbers["comparison"]["ci_over_both"] == pytest.approx(over_images)
-    assert any("differ no more" in line for line in evaluate.verdict_lines(numbers))
+    assert any("equals that over the images" in line for line in evaluate.verdict_lines(numbers))
 
     # A seed that is worse than the others widens it.
     trained["distilled"][2] = trained["baseline"][2]
     different = evaluate.compare(trained, labels, None)
-    assert not any("differ no more" in line for line in evaluate.verdict_lines(different))
+    lines = evaluate.verdict_lines(different)
+    assert not any("equals that over the images" in line for line in lines)
 
 
 def test_top5_needs_six_classes():

@@ -631,11 +631,14 @@ def test_keys_of_the_comparison(train, arguments):
     assert sections - {"superclasses"} == set(comparison)  # these are CIFAR-100's
 
 
+OF_CLASSES = ("per_class_accuracy", "images_per_class", "class_changes", "versions")
+
+
 def key_paths(numbers, path=()):
     """The path of every key in a nested dict, without the names of classes and packages."""
     for key, value in numbers.items():
         yield (*path, key)
         items = value if isinstance(value, list) else [value]
         for item in items:
-            if isinstance(item, dict) and key not in ("per_class_accuracy", "versions"):
+            if isinstance(item, dict) and key not in OF_CLASSES:
                 yield from key_paths(item, (*path, key))

@@ -61,10 +61,12 @@ BUS_ERROR = ("DataLoader worker (pid 7) is killed by signal: Bus error. It is po
     (OSError(28, "No space left on device", "last.pth"), 1, "last.pth"),
     (PermissionError(13, "Permission denied", "a.tmp", None, "a.csv"), 1, "a.csv"),
 ])
-def test_error_that_a_person_can_put_right_is_one_message(arguments, capsys, error, status, word):
+def test_error_that_the_user_can_fix_is_one_message(
+        arguments, monkeypatch, capsys, error, status, word):
     def main(args):
         raise error
 
+    monkeypatch.setattr(utils.time, "sleep", lambda seconds: None)
     assert utils.run_script(main, arguments("baseline")) == status
     assert_one_message(capsys.readouterr().err, "error: ", word)
 
