@@ -469,7 +469,7 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
     if not are_finite(teacher.parameters()):
         raise utils.UserError("the teacher's weights overflow in fp16; use --amp-dtype bf16 or "
                               "fp32")
-    teacher.train = lambda mode=True: teacher  # train() of a module that contains it must not undo
+    teacher.train = lambda mode=True: teacher  # also when a parent module's train() reaches it
     return teacher
 
 
