@@ -479,7 +479,7 @@ def test_file_of_config_must_exist_only_where_it_is_used(name, flags, capsys, mo
         config.parse_args("baseline", "", [])
 
 
-@pytest.mark.parametrize("name", MAY_BE_NONE)
+@pytest.mark.parametrize("name", sorted(MAY_BE_NONE))
 def test_none_on_the_command_line_overrides_config(name, monkeypatch):
     monkeypatch.setattr(config, name, 64 if name == "TEACHER_IMAGE_SIZE" else str(ROOT / "tests"))
     args = config.parse_args("distillation", "", [flag_of(name), "None"])
