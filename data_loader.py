@@ -60,12 +60,14 @@ class Images(NamedTuple):
     files: list | None           # N paths; None where there are pixels
     labels: torch.Tensor         # (N,) int64
     names: list                  # of an image folder's files, for the fingerprint; else []
+    value_range: tuple | None = None  # as in Dataset
 
     def select(self, indices):
         labels = self.labels[indices]
         if self.pixels is not None:
-            return Images(self.pixels[indices], None, labels, [])
-        return Images(None, [self.files[i] for i in indices], labels, [])
+            return Images(self.pixels[indices], None, labels, [], self.value_range)
+        files = [self.files[i] for i in indices]
+        return Images(None, files, labels, [], self.value_range)
 
 
 class Dataset(NamedTuple):
@@ -76,6 +78,9 @@ class Dataset(NamedTuple):
     val: Images
     split_fingerprint: str  # SHA-256 of classes, files' names, labels, choice of validation images
     augmentation: str       # none, crop, flip_crop or resized_crop
+    # (low, high), floats: the values that become black and white in pictures of more than 8 bits;
+    # None where no training picture has more.
+    value_range: tuple | None = None
 
 
 # Datasets -----------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def open_dataset(args):
     """The `Dataset` of args. UserError where it cannot be had, UsageError where args do not fit."""
     name = args.dataset_name
     images, class_names = load_split(name, "train", args)
-    own_val = load_other_parts(class_names, args)
+    own_val = load_other_parts(class_names, images.value_range, args)
 
     if own_val is None:
         train_indices, val_indices = split_train_val(images, class_names, args)
@@ -105,10 +110,10 @@ def open_dataset(args):
     if len(val.labels) < FEW_VAL_IMAGES:
         print(f"warning: one validation image is {100 / len(val.labels):.1f} points of accuracy; "
               "a larger --val-fraction chooses the epoch more reliably")
-    return Dataset(name, class_names, train, val, fingerprint, augmentation)
+    return Dataset(name, class_names, train, val, fingerprint, augmentation, images.value_range)
 
 
-def load_other_parts(class_names, args):
+def load_other_parts(class_names, value_range, args):
     """The validation images of a dataset that brings its own, else None. The pictures in test/ are
     only checked: a fault among them would otherwise show after the training."""
     parts = []
@@ -121,7 +126,7 @@ def load_other_parts(class_names, args):
 
     own_val = None
     for part in parts:
-        images, names = load_split(args.dataset_name, part, args)
+        images, names = load_split(args.dataset_name, part, args, value_range)
         if part == "test":
             align_classes(images, names, class_names)
         elif mismatch := describe_class_mismatch(names, class_names):
@@ -221,10 +226,11 @@ def choose_augmentation(train, args):
     return "flip_crop"
 
 
-def load_split(name, part, args):
-    """The `part` (train, val or test) of dataset `name`: (Images, class names in its own order)."""
+def load_split(name, part, args, value_range=None):
+    """The `part` (train, val or test) of dataset `name`: (Images, class names in its own order).
+    `value_range` is that of the training images (see Dataset), which "train" finds by itself."""
     if name == "ImageFolder":
-        return read_folder(Path(args.dataset_dir, part), args.data_dir)
+        return read_folder(Path(args.dataset_dir, part), args.data_dir, value_range)
 
     if name == "Digits":
         digits = load_digits()
@@ -307,7 +313,7 @@ def download_hint(cls, data_dir):
 
 # Folders of pictures ------------------------------------------------------------------------------
 
-def read_folder(folder, data_dir):
+def read_folder(folder, data_dir, value_range=None):
     """The pictures of `folder`/<class>/*, classes in sorted order: (Images, class names).
 
     All are decoded once, so that a broken one is found before training. The result is cached in
@@ -319,24 +325,26 @@ def read_folder(folder, data_dir):
     stats = [file.stat() for file in files]
     state = [(name, stat.st_size, stat.st_mtime_ns)
              for name, stat in zip(names, stats, strict=True)]
-    signature = sha256(json.dumps(state).encode()).hexdigest()
+    signature = sha256(json.dumps([state, value_range]).encode()).hexdigest()
     place = sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
     dataset = printable(folder.parent.name)[:40]  # a file's name must not become too long
     cache = Path(data_dir, "decoded", f"{dataset}-{folder.name}-{place}.pth")
 
     content = load_cache(cache)
     if content.get("signature") != signature:
-        content = {"signature": signature, "pixels": decode(folder, files)}
+        content = {"signature": signature, **decode(folder, files, value_range)}
         try:
             utils.save_checkpoint(content, cache)
         except OSError as error:
             print(f"the decoded pictures could not be saved to {cache} ({error.strerror}); "
                   "they will be decoded again next time")
 
+    extremes = {names[i]: pair for i, pair in content["extremes"].items()}
+    print_value_range(folder, extremes, content["value_range"], len(files))
     pixels = content["pixels"]
-    if pixels is not None:
-        return Images(pixels, None, labels, names), class_names
-    return Images(None, files, labels, names), class_names
+    images = Images(pixels, files if pixels is None else None, labels, names,
+                    content["value_range"])
+    return images, class_names
 
 
 def load_cache(cache):
@@ -434,15 +442,20 @@ def printable(path):
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def decode(folder, files):
-    """Pixels (N, 3, H, H) of small square pictures of one size, else None. Raises UserError."""
+def decode(folder, files, value_range):
+    """What the pictures of a folder hold, as a dict. Raises UserError where one cannot be read.
+
+    pixels: (N, 3, H, H) of small square pictures of one size, else None
+    extremes: by index the lowest and the highest value of each picture of more than 8 bits
+    value_range: the one given or, for training pictures, the one that covers these extremes
+    """
     def read(file):
         try:
             image = read_image(file, min_side=2 * SMALL_SIDE)
         except UserError as error:
             return error
         is_small = image.width == image.height <= SMALL_SIDE
-        return np.asarray(image) if is_small else None
+        return image if is_small else None, find_extremes(image)
 
     # Threads are enough, since Pillow decodes outside Python's lock.
     results = thread_map(read, files, desc=f"reading {printable(folder)}", leave=False,
@@ -451,9 +464,63 @@ def decode(folder, files):
     if faults:
         raise UserError(f"{len(faults)} of {len(files)} files in {printable(folder)} are at fault: "
                         + "; ".join(faults[:10]))
-    if any(pixels is None or pixels.shape != results[0].shape for pixels in results):
+
+    small_images = [image for image, _ in results]
+    extremes = {i: pair for i, (_, pair) in enumerate(results) if pair}
+    if extremes and folder.name == "train":
+        lows, highs = zip(*extremes.values(), strict=True)
+        value_range = min(lows), max(highs)
+
+    pixels = None
+    sizes = {image.size if image else None for image in small_images}
+    if len(sizes) == 1 and None not in sizes:
+        side, _ = sizes.pop()
+        pixels = torch.empty(len(files), 3, side, side, dtype=torch.uint8)
+        for i, image in enumerate(small_images):
+            pixels[i] = pil_to_tensor(to_rgb(image, value_range))
+    return {"pixels": pixels, "extremes": extremes, "value_range": value_range}
+
+
+def find_extremes(image):
+    """The lowest and the highest finite value of a picture of more than 8 bits, else None."""
+    if not is_deep(image):
         return None
-    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).contiguous()
+    values = np.asarray(image)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return None
+    return float(values.min()), float(values.max())
+
+
+def print_value_range(folder, extremes, value_range, num_pictures):
+    """Print what becomes of the pictures of more than 8 bits, of which there may be none, and name
+    those that suit the others badly. `extremes` are theirs by name."""
+    if not extremes:
+        return
+    if value_range is None:
+        print_once(f"warning: {printable(folder)}: {len(extremes)} of {num_pictures} pictures have "
+                   "more than 8 bits, and no training picture has")
+        return
+    low, high = value_range
+    if folder.name == "train":
+        print_once(f"{len(extremes)} of {num_pictures} training pictures have more than 8 bits: "
+                   f"their values from {low:g} to {high:g} become black to white")
+        # The range without the one picture that reaches lowest, and the one that reaches highest.
+        by_low = sorted(extremes, key=lambda name: extremes[name][0])
+        by_high = sorted(extremes, key=lambda name: extremes[name][1])
+        if len(extremes) > 2:
+            low = extremes[by_low[1]][0]
+            high = extremes[by_high[-2]][1]
+
+    margin = (high - low) / 2
+    far_outside = [name for name, (lowest, highest) in extremes.items()
+                   if lowest < low - margin or highest > high + margin]
+    if far_outside:
+        name = far_outside[0]
+        lowest, highest = extremes[name]
+        others = f" and {len(far_outside) - 1} more" if len(far_outside) > 1 else ""
+        print_once(f"warning: {printable(folder)}: {name}{others} reaches from {lowest:g} to "
+                   f"{highest:g}, far outside of the range of the others, {low:g} to {high:g}")
 
 
 # Pictures -----------------------------------------------------------------------------------------
@@ -483,39 +550,57 @@ def image_name(file):
 
 
 def read_image(file, min_side=None):
-    """A picture (path or open file) as an RGB PIL image; UserError where it cannot be read. With
-    `min_side` a JPEG comes at a half, fourth or eighth of its size, no side below that many px."""
+    """A picture (path or open file) as an upright PIL image; UserError where it cannot be read.
+
+    It is RGB on white or, with more than 8 bits, grey and as it is in the file: `build_transform`
+    knows the range that its model was trained on. With `min_side` a JPEG comes at a half, fourth or
+    eighth of its size, no side below that many px.
+    """
     with open_image(file) as image:
+        if any(";16" in str(tile.args) for tile in image.tile) and not is_deep(image):
+            print_once("some pictures in colour have 16 bits a channel, of which Pillow reads the "
+                       "upper 8")
         if min_side:  # skips most of the decoding of a large picture
             image.draft("RGB", (min_side, min_side))
-        return to_rgb(image)
+        upright = ImageOps.exif_transpose(image)
+        return upright if is_deep(upright) else to_rgb(upright)
 
 
-def to_rgb(image):
-    """Any PIL image (grey, palette, transparent, 16 bits, turned by EXIF): upright RGB on white."""
+def is_deep(image):
+    """Whether a PIL image has more than 8 bits a value; such ones are grey."""
+    return image.mode.startswith(("I", "F"))
+
+
+def to_rgb(image, value_range=None):
+    """Any PIL image (grey, palette, transparent, 16 bits, turned by EXIF): upright RGB on white.
+    `value_range` is a dataset's, for pictures of more than 8 bits."""
     image = ImageOps.exif_transpose(image)
+    if is_deep(image):
+        return to_8_bits(image, value_range).convert("RGB")
 
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: PIL would clip them all to white
-        values = np.asarray(image, dtype=np.float64)
-        if values.max() > 255:
-            scale = 257
-        elif values.max() <= 1:
-            scale = 1 / 255
-        else:
-            scale = 1
-        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+
+def to_8_bits(image, value_range=None):
+    """A grey PIL image of more than 8 bits as one of 8: the range's ends become black and white,
+    what is beyond them too, and NaN becomes black. A picture of no dataset has the range of its
+    mode, 0 to 1 of floats and 0 to 65,535 of integers, whatever its own values are."""
+    if value_range is None:
+        value_range = (0, 1) if image.mode == "F" else (0, 65535)
+    low, high = value_range
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=low, posinf=high, neginf=low)
+    scaled = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
 
 
 def load_image(images, i, min_side=None):
     """Image `i` of one part as a person sees it: an RGB PIL image, perhaps reduced (read_image)."""
     if images.pixels is None:
-        return read_image(images.files[i], min_side)
+        return to_rgb(read_image(images.files[i], min_side), images.value_range)
     return transforms.functional.to_pil_image(images.pixels[i])
 
 
@@ -534,10 +619,12 @@ def crop_to_size(info):
     """Transform of PIL images, as timm's: shorter side to size / crop_pct, middle square of it."""
     size = info["image_size"]
     shorter_side = math.floor(size / info["crop_pct"])
-    resize_shorter = transforms.Resize(
-        shorter_side, transforms.InterpolationMode(info["interpolation"]))
-    return transforms.Compose(
-        [to_rgb, cut_strip, resize_shorter, transforms.CenterCrop(size)])
+    return transforms.Compose([
+        functools.partial(to_rgb, value_range=info.get("value_range")),
+        cut_strip,
+        transforms.Resize(shorter_side, transforms.InterpolationMode(info["interpolation"])),
+        transforms.CenterCrop(size),
+    ])
 
 
 def cut_strip(image):

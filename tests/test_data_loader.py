@@ -63,6 +63,12 @@ def make_loader(data, args, device=CPU, **info):
     return data_loader.TrainingLoader(data, INFO | info, args, device)
 
 
+def stop_workers(loader):
+    """At once, where an epoch was left early or failed: the garbage collector would wait for 5 s."""
+    if loader.source.loader._iterator:
+        loader.source.loader._iterator._shutdown_workers()
+
+
 def load_test(args):
     images, _ = data_loader.load_split(args.dataset_name, "test", args)
     return images
@@ -494,6 +500,7 @@ def test_photograph_that_breaks_in_training_is_one_sentence(arguments, tmp_path,
     with pytest.raises(utils.UserError) as error:
         for epoch in range(10):  # the last incomplete batch is left out
             list(loader.epoch(epoch))
+    stop_workers(loader)
     message = str(error.value)
     assert file.name in message
     assert ("No such file" if fault == "lost" else "truncated") in message
@@ -1261,15 +1268,193 @@ def test_pictures_of_all_modes_become_upright_rgb(tmp_path):
     assert np.array_equal(upright, np.rot90(plain, -1))
 
 
-@pytest.mark.parametrize("scale", [1, 255, 65535])
-def test_pictures_of_many_bits_are_as_bright_as_they_are(scale):
-    """Floats to 1, bytes and 16 bits, all as Pillow's modes I and F."""
-    ramp = np.linspace(0, scale, 256).reshape(16, 16)
-    expected = np.arange(256).reshape(16, 16)
-    kinds = [np.float32] if scale == 1 else [np.float32, np.int32]
-    for kind in kinds:
-        image = np.asarray(data_loader.to_rgb(Image.fromarray(ramp.astype(kind))))
-        assert np.abs(image - expected[..., None]).max() <= 1
+@pytest.mark.parametrize("dtype, white", [(np.uint16, 65535), (np.int32, 65535), (np.float32, 1)])
+@pytest.mark.parametrize("share", [1, 256 / 65535, 255 / 65535])
+def test_a_deep_picture_of_no_dataset_is_read_by_its_mode_alone(dtype, white, share):
+    """Never by its values: a ramp to 255 must not come out brighter than one to 256."""
+    ramp = (np.linspace(0, share * white, 256).reshape(16, 16)).astype(dtype)
+    pixels = np.asarray(data_loader.to_rgb(Image.fromarray(ramp)))
+    assert np.abs(pixels - ramp[..., None] / white * 255).max() <= 0.5
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_beyond_the_range_and_nan(mode):
+    values = [[-5000, -1000, 0, 1000, 3000, 1e9]]
+    expected = [0, 0, 64, 128, 255, 255]
+    if mode == "F":
+        values = [[*values[0], np.nan, np.inf, -np.inf]]
+        expected = [*expected, 0, 255, 0]
+    image = Image.fromarray(np.array(values, np.int32 if mode == "I" else np.float32))
+    pixels = np.asarray(data_loader.to_rgb(image, (-1000.0, 3000.0)))
+    assert pixels[0, :, 0].tolist() == expected
+    # Where all training pictures are of one value, nothing can be seen.
+    assert np.asarray(data_loader.to_rgb(image, (7.0, 7.0))).max() == 0
+
+
+DEEP_SIZES = [((32, 32),), ((40, 60), (70, 50))]
+
+
+def deepen(folder, scale, extension="png", dtype=np.uint16, offset=0):
+    """Turn the pictures of a dataset into grey ones of more than 8 bits."""
+    for file in folder.glob("*/*/*.png"):
+        values = np.asarray(Image.open(file).convert("L")).astype(np.float64) * scale + offset
+        file.unlink()
+        Image.fromarray(values.astype(dtype)).save(file.with_suffix(f".{extension}"))
+    return folder
+
+
+@pytest.mark.parametrize("sizes", DEEP_SIZES)
+@pytest.mark.parametrize("options", [
+    {"scale": 16}, {"scale": 257}, {"scale": 1}, {"scale": 1 / 255, "extension": "tiff",
+    "dtype": np.float32}, {"scale": 16, "extension": "tiff", "dtype": np.int32, "offset": -1024}])
+def test_pictures_of_many_bits_share_the_range_of_the_training_pictures(
+        arguments, tmp_path, capsys, options, sizes):
+    """12 bits in 16, 16 bits, 8 bits in 16, floats to 1, a CT's negative values: all give the
+    pixels of the same pictures of 8 bits with their darkest made black and their brightest white.
+    """
+    plain = write_pictures(tmp_path / "plain", sizes=sizes)
+    deep = deepen(write_pictures(tmp_path / "deep", sizes=sizes), **options)
+    grey = [np.asarray(Image.open(file).convert("L")) for file in plain.glob("train/*/*")]
+    darkest = float(min(image.min() for image in grey))
+    brightest = float(max(image.max() for image in grey))
+
+    args = folder_args(arguments, deep)
+    data = data_loader.open_dataset(args)
+    offset = options.get("offset", 0)
+    low = darkest * options["scale"] + offset
+    high = brightest * options["scale"] + offset
+    assert data.value_range == pytest.approx((low, high))
+    out = capsys.readouterr().out
+    assert "24 of 24 training pictures" in out
+    assert f"from {low:g} to {high:g}" in out
+
+    test, _ = data_loader.load_split("ImageFolder", "test", args, data.value_range)
+    for part in (data.train, data.val, test):
+        assert part.value_range == data.value_range
+        for i in range(len(part.labels)):
+            pixels = np.asarray(data_loader.load_image(part, i))
+            assert (pixels == pixels[..., :1]).all()
+    for i, file in enumerate(sorted(plain.glob("test/*/*"))):
+        expected = np.asarray(Image.open(file).convert("L")).astype(float)
+        expected = (expected - darkest) / (brightest - darkest) * 255
+        pixels = np.asarray(data_loader.load_image(test, i))[..., 0]
+        assert np.abs(pixels - expected.clip(0, 255)).max() <= 0.51
+
+    images, _ = next(make_loader(data, args).epoch(0))  # what training sees, crops of the same
+    assert 0.2 < images.mean() < 0.8
+    assert data_loader.open_dataset(args).value_range == data.value_range  # from the cache
+
+
+@pytest.mark.parametrize("sizes", DEEP_SIZES)
+def test_evaluation_and_transform_use_the_range_of_the_checkpoint(arguments, tmp_path, sizes):
+    """Not that of the test pictures; a file that read_image has opened, or Pillow."""
+    folder = deepen(write_pictures(tmp_path / "pictures", sizes=sizes), scale=16)
+    args = folder_args(arguments, folder)
+    for value_range in ((0.0, 4095.0), (-100.0, 9000.0)):
+        info = INFO | {"mean": [0.0] * 3, "std": [1.0] * 3, "value_range": list(value_range)}
+        test, _ = data_loader.load_split("ImageFolder", "test", args, value_range)
+        loader = data_loader.EvaluationLoader(test, info, args, CPU)
+        images = torch.cat([images for images, _ in loader])
+        transform = data_loader.build_transform(info)
+        files = sorted(folder.glob("test/*/*"))
+        for image, file in zip(images, files, strict=True):
+            for opened in (data_loader.read_image(file), Image.open(file)):
+                torch.testing.assert_close(image, transform(opened), rtol=0, atol=1e-6)
+
+        values = np.asarray(Image.open(files[0]), float)
+        low, high = value_range
+        expected = ((values - low) / (high - low) * 255).mean()
+        seen = np.asarray(data_loader.load_image(test, 0)).mean()
+        assert abs(seen - expected) < 0.5
+
+
+def test_a_picture_far_outside_of_the_range_is_named(arguments, tmp_path, capsys):
+    folder = deepen(write_pictures(tmp_path / "pictures"), scale=16)
+    args = folder_args(arguments, folder)
+
+    def printed():
+        data_loader.print_once.cache_clear()
+        capsys.readouterr()
+        data_loader.open_dataset(args)
+        return capsys.readouterr().out
+
+    assert "far outside" not in printed()
+    hot = np.zeros((40, 60), np.uint16)
+    hot[5, 5] = 65535
+    Image.fromarray(hot).save(folder / "test" / "cat" / "hot.png")
+    for _ in range(2):  # the second time from the cache
+        assert "far outside" in printed()
+        assert "cat/hot.png" in printed()
+    (folder / "test" / "cat" / "hot.png").rename(folder / "train" / "cat" / "hot.png")
+    assert "cat/hot.png reaches from 0 to 65535, far outside" in printed()
+
+
+def test_deep_test_pictures_of_a_model_that_saw_none_are_warned_about(arguments, tmp_path, capsys):
+    folder = write_pictures(tmp_path / "pictures")
+    Image.fromarray(np.full((40, 60), 30000, np.uint16)).save(folder / "test" / "cat" / "deep.png")
+    data_loader.print_once.cache_clear()
+    data = data_loader.open_dataset(folder_args(arguments, folder))
+    assert data.value_range is None
+    assert "1 of 10 pictures have more than 8 bits" in capsys.readouterr().out
+
+
+def test_colours_of_16_bits_are_said_to_be_cut(tmp_path, capsys):
+    """Pillow reads the upper 8 of them; a PNG by hand, since it cannot write one either."""
+    def chunk(kind, content):
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    rows = b"".join(b"\0" + bytes(range(24)) for _ in range(4))
+    head = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+                                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    data_loader.print_once.cache_clear()
+    image = data_loader.read_image(tmp_path / "a.png")
+    assert np.asarray(image)[0, 0].tolist() == [0, 2, 4]
+    assert "16 bits a channel" in capsys.readouterr().out
+
+
+def upright_rgb(image, value_range=None):
+    """The recipe of checkpoints/README.md for those who have Pillow and NumPy alone."""
+    image = ImageOps.exif_transpose(image)  # as the camera was held
+    if image.mode.startswith(("I", "F")):  # more than 8 bits
+        low, high = value_range or ((0, 1) if image.mode == "F" else (0, 65535))
+        values = np.nan_to_num(np.asarray(image, dtype="float64"), nan=low)
+        values = (values - low) * (255 / (high - low))
+        image = Image.fromarray(values.clip(0, 255).round().astype("uint8"))
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV",
+                                  "I", "F", "I;16", "transparent palette", "transparent grey"])
+def test_recipe_with_pillow_alone_makes_the_same_pixels(tmp_path, mode):
+    generator = np.random.default_rng(0)
+    noise = generator.integers(0, 256, (12, 20, 4), dtype=np.uint8)
+    value_range = None
+    if mode in ("I", "F", "I;16"):
+        dtype = {"I": np.int32, "F": np.float32, "I;16": np.uint16}[mode]
+        value_range = (20.0, 700.0)
+        image = Image.fromarray(generator.uniform(0, 800, (12, 20)).astype(dtype))
+    elif mode == "transparent palette":
+        image = Image.fromarray(noise[..., :3]).quantize(8)
+        image.info["transparency"] = 3
+    elif mode == "transparent grey":
+        image = Image.fromarray(noise[..., 0] // 32 * 32)
+        image.info["transparency"] = 64
+    else:
+        image = Image.fromarray(noise)
+        image = image.convert("LA" if mode == "PA" else "RGB" if mode == "HSV" else mode)
+        image = image.convert(mode)
+    image.getexif()[data_loader.EXIF_ORIENTATION] = 8
+
+    expected = np.asarray(data_loader.to_rgb(image, value_range))
+    assert expected.shape == (20, 12, 3)
+    assert np.array_equal(np.asarray(upright_rgb(image, value_range)), expected)
+    if value_range:
+        by_mode = np.asarray(upright_rgb(image))
+        assert np.array_equal(by_mode, np.asarray(data_loader.to_rgb(image)))
 
 
 def test_a_person_sees_the_images_of_a_part(arguments, tmp_path):
