@@ -236,7 +236,8 @@ def open_images(info, args):
         raise UserError(f"there is no image folder {settings.dataset_dir}; "
                         "give its new location with --dataset-dir DIR")
 
-    test, class_names = data_loader.load_split(info["dataset"], "test", settings)
+    test, class_names = data_loader.load_split(info["dataset"], "test", settings,
+                                               info.get("value_range"))
     test = renumber_labels(test, class_names, info["class_names"])
     missing_classes = [name for name in info["class_names"] if name not in class_names]
 

@@ -626,6 +626,7 @@ def build_info(run, model, name, data, args, **more):
         "interpolation": interpolation,
         "mean": [float(value) for value in cfg["mean"]],
         "std": [float(value) for value in cfg["std"]],
+        "value_range": list(data.value_range) if data.value_range else None,
         "dataset": data.name,
         "split_fingerprint": data.split_fingerprint,
         "config": dict(vars(args)),

@@ -64,7 +64,7 @@ def make_loader(data, args, device=CPU, **info):
 
 
 def stop_workers(loader):
-    """At once, where an epoch was left early or failed: the garbage collector would wait for 5 s."""
+    """At once, where an epoch was left early: the garbage collector would wait for 5 s."""
     if loader.source.loader._iterator:
         loader.source.loader._iterator._shutdown_workers()
 

@@ -21,6 +21,7 @@ import scipy.stats
 import sklearn.metrics
 import timm
 import torch
+from PIL import Image
 
 import config
 import data_loader
@@ -1349,3 +1350,38 @@ def test_class_names_in_any_script(tmp_path):
     shares = evaluate.confusion_shares(trained, labels)
     assert np.allclose(shares["baseline"][0], [2 / 3, 1 / 3, 0, 0])
     assert np.allclose(shares["distilled"][2], [0, 0, 0, 1])
+
+
+def write_12_bit_pictures(folder):
+    """Pictures in 16-bit files whose training values reach 4,000 and whose test values reach 2,000.
+    """
+    random = np.random.default_rng(0)
+    for part, highest in (("train", 4000), ("test", 2000)):
+        for name in ("cat", "dog"):
+            for i in range(8):
+                pixels = random.integers(0, highest, (32, 32), endpoint=True, dtype=np.uint16)
+                pixels[0, 0] = highest
+                pixels[0, 1] = 0
+                file = folder / part / name / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(file)
+
+
+def test_test_images_have_the_value_range_of_the_checkpoint(arguments, tmp_path):
+    write_12_bit_pictures(tmp_path / "pictures")
+    args = arguments("baseline", "--dataset-name", "ImageFolder", "--dataset-dir",
+                     tmp_path / "pictures", "--batch-size", "4")
+    data = data_loader.open_dataset(args)
+    model = models.build_model("test_efficientnet", 2)
+    info = models.build_info("baseline", model, "test_efficientnet", data, args)
+    assert info["value_range"] == [0.0, 4000.0]
+
+    test, *_ = evaluate.open_images(info, arguments("evaluate"))
+    assert test.pixels[0].max() == round(255 * 2000 / 4000)
+    transform = data_loader.build_transform(info)
+    image = data_loader.read_image(tmp_path / "pictures" / "test" / "cat" / "0.png")
+    loader = data_loader.EvaluationLoader(test, info, args, torch.device("cpu"))
+    images, _ = next(iter(loader))
+    mean = torch.tensor(info["mean"])[:, None, None]
+    std = torch.tensor(info["std"])[:, None, None]
+    assert torch.allclose(transform(image), (images[0] - mean) / std, atol=0.02)

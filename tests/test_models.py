@@ -815,7 +815,7 @@ def test_checkpoint_is_plain_safe_and_usable_without_the_project(arguments):
     assert set(checkpoint) == {
         "format_version", "run", "model_name", "num_classes", "class_names", "image_size",
         "crop_pct", "interpolation", "mean", "std", "gradcam_layer", "epoch", "val_accuracy",
-        "dataset", "split_fingerprint", "config", "versions"}
+        "value_range", "dataset", "split_fingerprint", "config", "versions"}
     assert_plain(checkpoint)
     assert checkpoint["config"]["argv"][-2:] == ["--seed", "3"]
     for tensor in state_dict.values():
