@@ -238,7 +238,8 @@ def existing_folder(text):
 # Which script has which settings, and how they are parsed -----------------------------------------
 
 TRAINING_SETTINGS = {  # both training scripts
-    "DATASET_NAME": one_of("CIFAR100", "CIFAR10", "Flowers102", "Digits", "ImageFolder"),
+    "DATASET_NAME": one_of("CIFAR100", "CIFAR10", "Flowers102", "Digits", "Letters",
+                           "ImageFolder"),
     "IMAGE_SIZE": parse_image_size,
     "AUGMENTATION": one_of("auto", "none", "crop", "flip_crop", "resized_crop"),
     "VAL_FRACTION": between_zero_and_one,
