@@ -273,11 +273,11 @@ def duplicates_of_training_images(test, data):
     return [test.names[i] if test.names else f"number {i}" for i in found]
 
 
-# Letters: a dataset that is drawn ------------------------------------------------------------------
+# Letters, a dataset that is drawn -----------------------------------------------------------------
 
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_SIDE = 32             # px
-LETTER_COUNTS = {"train": 80, "test": 120}   # images of each class
+LETTER_COUNTS = {"train": 90, "test": 120}   # images of each class
 # Typefaces in matplotlib's own folder that have all these letters, each in its usual shape.
 TYPEFACES = [
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique",
