@@ -18,12 +18,12 @@ import timm
 import utils
 
 # Data
-DATASET_NAME = "CIFAR100"     # CIFAR100, CIFAR10, Flowers102, Digits, ImageFolder (your pictures)
+DATASET_NAME = "CIFAR100"     # CIFAR100, CIFAR10, Flowers102, Digits, Letters, ImageFolder (yours)
 DATASET_DIR = None            # ImageFolder's folder: train/<class>/*, test/<class>/*, perhaps val/
 DATA_DIR = "data"             # folder for downloads and, in decoded/, for decoded pictures
 IMAGE_SIZE = 224              # px, side of the student's square input, at least 32
 TEACHER_IMAGE_SIZE = None     # px, None: as the student; larger: the same crop in more detail
-AUGMENTATION = "auto"         # none, crop (digits), flip_crop (small), resized_crop (photos), auto
+AUGMENTATION = "auto"         # none, crop (letters), flip_crop (small), resized_crop (photos), auto
 VAL_FRACTION = 0.1            # share of the training images used for validation, above 0, below 1
 SPLIT_SEED = 0                # seeds the validation split; not SEED, so all seeds share a teacher
 NUM_WORKERS = 2               # processes that decode and crop photographs, 0 or more
@@ -71,23 +71,29 @@ RESULTS_DIR = "results"       # folder for histories, report and figures
 
 # --quick: a complete small run in minutes, without a GPU, a network or pretrained weights
 QUICK = {
-    "DATASET_NAME": "Digits",
+    "SEEDS": [0, 1, 2, 3, 4],  # of --seeds, unless that or --seed is given
+    "DATASET_NAME": "Letters",
     "DATASET_DIR": None,
     "IMAGE_SIZE": 32,
     "TEACHER_IMAGE_SIZE": None,
     "AUGMENTATION": "auto",
+    "TEACHER_MODEL": "test_resnet",
+    "STUDENT_MODEL": "test_efficientnet",
     "PRETRAINED": False,
     "STUDENT_WEIGHTS": None,
     "TEACHER_WEIGHTS": None,
     "TEACHER_CHECKPOINT": None,
+    "DISTILLATION_LOSS": "kd",
+    "TEMPERATURE": 4.0,
+    "ALPHA": 0.9,
     "BATCH_SIZE": 64,
-    "NUM_EPOCHS": 10,
+    "NUM_EPOCHS": 7,
     "LEARNING_RATE": 3e-3,
-    "TEACHER_EPOCHS": 22,
+    "WARMUP_EPOCHS": 2.0,
+    "TEACHER_EPOCHS": 18,
     "TEACHER_LEARNING_RATE": 3e-3,
     "LABEL_SMOOTHING": 0.0,
     "EMA_DECAY": 0.95,
-    "ALPHA": 0.9,
 }
 
 # Parsing of single values -------------------------------------------------------------------------
@@ -238,7 +244,8 @@ def existing_folder(text):
 # Which script has which settings, and how they are parsed -----------------------------------------
 
 TRAINING_SETTINGS = {  # both training scripts
-    "DATASET_NAME": one_of("CIFAR100", "CIFAR10", "Flowers102", "Digits", "ImageFolder"),
+    "DATASET_NAME": one_of("CIFAR100", "CIFAR10", "Flowers102", "Digits", "Letters",
+                           "ImageFolder"),
     "IMAGE_SIZE": parse_image_size,
     "AUGMENTATION": one_of("auto", "none", "crop", "flip_crop", "resized_crop"),
     "VAL_FRACTION": between_zero_and_one,
@@ -344,6 +351,8 @@ def parse_args(script, description, argv=None):
         if utils.TORCHRUN:
             parser.error("evaluate.py runs as one process, without torchrun")
     else:
+        if args.quick and not args.seeds and "SEED" not in given_constants(argv):
+            args.seeds = list(QUICK["SEEDS"])
         check_training(parser, args)
         if script == "distillation":
             check_distillation(parser, args)
@@ -416,11 +425,19 @@ def parse_constants(parser, script, overridden):
 
 
 def parse_quick(parser):
-    """Parse the values of QUICK."""
+    """Parse the settings in QUICK and check its SEEDS, which are not a setting."""
     if not isinstance(QUICK, dict):
         parser.error(f"QUICK in config.py must be a dict of settings, not {QUICK!r}")
+    seeds = QUICK.get("SEEDS")
+    if not isinstance(seeds, (list, tuple)):
+        parser.error(f"SEEDS in QUICK in config.py must be a list of seeds, not {seeds!r}")
+    for number in seeds:
+        parse_value(parser, "SEED", number, "SEEDS in QUICK")
+
     defaults = {}
     for name, value in QUICK.items():
+        if name == "SEEDS":
+            continue
         if name not in SETTINGS:
             parser.error(f"{name} in QUICK in config.py is not a setting{closest(name, SETTINGS)}")
         defaults[name] = parse_value(parser, name, value, f"{name} in QUICK")
@@ -454,7 +471,7 @@ def add_other_flags(parser, script):
         parser.add_argument("--fresh", action="store_true",
                             help="move the previous run aside and start over")
         parser.add_argument("--seeds", type=parse_seed, nargs="+",
-                            help="train a student for each of these seeds")
+                            help="train a student for each of these seeds; --quick has its own")
     if script == "distillation":
         parser.add_argument("--fresh-teacher", action="store_true",
                             help="move the previous teacher aside and train a new one")

@@ -4,7 +4,7 @@
 the files of a folder can be decoded; evaluate.py reads them with `load_split`.
 
 A loader yields images (B, 3, S, S) on the device, floats in [0, 1]; each model normalises them
-itself. Small square images of one size (CIFAR, digits) are held on the device as one uint8 tensor
+itself. Small square images of one size (CIFAR, letters) are held on the device as one uint8 tensor
 and augmented there a batch at a time. Photographs, and random resized crops of any image, are made
 by worker processes.
 """
@@ -23,10 +23,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup
@@ -221,8 +222,8 @@ def choose_augmentation(train, args):
         return args.augmentation
     if are_photographs:
         return "resized_crop"
-    if args.dataset_name == "Digits":
-        return "crop"  # a mirrored digit is no digit
+    if args.dataset_name in ("Digits", "Letters"):
+        return "crop"  # a mirrored letter is no letter, or another
     return "flip_crop"
 
 
@@ -240,6 +241,10 @@ def load_split(name, part, args, value_range=None):
         grey = torch.from_numpy(digits.images[chosen] * (255 / 16)).round().byte()
         labels = torch.from_numpy(digits.target[chosen]).long()
         return Images(grey[:, None].repeat(1, 3, 1, 1), None, labels, []), list("0123456789")
+
+    if name == "Letters":
+        pixels, labels = draw_letters(part)
+        return Images(pixels, None, labels, []), list(LETTERS)
 
     if name == "Flowers102":
         flowers = download(datasets.Flowers102, args.data_dir, split=part)
@@ -272,6 +277,62 @@ def duplicates_of_training_images(test, data):
     known = {*digests(data.train), *digests(data.val)}
     found = [i for i, digest in enumerate(digests(test)) if digest in known]
     return [test.names[i] if test.names else f"number {i}" for i in found]
+
+
+# Letters, a dataset that is drawn -----------------------------------------------------------------
+
+LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTER_SIDE = 32             # px
+LETTER_COUNTS = {"train": 90, "test": 120}   # images of each class
+# Typefaces in matplotlib's own folder that have all these letters, each in its usual shape.
+TYPEFACES = [
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique",
+    "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique",
+    "DejaVuSansMono-BoldOblique",
+    "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
+    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
+    "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10",
+]
+
+
+def draw_letters(part):
+    """The `part` (train or test) of Letters: pixels (N, 3, 32, 32) uint8 and labels (N,), as many
+    of each class. Each image has its own typeface, size, angle, place and noise.
+
+    All that is random comes from a fixed seed. Two machines draw the same images but for single
+    grey levels at the edges of letters, where their versions of FreeType or Pillow differ.
+    """
+    rng = np.random.default_rng(["train", "test"].index(part))
+    labels = np.tile(np.arange(len(LETTERS)), LETTER_COUNTS[part])
+    count = len(labels)
+    typefaces = rng.integers(len(TYPEFACES), size=count)
+    sizes = rng.integers(32, 61, size=count)  # in half px
+    angles = rng.uniform(-30, 30, size=count)
+    centers = rng.uniform(0.38, 0.62, size=(count, 2)) * 2 * LETTER_SIDE
+    inks = rng.uniform(0.5, 1, size=(count, 1, 1))
+    noise = rng.normal(0, 0.12, size=(count, LETTER_SIDE, LETTER_SIDE))
+
+    masks = []
+    for label, typeface, size, angle, center in zip(
+            labels, typefaces, sizes, angles, centers, strict=True):
+        # Drawn at twice the size, so that turning it does not blur it.
+        image = Image.new("L", (2 * LETTER_SIDE, 2 * LETTER_SIDE))
+        font = load_typeface(TYPEFACES[typeface], int(size))
+        ImageDraw.Draw(image).text(tuple(center), LETTERS[label], 255, font, anchor="mm")
+        image = image.rotate(angle, Image.Resampling.BICUBIC, center=tuple(center))
+        masks.append(np.asarray(image.reduce(2)))
+
+    grey = np.stack(masks) / 255 * inks + noise
+    grey = torch.from_numpy((grey * 255).clip(0, 255).round().astype(np.uint8))
+    return grey[:, None].repeat(1, 3, 1, 1), torch.from_numpy(labels)
+
+
+@functools.cache
+def load_typeface(name, size):
+    """One of matplotlib's typefaces. The simple layout engine is part of every Pillow; the other
+    one, where it is installed, may place a letter elsewhere."""
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")
+    return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 # Downloads ----------------------------------------------------------------------------------------

@@ -59,24 +59,28 @@ def restore_process_state():
     utils.Run.saved_names.clear()
 
 
-def small_flags(script, folder):
-    """--quick with tiny models in float32, without EMA, and all folders below `folder`."""
+def small_flags(script, folder, *flags):
+    """`flags` after those of a short run: --quick with tiny models on digits, one seed, float32,
+    no EMA, and all folders below `folder`."""
+    given = [str(flag) for flag in flags]
     flags = ["--quick", "--device", "cpu"]
     flags += ["--checkpoint-dir", folder / "checkpoints"]
     flags += ["--results-dir", folder / "results"]
     flags += ["--data-dir", folder / "data"]
     if script != "evaluate":
-        flags += [*STUDENT, "--ema-decay", "0"]
+        flags += [*STUDENT, "--dataset-name", "Digits", "--ema-decay", "0", "--warmup-epochs", "1"]
+        if not {"--seed", "--seeds"} & set(given):
+            flags += ["--seed", "42"]
     if script == "distillation":
         flags += [*TEACHER, "--alpha", "0.7"]
-    return [str(flag) for flag in flags]
+    return [*map(str, flags), *given]
 
 
 @pytest.fixture
 def arguments(tmp_path):
     """A function that parses flags for a script, with all folders below a temporary one."""
     def parse(script, *flags):
-        args = config.parse_args(script, "", [*small_flags(script, tmp_path), *map(str, flags)])
+        args = config.parse_args(script, "", small_flags(script, tmp_path, *flags))
         if script != "evaluate" and args.amp_dtype == "auto":
             args.amp_dtype = "fp32"  # as utils.setup would
         return args
@@ -125,8 +129,8 @@ def run_command(command, own_session=False):
 
 def start(script, folder, *flags):
     """Start a script on tiny models, with all folders below `folder`."""
-    return run_command([sys.executable, ROOT / SCRIPTS[script], *small_flags(script, folder),
-                        *flags])
+    return run_command([sys.executable, ROOT / SCRIPTS[script],
+                        *small_flags(script, folder, *flags)])
 
 
 def finish(process, seconds=300):

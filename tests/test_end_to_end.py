@@ -40,7 +40,8 @@ def trained(tmp_path_factory):
     """A folder with a comparison on Digits, eight epochs each, and what the scripts printed."""
     folder = tmp_path_factory.mktemp("end to end ü")
     places = ["--quick", "--checkpoint-dir", folder / "c", "--results-dir", folder / "r"]
-    longer = ["--num-epochs", "8", "--batch-size", "16", *STUDENT]
+    longer = ["--dataset-name", "Digits", "--seed", "42", "--num-epochs", "8",
+              "--warmup-epochs", "1", "--batch-size", "16", *STUDENT]
     printed = {"nothing yet": run("evaluate.py", *places, status=1)}
     printed["baseline"] = run("train_baseline.py", *places, *longer)
     printed["distillation"] = run("train_distillation.py", *places, *longer, *TEACHER,

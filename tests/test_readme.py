@@ -335,8 +335,7 @@ def test_search_ranks_by_validation_accuracy(folder, monkeypatch):
     """Two settings on tiny models: both run, and the better one is printed first."""
     train = [sys.executable, str(ROOT / "train_baseline.py"), "--quick", "--student-model",
              "test_resnet", "--num-epochs", "6", "--checkpoint-dir", "teacher"]
-    if "SEEDS" in config.QUICK:
-        train += ["--seeds", "0"]
+    train += ["--seed", "0"]
     assert subprocess.run(train, cwd=folder, capture_output=True).returncode == 0
     teacher = next(folder.glob("teacher/quick/baseline/**/best_model.pth"))
 
@@ -345,7 +344,8 @@ def test_search_ranks_by_validation_accuracy(folder, monkeypatch):
                            ("Path(__file__).resolve().parents[2]", f"Path({str(ROOT)!r})")):
         assert printed in text
         text = text.replace(printed, small)
-    flags = ["--quick", *STUDENT, *TEACHER, "--teacher-checkpoint", str(teacher)]
+    flags = ["--quick", "--seed", "0", "--warmup-epochs", "0", *STUDENT, *TEACHER]
+    flags += ["--teacher-checkpoint", str(teacher)]
     lines = run(text, folder, *flags).splitlines()
 
     ranked = [re.fullmatch(r"(\d+\.\d\d)%  (.*)", line).groups() for line in lines[-2:]]

@@ -36,7 +36,8 @@ from conftest import (
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torch for Windows has no torchrun to test")
 
 TOLERANCE = 2e-5
-FLAGS = ["--device", "cpu", "--student-model", "test_convnext",  # which has no BatchNorm
+FLAGS = ["--device", "cpu", "--dataset-name", "Digits", "--warmup-epochs", "1",
+         "--student-model", "test_convnext",  # which has no BatchNorm
          "--batch-size", "24", "--num-epochs", "2", "--ema-decay", "0.9", "--learning-rate", "1e-3"]
 TEACHER_FLAGS = ["--teacher-model", "test_convnext2", "--teacher-epochs", "3"]
 ACCUMULATED = ["--accumulate-steps", "2"]
@@ -55,6 +56,8 @@ def start(num_processes, script, folder, *flags):
     command += ["--checkpoint-dir", folder / "checkpoints", "--results-dir", folder / "results"]
     if script != "evaluate":
         command += FLAGS
+        if not {"--seed", "--seeds"} & set(flags):
+            command += ["--seed", "42"]
     return run_command([*command, *flags], own_session=True)
 
 

@@ -522,8 +522,9 @@ def test_next_command_has_the_flags_it_needs(arguments, tmp_path):
     folders = (f"--quick --device cpu --checkpoint-dir {tmp_path}/checkpoints "
                f"--results-dir {tmp_path}/results --data-dir {tmp_path}/data")
     assert train_baseline.next_command(args, "distillation", "distilled") == (
-        f"python train_distillation.py {folders} --student-model test_efficientnet --ema-decay 0 "
-        "--num-epochs 3 --no-pretrained --seeds 0 1")
+        f"python train_distillation.py {folders} --student-model test_efficientnet "
+        "--dataset-name Digits --ema-decay 0 --warmup-epochs 1 --num-epochs 3 --no-pretrained "
+        "--seeds 0 1")
 
     distilled = quick_folder(tmp_path, "distilled") / "seed_0" / "best_model.pth"
     distilled.parent.mkdir(parents=True)
@@ -607,7 +608,7 @@ def test_twenty_kills_end_with_the_weights_of_an_undisturbed_run(tmp_path):
         return last_path.stat().st_mtime_ns if last_path.exists() else 0
 
     undisturbed = start("baseline", whole, *flags)
-    command = [sys.executable, "-c", FORKING_SCRIPT, *small_flags("baseline", killed), *flags]
+    command = [sys.executable, "-c", FORKING_SCRIPT, *small_flags("baseline", killed, *flags)]
     kills_while_writing = 0
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, text=True, bufsize=1) as forks:
