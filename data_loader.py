@@ -994,7 +994,10 @@ class EvaluationLoader:
         self.batch_size = min(512, max(16, EVAL_PIXELS // size**2))
         if images.pixels is None:
             make_views = functools.partial(center_crop_view, images, info)
-            self.source = Photographs(images.labels, make_views, device, args.num_workers)
+            # A worker without a batch would only cost its start.
+            num_batches = math.ceil(self.num_images / self.batch_size)
+            num_workers = min(args.num_workers, num_batches)
+            self.source = Photographs(images.labels, make_views, device, num_workers)
         else:
             self.source = SmallImages(images, [size], info["interpolation"], "none", device)
 
