@@ -659,7 +659,9 @@ def start_on_photographs(folder, method):
                "ImageFolder", "--dataset-dir", pictures, "--batch-size", "4", "--num-epochs", "200",
                "--val-fraction", "0.05", "--num-workers", "2"]
     process = run_command(command, own_session=True)
+    # In the first epoch a worker may still be importing torch, and answer Ctrl-C in its own way.
     wait_until(lambda: has_epoch(quick_folder(folder)), 300)
+    wait_until(lambda: len(history_of(quick_folder(folder))) >= 2, 300)
     return process
 
 
