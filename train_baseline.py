@@ -1,7 +1,7 @@
 """Train the student on the labels only, without distillation: the baseline of the comparison.
 
     python train_baseline.py            # EfficientNet-B0 on CIFAR-100
-    python train_baseline.py --quick    # a complete small run on scikit-learn's digits, no download
+    python train_baseline.py --quick    # a complete small run on drawn letters, no download
 
 Writes checkpoints/baseline/ and results/baseline_history.csv, with --seeds one seed_<n>/ each in
 there, and copies the best student so far to checkpoints/best_model.pth. After an interruption the

@@ -1,7 +1,7 @@
 """Train the student by distillation from a teacher, and on the labels: the distilled student.
 
     python train_distillation.py            # EfficientNet-B0 distilled from B2, on CIFAR-100
-    python train_distillation.py --quick    # a complete small run on scikit-learn's digits
+    python train_distillation.py --quick    # a complete small run on drawn letters
 
 Fine-tunes the teacher first, unless checkpoints/teacher/ has a finished one of the same model,
 image size, classes and split. Writes checkpoints/distilled/ and results/distilled_history.csv, with

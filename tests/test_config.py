@@ -665,3 +665,28 @@ def test_wrong_edit_of_config_is_one_sentence_before_any_work(tmp_path):
     for word in ("KL_DIRECTION in config.py", "'forwards'", "closest: forward"):
         assert word in process.stderr
     assert set(tmp_path.iterdir()) == files
+
+
+# The seeds of --quick -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script", ["baseline", "distillation"])
+def test_quick_trains_its_own_seeds_unless_others_are_given(script):
+    def seeds(*flags):
+        args = config.parse_args(script, "", list(flags))
+        return args.seeds, args.seed
+
+    quick_seeds = list(config.QUICK["SEEDS"])
+    assert seeds("--quick") == (quick_seeds, quick_seeds[0])
+    assert seeds("--quick", "--seeds", "4", "5") == ([4, 5], 4)
+    assert seeds("--quick", "--seed", "7") == (None, 7)
+    assert seeds("--seed=7", "--quick") == (None, 7)
+    assert seeds() == (None, config.SEED)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "0 1", [0, -1], [0.5], [1, 1]])
+def test_quicks_seeds_are_checked(capsys, monkeypatch, wrong):
+    monkeypatch.setitem(config.QUICK, "SEEDS", wrong)
+    with pytest.raises(SystemExit) as error:
+        config.parse_args("baseline", "", ["--quick"])
+    assert error.value.code == 2
+    assert "seed" in capsys.readouterr().err.lower()
