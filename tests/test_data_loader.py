@@ -598,6 +598,7 @@ if __name__ == "__main__":
     data = data_loader.open_dataset(args)
     loader = data_loader.TrainingLoader(data, info, args, torch.device("cpu"))
     batches = loader.epoch(0)
+    next(batches)  # the first worker's; the second one has started too when its own is there
     next(batches)
     if state == "between epochs":
         list(batches)

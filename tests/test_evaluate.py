@@ -273,7 +273,7 @@ def test_last_pth_is_no_model(copied):
 def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
     load_split = data_loader.load_split
 
-    def leaky(name, part, args):
+    def leaky(name, part, args, value_range=None):
         images, names = load_split(name, part, args)
         if part == "test":
             training_images, _ = load_split(name, "train", args)
@@ -349,7 +349,7 @@ def lack_classes(monkeypatch, *lacking):
     """Let the test images of digits lack some classes, as a folder without them does."""
     load_split = data_loader.load_split
 
-    def partial(name, part, args):
+    def partial(name, part, args, value_range=None):
         images, names = load_split(name, part, args)
         if part != "test":
             return images, names
@@ -1081,7 +1081,7 @@ def test_names_that_are_not_utf8_are_written_with_replacement_characters(copied,
         change_checkpoint(copied, role, class_names=names)
     load_split = data_loader.load_split
     monkeypatch.setattr(data_loader, "load_split",
-                        lambda name, part, args: (load_split(name, part, args)[0], names))
+                        lambda name, part, args, _=None: (load_split(name, part, args)[0], names))
     teacher = checkpoint_path(copied, "teacher")
     change_checkpoint(copied, "distilled", teacher={
         "path": str(teacher), "val_accuracy": 0.5, "sha256": utils.sha256(teacher)})
