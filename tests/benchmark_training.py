@@ -3,19 +3,20 @@
     python tests/benchmark_training.py           # EfficientNet-B0, B2 as teacher, 224 px, batch 16
     python tests/benchmark_training.py --image-size 32 --batch-size 128 --json FILE
 
-Four loops take turns, so that a machine that slows down slows them all; medians over the rounds:
+Four loops take turns, so that a machine that slows down affects all of them. The table has medians
+over the rounds.
 
-(a) plain: what people write: torchvision's PIL transforms, a DataLoader with its best number of
-    workers, NCHW, autocast, `.item()` in every step;
+(a) plain, as people usually write it: torchvision's PIL transforms, a DataLoader with the best
+    number of workers, NCHW, autocast, `.item()` in every step;
 (b) project: train_baseline.train and train_distillation.train with the default EMA, as the scripts
     run them: images/s of the second of two epochs, from the history;
-(c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already there;
-(d) timm: timm's own parts: its loader, ClassificationTask or LogitDistillationTask, AdamW, cosine
-    schedule, clipping and EMA, as timm's train.py puts them together. Needs a timm with timm.task.
+(c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already on
+    the device;
+(d) timm's own parts, put together as in timm's train.py: its loader (with as many workers as (a)),
+    ClassificationTask or LogitDistillationTask, AdamW, cosine schedule, clipping and EMA.
 
-Each for cross-entropy (CE) and for distillation (KD); then (b) and (c) for evaluation, in its own
-larger batches and float32. Images are upscaled from 32 px to --image-size. (a) and (d) have the
-same number of workers.
+Each is timed for cross-entropy (CE) and for distillation (KD); then (b) and (c) for evaluation,
+with its own, larger batches and float32. Images are upscaled from 32 px to --image-size.
 """
 import argparse
 import contextlib
@@ -380,19 +381,25 @@ def print_table(args, rows, device, num_workers):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="efficientnet_b0")
-    parser.add_argument("--teacher", default="efficientnet_b2")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, help="steps a round; default 200 on a GPU, else 20")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="efficientnet_b0", help="student (default: %(default)s)")
+    parser.add_argument("--teacher", default="efficientnet_b2",
+                        help="teacher of KD (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="px (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help="images per training step (default: %(default)s)")
+    parser.add_argument("--steps", type=int,
+                        help="steps per round (default: 200 on a GPU, else 20)")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="rounds, in each of which every loop runs (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+",
                         default=[number for number in (0, 2, 4, 8, 16) if number <= os.cpu_count()],
-                        help="numbers of workers to choose the best of for (a)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp-dtype", default="auto")
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--cuda-graph", action="store_true", help="for (b)")
+                        help="numbers of workers to try for (a); the fastest is used")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--amp-dtype", default="auto", help="auto, bf16, fp16 or fp32")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="use only deterministic algorithms")
+    parser.add_argument("--cuda-graph", action="store_true",
+                        help="use CUDA graphs in (b)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args()
 
