@@ -508,6 +508,7 @@ class Run:
             saved = {}
         self.history = saved.get("history", [])
         self.saved_states = saved.get("states", {})
+        self.first_epoch = len(self.history) + 1  # the first that this process trains
 
         self.parts = {}  # what `restore` is given, and what is saved with every epoch
         self.epoch_start = time.perf_counter()
@@ -650,11 +651,15 @@ class Run:
         if metrics.elapsed() < 15 and not is_last_step:
             return
         self.has_printed_estimate = True
-        epochs = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
-        steps = epochs * steps_per_epoch - metrics.num_steps
-        remaining = format_duration(steps * metrics.seconds_per_step())
-        tqdm.write(f"{self.title}: {self.num_epochs} epochs of {steps_per_epoch} steps, "
-                   f"about {remaining} to go")
+
+        epochs_text = f"{self.num_epochs} epochs"
+        if self.first_epoch > 1:  # resumed
+            epochs_text = f"epochs {self.first_epoch} to {self.num_epochs}"
+        epochs_to_go = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
+        steps_to_go = epochs_to_go * steps_per_epoch - metrics.num_steps
+        duration = format_duration(steps_to_go * metrics.seconds_per_step())
+        tqdm.write(f"{self.title}: {epochs_text} of {steps_per_epoch} steps, "
+                   f"about {duration} to go")
 
     def print_epoch(self, row, is_best):
         """Print the epoch in one line, with a star if it is the best so far, and the time to go."""
