@@ -142,7 +142,7 @@ def align_classes(test, test_class_names, class_names):
     they have a class that it does not know; prints which of its classes they lack."""
     unknown = sorted(set(test_class_names) - set(class_names))
     if unknown:
-        raise UserError(f"test/ has {len(unknown)} classes that were not trained on: "
+        raise UserError(f"the test images have {len(unknown)} classes that were not trained on: "
                         f"{', '.join(unknown[:10])}")
     missing = sorted(set(class_names) - set(test_class_names))
     if missing:

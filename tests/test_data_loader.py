@@ -1065,7 +1065,7 @@ def test_test_images_may_lack_classes(arguments, tmp_path, capsys, size):
 def test_a_test_class_that_was_not_trained_on_is_refused(arguments, tmp_path):
     folder = write_pictures(tmp_path / "pictures")
     test, names = data_loader.load_split("ImageFolder", "test", folder_args(arguments, folder))
-    with pytest.raises(utils.UserError, match="test/ .*eel"):
+    with pytest.raises(utils.UserError, match="test images .*eel"):
         data_loader.align_classes(test, names, ["cat", "dog", "fox"])
     aligned = data_loader.align_classes(test, names, ["eel", "dog", "cat"])
     assert aligned.labels.tolist() == [2, 2, 2, 1, 1, 1, 0, 0, 0]
@@ -1154,7 +1154,7 @@ def spoil(folder, fault):
     ("no test", ["pictures/test"]),
     ("one class", ["pictures/train", "two or more"]),
     ("empty test class", ["test/fox", "no picture"]),
-    ("other class", ["test/", "fox", "not trained"]),
+    ("other class", ["test images", "fox", "not trained"]),
     ("broken", ["2 of 24", "cat/001.png", "dog/002.png"]),
     ("truncated", ["1 of 24", "dog/002.jpg", "truncated"]),
     ("huge", ["1 of 24", "dog/002.png"]),

@@ -341,7 +341,7 @@ def test_other_classes_cannot_be_compared(copied):
     with pytest.raises(utils.UserError, match="cannot be compared .*order"):
         run_evaluate(copied)
     change_checkpoint(copied, "distilled", class_names=list("abcdefghij"))
-    with pytest.raises(utils.UserError, match="do not know: 0, 1, 2"):
+    with pytest.raises(utils.UserError, match="not trained on: 0, 1, 2"):
         run_evaluate(copied)
 
 
