@@ -433,7 +433,7 @@ def count_operations_of_a_step(arguments, script, *flags):
 
 
 def bare_step():
-    """Forward, loss, backward, clipping, update of a plain timm model: nobody can do with less."""
+    """Forward, loss, backward, clipping and update of a timm model as timm builds it."""
     model = timm.create_model("efficientnet_b0", num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images = torch.rand(2, 3, 32, 32)
@@ -461,7 +461,7 @@ def teacher_pass(teacher):
 @pytest.mark.slow
 def test_operations_of_a_step(arguments):
     """At batch 16 a GPU waits for Python, which starts them one by one: none may be added unseen.
-    tests/README.md has the numbers."""
+    tests/README.md has the table."""
     bare = count_operations(bare_step())
     teacher = models.build_model("efficientnet_b2", 10).eval()
     plain = count_operations(teacher_pass(teacher))
