@@ -72,7 +72,7 @@ RESULTS_DIR = "results"       # folder for histories, report and figures
 # --quick: a complete small run in minutes, without a GPU, a network or pretrained weights. Some of
 # these are the defaults above once more, so that --quick works whatever is edited there.
 QUICK = {
-    "SEEDS": [0, 1, 2, 3, 4],  # default of --seeds, which has no constant; --seed overrides it too
+    "SEEDS": [0, 1, 2, 3, 4],  # for --seeds, which has no constant, unless --seed is given
     "DATASET_NAME": "Letters",
     "DATASET_DIR": None,
     "IMAGE_SIZE": 32,
@@ -103,7 +103,7 @@ QUICK = {
 # what is allowed. The constants above are turned into text and pass through the same functions.
 
 MAX_SEED = 2**32 - 1  # NumPy's limit
-MODEL_NAMES = timm.list_models() + timm.list_pretrained()  # the latter with a tag, as in .ra_in1k
+MODEL_NAMES = timm.list_models() + timm.list_pretrained()  # the latter have tags: .ra_in1k
 DEPRECATED_MODEL_NAMES = timm.models.get_deprecated_models()  # {old name: current name}
 
 
@@ -126,7 +126,7 @@ def require(is_valid, text, allowed, names=()):
 
 
 def to_number(number_type, text):
-    """`text` as an int or a float. If it is none: nan, which is outside of every range."""
+    """`text` as an int or a float; nan, which is outside of every range, if it is not a number."""
     try:
         return number_type(text)
     except ValueError:
@@ -286,7 +286,7 @@ TEACHER_SETTINGS = {  # train_distillation.py; they affect the student only thro
     "TEACHER_EPOCHS": positive_int,
     "TEACHER_LEARNING_RATE": positive_float,
 }
-COMMON_SETTINGS = {  # all three scripts: where files are, and what does the work
+COMMON_SETTINGS = {  # all three scripts: folders and hardware, not what is trained
     "DATASET_DIR": existing_folder,
     "DATA_DIR": parse_path,
     "NUM_WORKERS": nonnegative_int,
@@ -407,7 +407,7 @@ def add_settings(parser, script, argv):
 
 
 def check_names(parser, constants):
-    """Refuse `constants` of which one is misspelt: its name is unknown, or one is missing."""
+    """Refuse misspelt names: a constant that is not a setting, or a setting without a constant."""
     for name in constants:
         if name not in SETTINGS and name != "QUICK":
             parser.error(f"{name} in config.py is not a setting{suggestions(name, SETTINGS)}")
@@ -522,7 +522,7 @@ def format_command(script, argv):
     has, except for --fresh and --fresh-teacher. If a flag is repeated, the last one counts."""
     words_by_constant = {}  # {BATCH_SIZE: ["--batch-size", "16"]}
     for word in argv:
-        if word.startswith("--"):  # as the first word of an argv without errors does
+        if word.startswith("--"):  # true of the first word: parse_args refuses any other
             constant = constant_of(word)
             words_by_constant[constant] = []
         words_by_constant[constant].append(word)

@@ -78,7 +78,7 @@ class Images(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Everything that training may know of a dataset, so no test images."""
+    """Everything that training may know of a dataset, which excludes the test images."""
     name: str
     class_names: list
     train: Images
@@ -96,7 +96,7 @@ def print_once(line):
 
 # Datasets -----------------------------------------------------------------------------------------
 
-@utils.main_process_first()  # which downloads and decodes; the other processes find the files
+@utils.main_process_first()  # it downloads and decodes; the other processes find its files
 def open_dataset(args):
     """Load the training and validation images of args.dataset_name; returns a `Dataset`.
 
@@ -125,9 +125,9 @@ def open_dataset(args):
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
           f"{len(val.labels)} validation images")
     if len(val.labels) < FEW_VAL_IMAGES:
-        print(f"warning: the best epoch is chosen on only {len(val.labels)} validation images, of "
-              f"which each counts {100 / len(val.labels):.1f} points of accuracy; a larger "
-              "--val-fraction makes the choice more reliable")
+        print(f"warning: few validation images to choose the best epoch with: each is worth "
+              f"{100 / len(val.labels):.1f} points of accuracy; a larger --val-fraction makes the "
+              "choice more reliable")
     return Dataset(name, class_names, train, val, fingerprint, augmentation, images.value_range)
 
 
@@ -174,26 +174,38 @@ def grey_to_rgb(grey):
 
 
 def check_test_folder(class_names, value_range, args):
-    """Check the pictures and classes in test/, so that a mistake in them shows before the training
-    and not after it. Classes may be missing there, but not be new."""
-    _, test_class_names = load_split("ImageFolder", "test", args, value_range)
+    """Read the pictures and classes in test/, only so that a mistake in them shows before the
+    training and not after it."""
+    test, test_class_names = load_split("ImageFolder", "test", args, value_range)
+    align_classes(test, test_class_names, class_names)
 
+
+def align_classes(test, test_class_names, class_names):
+    """The `test` images with labels that are indices into `class_names`, those of a model, and no
+    longer into `test_class_names`. Raises UserError if they have a class that the model does not
+    know; prints a warning if they lack one that it knows."""
     unknown = sorted(set(test_class_names) - set(class_names))
     if unknown:
-        raise UserError(f"test/ has {len(unknown)} classes that were not trained on: "
+        raise UserError(f"the test images have {len(unknown)} classes that were not trained on: "
                         f"{', '.join(unknown[:10])}")
 
     missing = sorted(set(class_names) - set(test_class_names))
     if missing:
-        print_once(f"warning: test/ lacks {len(missing)} of {len(class_names)} classes: "
+        print_once(f"warning: the test images lack {len(missing)} of {len(class_names)} classes: "
                    f"{', '.join(missing[:10])}; scores are computed over the other classes")
+
+    new_labels = torch.tensor([class_names.index(name) for name in test_class_names])
+    return test._replace(labels=new_labels[test.labels])
 
 
 def load_own_val(class_names, value_range, args):
     """Load the validation images of a dataset that comes with its own. None if it does not."""
     name = args.dataset_name
-    has_val_folder = name == "ImageFolder" and Path(args.dataset_dir, "val").is_dir()
-    if name != "Flowers102" and not has_val_folder:
+    if name == "ImageFolder":
+        has_own_val = Path(args.dataset_dir, "val").is_dir()
+    else:
+        has_own_val = name == "Flowers102"
+    if not has_own_val:
         return None
 
     val, val_class_names = load_split(name, "val", args, value_range)
@@ -227,8 +239,9 @@ def split_train_val(images, class_names, args):
 
 def stratified_split(labels, fraction, seed):
     """Split `labels` (N,), stratified by class: (indices of the larger part, indices of the smaller
-    part), both sorted. The smaller part is about `fraction` of all. Each class needs two images,
-    since it gets at least one in each part."""
+    part), both sorted. The smaller part is about `fraction` of all. Each class has at least one
+    image in each part, so it must have two or more."""
+    # scikit-learn requires room for one image of each class in either part.
     num_classes = len(np.unique(labels))
     smaller_size = math.ceil(fraction * len(labels))
     smaller_size = max(smaller_size, num_classes)
@@ -236,8 +249,8 @@ def stratified_split(labels, fraction, seed):
     larger, smaller = train_test_split(
         np.arange(len(labels)), test_size=smaller_size, stratify=labels, random_state=seed)
 
-    # scikit-learn rounds, and a rare class can end up in one part only: if a tenth is taken of 100,
-    # 60 and 3 images, it takes 11, 6 and 0.
+    # It rounds, though, so that a rare class can still be in one part only: a tenth of classes of
+    # 100, 60 and 3 images is 11, 6 and 0 images.
     larger, smaller = move_missing_classes(larger, smaller, labels, seed)
     smaller, larger = move_missing_classes(smaller, larger, labels, seed)
     return np.sort(larger), np.sort(smaller)
@@ -281,7 +294,7 @@ def choose_augmentation(train, args):
     if are_photographs:
         return "resized_crop"
     if args.dataset_name in ("Digits", "Letters"):
-        return "crop"  # without flips: a mirrored letter is none, or another one
+        return "crop"  # and no flip: a mirrored letter is not that letter any more
     return "flip_crop"
 
 
@@ -313,8 +326,8 @@ def duplicates_of_training_images(test, data):
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_SIDE = 32             # px
 LETTER_COUNTS = {"train": 90, "test": 120}   # images of each class
-# Typefaces that come with matplotlib. Its others lack some of these letters, or have symbols or
-# unusual shapes in their place.
+# Typefaces that come with matplotlib. It has more, but they lack some of these letters, or have
+# symbols or unusual shapes in their place.
 TYPEFACES = [
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique",
     "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique",
@@ -377,8 +390,8 @@ def download(cls, data_dir, **part):
     try:
         return cls(root=data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
-        # Apart from these two, only errors of the disk have an errno. utils.user_message handles
-        # them.
+        # Errors of the disk have an errno, and utils.user_message explains them. Only these two
+        # errors of the network have one too.
         is_network_error = isinstance(error, (ConnectionError, TimeoutError))
         if getattr(error, "errno", None) and not is_network_error:
             raise
@@ -390,8 +403,8 @@ def download(cls, data_dir, **part):
 
 
 def download_hint(cls, data_dir):
-    """How to download the files of a torchvision dataset by hand, and which of those that are
-    there are damaged."""
+    """How to download the files of a torchvision dataset by hand, and which existing ones are
+    damaged."""
     files = []  # (path, URL, MD5) of each
     if cls is datasets.Flowers102:
         for file, md5 in cls._file_dict.values():
@@ -457,8 +470,7 @@ def cache_signature(names, files, value_range):
 
 
 def load_cache(cache):
-    """The decoded pictures in the file `cache`, a dict; {} if there are none or the file is
-    damaged."""
+    """Load the dict that save_cache has saved; {} if there is no such file, or it is damaged."""
     if not cache.exists():
         return {}
     try:
@@ -544,7 +556,7 @@ def find_pictures(class_folder, folder):
 
 def reason_to_pass_over(path, folder):
     """Why a file in `folder` is not used as a picture, in a word or two; "" if it is used."""
-    if "/." in path.relative_to(folder).as_posix():  # the file or a folder on its way
+    if "/." in path.relative_to(folder).as_posix():  # the file, or a folder above it
         return "hidden"
     extension = path.suffix.lower()
     if extension not in picture_extensions():
@@ -594,9 +606,10 @@ def decode_pictures(folder, files, value_range):
             image = read_image(file, min_side=2 * SMALL_SIDE)
         except UserError as error:
             return error
-        extremes = find_extremes(image)
-        is_small = image.width == image.height <= SMALL_SIDE
-        return (image, extremes) if is_small else (None, extremes)
+        small_image = None
+        if image.width == image.height <= SMALL_SIDE:
+            small_image = image
+        return small_image, find_extremes(image)
 
     # Threads are enough, since Pillow releases Python's global lock while it decodes.
     results = thread_map(read, files, desc=f"reading {printable(folder)}", leave=False,
@@ -924,7 +937,7 @@ class WorkerSource:
             persistent_workers=num_workers > 0,
             worker_init_fn=init_worker,
             pin_memory=device.type == "cuda",
-            # Without one of its own, it would use up numbers of the global one, as dropout does.
+            # By default it takes a number from torch's global generator, and dropout would change.
             generator=torch.Generator(),
         )
 
@@ -1034,9 +1047,8 @@ def jpeg_divisor(width, height, min_side):
 def init_worker(worker_id):
     """Prepare a worker process: it ends when its parent ends, and leaves signals to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal
-    # SIGTERM may also reach all processes (systemd, Slurm). torch raises an error in the parent if
-    # a worker is killed, which would disturb the parent's own shutdown, but none if it exits with
-    # status 0.
+    # SIGTERM may also reach all processes (systemd, Slurm). If it killed a worker, torch would
+    # raise an error in the parent and disturb its shutdown. An exit with status 0 is ignored.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # If the parent ends first, a thread that was handing over images fails. Its traceback would
     # only be confusing.
@@ -1057,8 +1069,8 @@ class TrainingLoader:
     """Batches of data.train for the model of `info`. The order of the images and their augmentation
     depend only on args.seed and the epoch.
 
-    An update takes args.accumulate_steps batches. Images that are too few for another update are
-    left out, others in each epoch. Under torchrun each process yields its share of every batch.
+    An update takes args.accumulate_steps batches. At the end of an epoch, images that are too few
+    for another update are left out. Under torchrun each process yields its share of every batch.
     """
 
     def __init__(self, data, info, args, device):

@@ -238,7 +238,7 @@ def open_images(info, args):
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings,
                                                info.get("value_range"))
-    test = renumber_labels(test, class_names, info["class_names"])
+    test = data_loader.align_classes(test, class_names, info["class_names"])
     missing_classes = [name for name in info["class_names"] if name not in class_names]
 
     try:
@@ -249,19 +249,6 @@ def open_images(info, args):
         no_validation = "the training images have changed since the checkpoints were made"
         return test, None, missing_classes, no_validation
     return test, data, missing_classes, None
-
-
-def renumber_labels(test, class_names, known_names):
-    """`test` with its labels, indices into `class_names`, turned into indices into `known_names`,
-    the checkpoint's. UserError if one of `class_names` is not in there; some may be missing."""
-    unknown = [name for name in class_names if name not in known_names]
-    if unknown:
-        raise UserError(f"the test images have {len(unknown)} classes that the checkpoints do not "
-                        f"know: {', '.join(unknown[:10])}")
-    if class_names == known_names:
-        return test
-    new_labels = torch.tensor([known_names.index(name) for name in class_names])
-    return test._replace(labels=new_labels[test.labels])
 
 
 def printable(text):

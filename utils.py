@@ -361,7 +361,8 @@ def device_name(device):
         return torch.cuda.get_device_name()
     if device.type == "mps":
         return "Apple GPU"
-    return f"CPU, {torch.get_num_threads()} threads"
+    num_threads = torch.get_num_threads()
+    return f"CPU, {num_threads} thread" + "s" * (num_threads > 1)
 
 
 def versions(device):

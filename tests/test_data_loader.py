@@ -1045,14 +1045,30 @@ def test_a_name_of_any_length_and_alphabet(arguments, tmp_path):
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 60)])
 def test_test_images_may_lack_classes(arguments, tmp_path, capsys, size):
-    """Even all but one."""
+    """Of the middle, so that labels must be those of training; even all but one."""
     folder = write_pictures(tmp_path / "pictures", sizes=(size,))
+    shutil.rmtree(folder / "test" / "dog")
     args = folder_args(arguments, folder)
-    for name, words in (("dog", "1 of 3 classes: dog"), ("cat", "2 of 3 classes: cat, dog")):
-        shutil.rmtree(folder / "test" / name)
-        data_loader.print_once.cache_clear()
-        assert data_loader.open_dataset(args).class_names == ["cat", "dog", "eel"]
-        assert words in capsys.readouterr().out
+    data_loader.print_once.cache_clear()
+    data = data_loader.open_dataset(args)
+    assert "1 of 3 classes: dog" in capsys.readouterr().out
+
+    test, names = data_loader.load_split("ImageFolder", "test", args)
+    aligned = data_loader.align_classes(test, names, data.class_names)
+    assert aligned.labels.tolist() == [0, 0, 0, 2, 2, 2]
+    shutil.rmtree(folder / "test" / "cat")
+    test, names = data_loader.load_split("ImageFolder", "test", args)
+    aligned = data_loader.align_classes(test, names, data.class_names)
+    assert aligned.labels.tolist() == [2, 2, 2]
+
+
+def test_a_test_class_that_was_not_trained_on_is_refused(arguments, tmp_path):
+    folder = write_pictures(tmp_path / "pictures")
+    test, names = data_loader.load_split("ImageFolder", "test", folder_args(arguments, folder))
+    with pytest.raises(utils.UserError, match="test images .*eel"):
+        data_loader.align_classes(test, names, ["cat", "dog", "fox"])
+    aligned = data_loader.align_classes(test, names, ["eel", "dog", "cat"])
+    assert aligned.labels.tolist() == [2, 2, 2, 1, 1, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("given, words", [
@@ -1138,7 +1154,7 @@ def spoil(folder, fault):
     ("no test", ["pictures/test"]),
     ("one class", ["pictures/train", "two or more"]),
     ("empty test class", ["test/fox", "no picture"]),
-    ("other class", ["test/", "fox", "not trained"]),
+    ("other class", ["test images", "fox", "not trained"]),
     ("broken", ["2 of 24", "cat/001.png", "dog/002.png"]),
     ("truncated", ["1 of 24", "dog/002.jpg", "truncated"]),
     ("huge", ["1 of 24", "dog/002.png"]),
