@@ -19,60 +19,60 @@ import utils
 
 # Data
 DATASET_NAME = "CIFAR100"     # CIFAR100, CIFAR10, Flowers102, Digits, Letters, ImageFolder (yours)
-DATASET_DIR = None            # ImageFolder's folder: train/<class>/*, test/<class>/*; val/ if any
-DATA_DIR = "data"             # folder for downloads and, in decoded/, decoded pictures
-IMAGE_SIZE = 224              # px, side of the student's square input, at least 32
-TEACHER_IMAGE_SIZE = None     # px, None: that of the student; a larger one shows more detail
-AUGMENTATION = "auto"         # auto, none, crop (letters), flip_crop (small), resized_crop (photos)
-VAL_FRACTION = 0.1            # share of training images used for validation, above 0, below 1
-SPLIT_SEED = 0                # seeds the validation split, which is the same for every SEED
+DATASET_DIR = None            # ImageFolder only: train/<class>/*, test/<class>/*, optionally val/
+DATA_DIR = "data"             # folder for downloads and, in decoded/, for decoded pictures
+IMAGE_SIZE = 224              # side of the student's square input in px, at least 32
+TEACHER_IMAGE_SIZE = None     # teacher's, px; None: IMAGE_SIZE; larger: same crop in more detail
+AUGMENTATION = "auto"         # none, crop (letters), flip_crop (small), resized_crop (photos), auto
+VAL_FRACTION = 0.1            # share of the training images used for validation, above 0, below 1
+SPLIT_SEED = 0                # seed of the validation split; fixed, so all SEEDs share one teacher
 NUM_WORKERS = 2               # processes that decode and crop photographs, 0 or more
 
 # Models: any classifier in timm.list_models()
 TEACHER_MODEL = "efficientnet_b2"   # the teacher's timm name
 STUDENT_MODEL = "efficientnet_b0"   # the student's timm name
 PRETRAINED = True             # start teacher and student from ImageNet weights
-STUDENT_WEIGHTS = None        # student's weight file (.pth, .safetensors), None: timm's download
-TEACHER_WEIGHTS = None        # teacher's weight file, None: timm's download
+STUDENT_WEIGHTS = None        # student's weight file (.pth, .safetensors); None: timm's download
+TEACHER_WEIGHTS = None        # teacher's weight file; None: timm's download
 # TEACHER_CHECKPOINT is a best_model.pth of this project, or weights of TEACHER_MODEL that include
 # the head for these classes: a weight file, or a folder with config.json and model.safetensors.
 TEACHER_CHECKPOINT = None     # an already fine-tuned teacher; None: fine-tune TEACHER_MODEL
 
 # Distillation: loss = ALPHA * distill_loss + (1 - ALPHA) * cross-entropy, where distill_loss is
 # T^2 * KL for kd. The three losses differ in scale, so each needs its own ALPHA and T.
-DISTILLATION_LOSS = "kd"      # kd (Hinton), dist (Huang) or lskd (Sun): see models.py
+DISTILLATION_LOSS = "kd"      # kd (Hinton 2015), lskd (Sun 2024) or dist (Huang 2022): see README
 TEMPERATURE = 4.0             # softmax temperature T, above 0 (Hinton et al.: 1 to 20)
-ALPHA = 0.7                   # weight of distill_loss, 0 to 1; 0 is plain cross-entropy
+ALPHA = 0.7                   # weight of the distillation loss, 0 to 1; 0: cross-entropy only
 KL_DIRECTION = "forward"      # forward: KL(teacher || student), Hinton's; reverse: the other way
 
 # Optimisation: AdamW; linear warm-up, then cosine decay to zero, stepped per update
-BATCH_SIZE = 16               # images per step (all processes); lower it if GPU memory is short
-ACCUMULATE_STEPS = 1          # batches per update: equals a larger batch, except for BatchNorm
-NUM_EPOCHS = 50               # epochs of the student, both for the baseline and when distilled
-LEARNING_RATE = 1e-3          # peak of the schedule, above 0; suits pretrained weights
-WEIGHT_DECAY = 0.05           # of AdamW, at least 0; not applied to biases and norms
+BATCH_SIZE = 16               # images per step, over all processes; lower it if memory runs out
+ACCUMULATE_STEPS = 1          # batches per update; acts like a larger batch, except for BatchNorm
+NUM_EPOCHS = 50               # epochs of each student, baseline and distilled
+LEARNING_RATE = 1e-3          # peak learning rate, above 0; for AdamW from pretrained weights
+WEIGHT_DECAY = 0.05           # weight decay of AdamW, at least 0; not applied to biases and norms
 WARMUP_EPOCHS = 1.0           # epochs of linear warm-up, 0 to NUM_EPOCHS, fractions allowed
 TEACHER_EPOCHS = 20           # epochs of the teacher's fine-tuning
 TEACHER_LEARNING_RATE = 1e-3  # peak learning rate of the teacher's fine-tuning, above 0
 CLIP_GRAD = 1.0               # maximum norm of the gradient; 0: no clipping
-LABEL_SMOOTHING = 0.1         # of the students, at least 0, below 1; not used for the teacher
-MIXUP_ALPHA = 0.0             # alpha of mixup's distribution Beta(alpha, alpha); 0: no mixup
-CUTMIX_ALPHA = 0.0            # the same for cutmix; if both are above 0, each batch gets one
-EMA_DECAY = 0.999             # decay of the EMA weights, which are validated and saved; 0: no EMA
+LABEL_SMOOTHING = 0.1         # of both students, 0 to below 1; the teacher trains without it
+MIXUP_ALPHA = 0.0             # alpha of mixup, which draws weights from Beta(alpha, alpha); 0: off
+CUTMIX_ALPHA = 0.0            # the same for cutmix; if both are on, each batch gets one of them
+EMA_DECAY = 0.999             # decay of EMA (moving-average weights: validated and saved); 0: off
 
 # Run
-SEED = 42                     # seeds the new head, the order of images, augmentation and dropout
-DEVICE = "auto"               # auto (cuda, else mps, else cpu), cuda, cuda:1, mps, cpu
-DETERMINISTIC = False         # bit-identical runs on CUDA, slower; on a CPU, equal threads suffice
-AMP_DTYPE = "auto"            # auto, bf16, fp16, fp32; auto: bf16 (old GPUs fp16), CPU and mps fp32
-CUDA_GRAPH = False            # replay CUDA graphs (experimental, not run on a GPU yet)
+SEED = 42                     # seed of the new classifier, image order, augmentation and dropout
+DEVICE = "auto"               # cuda, cuda:1, mps, cpu; auto: the first available of cuda, mps, cpu
+DETERMINISTIC = False         # bit-identical CUDA runs (slower); CPU runs only need equal threads
+AMP_DTYPE = "auto"            # bf16, fp16, fp32; auto: bf16 on CUDA (fp16 on older GPUs), else fp32
+CUDA_GRAPH = False            # launch steps as CUDA graphs (experimental, not run on a GPU yet)
 CHECKPOINT_DIR = "checkpoints"   # folder for checkpoints
 RESULTS_DIR = "results"       # folder for histories, report and figures
 
 # --quick: a complete small run in minutes, without a GPU, a network or pretrained weights. Some of
 # these are the defaults above once more, so that --quick works whatever is edited there.
 QUICK = {
-    "SEEDS": [0, 1, 2, 3, 4],  # for --seeds, which has no constant, unless --seed is given
+    "SEEDS": [0, 1, 2, 3, 4],  # used unless --seeds or --seed is given
     "DATASET_NAME": "Letters",
     "DATASET_DIR": None,
     "IMAGE_SIZE": 32,

@@ -1,11 +1,12 @@
-"""Compare the distilled student with the baseline on the test images: gain, confidence, causes.
+"""Compare the distilled student with the baseline on the test images: how large the gain is, how
+certain, and where it comes from.
 
     python evaluate.py            # the students in checkpoints/, for all seeds that both have
     python evaluate.py --quick    # the students of the quick run
 
-Dataset, split, image size and crop are read from the checkpoints. Written to results/ are a report
-for people, comparison.json and predictions.npz for programs, tables as Markdown, LaTeX and CSV,
-and every figure as PNG and PDF.
+Dataset, split, image size and crop are read from the checkpoints. Writes to results/: a report for
+people, comparison.json and predictions.npz for programs, tables as Markdown, LaTeX and CSV, and
+every figure as PNG and PDF.
 """
 import argparse
 import csv
@@ -710,7 +711,7 @@ def verdict(ci, discordant, mcnemar_p):
         return "undecided", "the interval includes zero"
     if discordant < MIN_DISCORDANT:
         return "undecided", (f"only {discordant} images are classified correctly by just one of "
-                             f"the students; {MIN_DISCORDANT} or more are needed")
+                             f"the students; a verdict needs {MIN_DISCORDANT} or more")
     if len(mcnemar_p) == 1 and mcnemar_p[0] >= 0.05:
         return "undecided", (f"McNemar's exact test (p = {mcnemar_p[0]:.2g}) does not confirm the "
                              "interval")
@@ -955,7 +956,7 @@ def report_text(numbers):
     sections.append(teacher_effect_table(numbers))
     sections.append(confusion_table(numbers))
     versions = [f"{name} {value}" for name, value in numbers["versions"].items() if value]
-    sections.append(["Trained with " + ", ".join(versions)])
+    sections.append(["Trained with: " + ", ".join(versions)])
 
     paragraphs = []
     for lines in sections:
@@ -1078,7 +1079,7 @@ def verdict_lines(numbers):
             f"(95 % CI {ci_text(verdict_interval(comparison))} {basis})")
 
     if comparison["verdict"] == "undecided":
-        lines = [f"Undecided whether distillation helped: {gain}; "
+        lines = [f"It is undecided whether distillation helped: the gain is {gain}; "
                  f"{comparison['undecided_because']}."]
     else:
         lines = [f"The distilled student is {comparison['verdict']} than the baseline: {gain}."]
@@ -1088,7 +1089,7 @@ def verdict_lines(numbers):
     if val_gain > 0 and val_gain > high:
         lines.append("The test images do not confirm the gain on the validation images, "
                      f"{signed_points(val_gain)} percentage points. Validation accuracy is "
-                     "optimistic, since it was used to choose the best epochs.")
+                     "optimistic, because it was used to choose the best epochs.")
 
     p_values = ", ".join(f"{p:.2g}" for p in comparison["mcnemar_p_by_seed"])
     if seeds == 1:
@@ -1104,8 +1105,8 @@ def verdict_lines(numbers):
                  f"over the seeds only: {over_seeds}. McNemar's exact test for each seed: p = "
                  f"{p_values}.")
     if np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
-        lines.append("The interval over seeds and images equals that over the images: no variation "
-                     "between seeds was detected beyond the noise of the test images.")
+        lines.append("The interval over seeds and images equals that over the images: the seeds do "
+                     "not differ by more than the noise of the test images.")
     return lines
 
 
@@ -1115,8 +1116,8 @@ def gain_source_lines(numbers):
     average = "on average over the seeds, " if len(numbers["seeds"]) > 1 else ""
     lines = [f"Of {numbers['dataset']['test_images']:,} test images, {average}"
              f"{count_text(comparison['only_distilled_correct'])} are classified correctly by the "
-             f"distilled student only, {count_text(comparison['only_baseline_correct'])} by the "
-             "baseline only."]
+             f"distilled student only, and {count_text(comparison['only_baseline_correct'])} by "
+             "the baseline only."]
 
     effect = numbers.get("teacher_effect")
     if effect:
@@ -1151,15 +1152,15 @@ def cost_lines(numbers):
 
     inference = numbers["inference"]
     if inference["distilled_to_baseline"]:
-        lines.append(
-            f"Inference on {inference['device']}: "
-            + speed_text(inference, "latency", "latency_ms", f"ms at batch {LATENCY_BATCH}") + "; "
-            + speed_text(inference, "throughput", "images_per_second",
-                         f"images/s at batch {THROUGHPUT_BATCH}") + ".")
+        lines.append(f"Inference on {inference['device']}:")
+        lines.append(speed_text(inference, "latency", f"Latency at batch {LATENCY_BATCH}",
+                                "latency_ms", "ms"))
+        lines.append(speed_text(inference, "throughput", f"Throughput at batch {THROUGHPUT_BATCH}",
+                                "images_per_second", "images/s"))
     return lines
 
 
-def speed_text(inference, kind, key, unit):
+def speed_text(inference, kind, name, key, unit):
     """One measurement of both students, and whether their times differ by more than noise."""
     times = inference["distilled_to_baseline"][kind]
     low, high = times["range"]
@@ -1169,9 +1170,10 @@ def speed_text(inference, kind, key, unit):
         conclusion = "the difference exceeds the noise between rounds"
     else:
         conclusion = "no difference beyond the noise between rounds"
-    return (f"baseline {inference['baseline'][key]:.4g} and distilled "
-            f"{inference['distilled'][key]:.4g} {unit} (time ratio {times['ratio']:.3f}, "
-            f"5th to 95th percentile {low:.3f} to {high:.3f}: {conclusion})")
+    return (f"{name}: baseline {inference['baseline'][key]:.4g} {unit}, distilled "
+            f"{inference['distilled'][key]:.4g} {unit}. The distilled student takes "
+            f"{times['ratio']:.3f} times as long (5th to 95th percentile {low:.3f} to {high:.3f}): "
+            f"{conclusion}.")
 
 
 # Report: the tables -------------------------------------------------------------------------------
@@ -1199,7 +1201,10 @@ def number_cells(dicts, key, spec):
 def score_table(numbers):
     roles = list(numbers["models"])
     scores = list(numbers["models"].values())
-    lines = [table_row("Scores on the test images", map(str.capitalize, roles), indent="")]
+    label = "Scores on the test images"
+    if scores[0]["sd"]:
+        label = "Scores on test images (± SD of seeds)"
+    lines = [table_row(label, map(str.capitalize, roles), indent="")]
     for key, label in SCORES.items():
         if key in scores[0]:
             lines.append(table_row(label, number_cells(scores, key, ".2%")))
@@ -1219,8 +1224,8 @@ def calibration_table(numbers):
         scaled.append(scores.get("calibration_scaled", {}))
 
     row_labels = {"nll": "NLL (nats)", "brier": "Brier score", "ece": "ECE"}
-    lines = ["Calibration (Brier score summed over classes; expected calibration error, ECE, with "
-             f"{CALIBRATION_BINS} bins)"]
+    lines = ["Calibration (lower is better): negative log-likelihood (NLL), Brier score summed "
+             f"over classes, expected calibration error (ECE) with {CALIBRATION_BINS} bins"]
     for key, label in row_labels.items():
         lines.append(table_row(label, number_cells(plain, key, ".4f")))
     for key, label in row_labels.items():
@@ -1255,7 +1260,7 @@ def inference_table(numbers):
     lines = [table_row("Model size and inference", map(str.capitalize, roles), indent="")]
     lines.append(table_row("image size (px)", sizes))
     lines.append(table_row("parameters (million)", parameters))
-    lines.append(table_row("multiply-accumulates (million)", macs))
+    lines.append(table_row("multiply-accumulates/image (million)", macs))
     lines.append(table_row("checkpoint (MB)", number_cells(costs, "file_size_mb", ".1f")))
     if is_timed:
         lines.append(table_row(f"latency, batch {LATENCY_BATCH} (ms)",
@@ -1285,7 +1290,7 @@ def teacher_effect_table(numbers):
     if not effect:
         return []
     heads = ("test images", "distilled accuracy", "gain in images")
-    lines = [table_row("Gain by teacher and baseline", heads, indent="")]
+    lines = [table_row("Teacher and baseline right or wrong", heads, indent="")]
     for name, cell in effect.items():
         _, teacher_word, _, baseline_word = name.split("_")
         accuracy = "-" if cell["images"] == 0 else f"{cell['distilled_accuracy']:.2%}"
@@ -1732,7 +1737,7 @@ def draw_validation_accuracy(axis, trained):
                 axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"], markersize=4,
                           color=STYLES[role]["color"], marker=STYLES[role]["marker"],
                           fillstyle="none")  # marks may coincide
-    style_epoch_axis(axis, "Validation accuracy\n(mark: best epoch)", "%")
+    style_epoch_axis(axis, "Validation accuracy\n(marker: best epoch)", "%")
 
 
 def distillation_diagnostics(trained):
@@ -1797,17 +1802,18 @@ def class_changes(numbers):
     """Accuracy of both students by class, sorted by gain: all classes, or both ends of the list."""
     changes = numbers["class_changes"]
     names = sorted(changes, key=lambda name: changes[name]["gain"])
-    title = "Accuracy by class, sorted by gain"
+    title = "Accuracy of each class, sorted by gain"
     if len(names) > MAX_CHANGES:
         half = MAX_CHANGES // 2
-        title = f"Accuracy by class: the {half} largest and {half} smallest gains of {len(names)}"
+        title = (f"Accuracy of each class: the {half} largest and the {half} smallest gains of "
+                 f"{len(names)}")
         names = names[:half] + names[-half:]
 
     figure, axis = plt.subplots(figsize=(FIGURE_WIDTH, 1.3 + 0.16 * len(names)))
     draw_class_changes(axis, names, numbers)
     if len(names) < len(changes):
         axis.axhline(len(names) / 2 - 0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axis.set_title(title)
+    axis.set_title(f"{title}\n* significant (sign test, false discovery rate 5 %)")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.16 * len(names) + 0.6)),
                 ncols=2, frameon=False)
     return figure
@@ -1832,8 +1838,7 @@ def draw_class_changes(axis, names, numbers):
         style = STYLES[role] | {"linestyle": "", "markersize": size}
         axis.plot([100 * points_of[role][name] for name in names], y, **style)
     axis.set_yticks(y, tick_labels)
-    axis.set(ylim=(-0.8, len(names) - 0.2),
-             xlabel="accuracy (%)        * significant (sign test, false discovery rate 5 %)")
+    axis.set(ylim=(-0.8, len(names) - 0.2), xlabel="accuracy (%)")
 
 
 def gallery(trained, labels, test):
@@ -1857,9 +1862,9 @@ def gallery(trained, labels, test):
         draw_picture(axis, image, i, labels[i], first, is_correct[i])
 
     seed = distilled.info["config"]["seed"]
-    figure.suptitle(f"{len(corrected):,} test images corrected (green), "
-                    f"{len(misclassified):,} newly misclassified (orange);\n"
-                    f"random examples, students of seed {seed}")
+    figure.suptitle(f"The distilled student corrects {len(corrected):,} test images (green)\n"
+                    f"and newly misclassifies {len(misclassified):,} (orange); random examples, "
+                    f"seed {seed}")
     return figure
 
 
@@ -1883,7 +1888,7 @@ def draw_picture(axis, image, i, label, model_by_role, is_corrected):
     for role, model in model_by_role.items():
         confidence = np.exp(model.log_probs[i].max())
         prediction = short_name(names[model.predictions[i]], 15)
-        lines.append(f"{STYLES[role]['label']}: {prediction} {confidence:.0%}")
+        lines.append(f"{STYLES[role]['label']}: {prediction} ({confidence:.0%})")
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
     axis.set_title("\n".join(lines), fontsize=6.5, loc="left")
@@ -1901,13 +1906,13 @@ class Scale(NamedTuple):
 
 # A square-root scale makes errors of a few percent visible.
 SHARE_SCALE = Scale("Blues", matplotlib.colors.PowerNorm(0.5, 0, 100),
-                    "share of the true class (%), square-root scale")
+                    "share of the true class's images (%), square-root scale")
 
 
 def difference_scale(difference):
     limit = max(1, 100 * np.abs(difference).max())
     norm = matplotlib.colors.FuncNorm((signed_root, signed_square), -limit, limit)
-    return Scale("PuOr_r", norm, "percentage points (distilled minus baseline), square-root scale")
+    return Scale("PuOr_r", norm, "difference in percentage points, square-root scale")
 
 
 def signed_root(values):

@@ -1,4 +1,4 @@
-"""Losses; students and teachers from timm, forward pass and inference; checkpoints as models.
+"""The losses, the models of students and teachers (built by timm), and their checkpoints.
 
 Shapes: images (B, 3, H, W), floats in [0, 1]; labels (B,) int64 or, under mixup and cutmix, (B, C)
 probabilities; logits (B, C). Losses are computed in float32, also under autocast. They are means
@@ -137,10 +137,10 @@ def build_model(name, num_classes, pretrained=False, weights=None):
     if pretrained and weights:
         model = timm.create_model(name, num_classes=num_classes)
         num_tensors, has_head = load_weights(model, weights)
-        head = "the head is new"
+        about_head = "the head is new"
         if has_head:
-            head = f"including the head, since it has {num_classes} classes too"
-        print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {head}")
+            about_head = f"including the head, since it has {num_classes} classes too"
+        print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {about_head}")
     elif pretrained:
         model = download_model(name, num_classes)
     else:
@@ -158,7 +158,8 @@ print_once = functools.cache(print)  # with several seeds the same line would be
 
 
 def set_normalisation(model, mean, std):
-    """Register the buffers of `forward`. `mean` and `std` have a number for each channel."""
+    """Register the two buffers with which `forward` normalises images; on a second call, replace
+    them. `mean` and `std` have a number for each channel."""
     mean = torch.tensor(mean)[:, None, None]
     std = torch.tensor(std)[:, None, None]
     model.register_buffer("pixel_scale", 1 / std, persistent=False)
@@ -217,9 +218,10 @@ def load_weights(model, path):
     head = head_names(model)
     has_head = all(name in state_dict and state_dict[name].shape == expected[name].shape
                    for name in head)
-    matching = {}
+    matching = {}  # without the head if it does not fit as a whole
     for name, tensor in state_dict.items():
-        if name in expected and (has_head or name not in head):
+        is_usable = has_head or name not in head
+        if name in expected and is_usable:
             matching[name] = tensor
     if not are_finite(matching.values()):
         raise utils.UserError(f"{path} is unusable: some of its weights are NaN or infinite")
@@ -245,31 +247,39 @@ def read_weight_file(path):
 def find_state_dict(content, path):
     """The tensors by name from the `content` of a weight file, which may nest them in a dict under
     one of STATE_DICT_KEYS."""
-    for key in STATE_DICT_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
     if not isinstance(content, dict):
         raise utils.UserError(f"{path} contains a {type(content).__name__}, not a state_dict")
-    return {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+    state_dict = content
+    for key in STATE_DICT_KEYS:
+        if isinstance(content.get(key), dict):
+            state_dict = content[key]
+            break
+    return {str(name): value for name, value in state_dict.items()
+            if isinstance(value, torch.Tensor)}
 
 
 def strip_prefixes(state_dict, model):
-    """Remove the wrappers' prefix from the names. Entries without it belong to something else, such
-    as the loss, and are dropped. Names without any known prefix are returned unchanged."""
+    """Remove the wrappers' prefix from the names, and drop tensors without it: they belong to
+    something else, such as the loss. If there is no known prefix, all names stay as they are."""
+    # The prefix is what precedes the name of the model's first tensor.
     first_name = next(iter(model.state_dict()))
-    for name in state_dict:
-        match = re.fullmatch(f"({PREFIXES}){re.escape(first_name)}", name)
-        if match:
-            prefix = match[1]
-            return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()
-                    if name.startswith(prefix)}
-    return state_dict
+    pattern = re.compile(f"({PREFIXES}){re.escape(first_name)}")
+    prefixes = [match[1] for match in map(pattern.fullmatch, state_dict) if match]
+    if not prefixes:
+        return state_dict
+
+    prefix = prefixes[0]
+    stripped = {}
+    for name, tensor in state_dict.items():
+        if name.startswith(prefix):
+            stripped[name.removeprefix(prefix)] = tensor
+    return stripped
 
 
 def convert_names(state_dict, model):
-    """Rename to timm's current names, if timm has a converter for this model: some read the files
-    of the original authors."""
+    """Rename the tensors to timm's current names, if timm has a converter for this model. Some
+    converters also read the files of a model's original authors."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return state_dict
@@ -300,8 +310,8 @@ def describe_mismatch(state_dict, model):
             shape = tuple(state_dict[name].shape)
             mismatches.append(f"{name} has shape {shape}, not {tuple(tensor.shape)}")
 
-    # Extra blocks in a part that the model has mean a deeper model. Parts that the model does not
-    # have at all, such as an auxiliary classifier, are harmless.
+    # More blocks than the model has: the file is of a deeper model. A part that the model does not
+    # have at all, such as an auxiliary classifier, is harmless.
     parts = {name.split(".")[0] for name in expected}
     for name in state_dict:
         if name not in expected and name not in head and name.split(".")[0] in parts:
@@ -346,7 +356,7 @@ def infer(model, loader):
     return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()
 
 
-# The teacher: is it suitable, and how it is loaded and frozen -------------------------------------
+# The teacher: check, load, freeze -----------------------------------------------------------------
 
 def teacher_mismatch(info, args, data):
     """Why the teacher with this `info` (from its checkpoint) cannot teach on `data`; "" if it can.
@@ -364,7 +374,7 @@ def teacher_mismatch(info, args, data):
     for key, value in expected.items():
         if info[key] == value:
             continue
-        if len(str(value)) < 60:
+        if len(str(value)) < 60:  # not a long list of classes
             mismatch = f"its {key} is {info[key]}, not {value}"
         else:
             mismatch = f"its {key} differs"
@@ -375,21 +385,23 @@ def teacher_mismatch(info, args, data):
 
 
 def min_teacher_accuracy(num_classes):
-    """The validation accuracy that a teacher must reach: three times chance level, but from 50
-    classes on twice chance level plus 2 points, and with two or three classes half-way between
-    chance level and 1."""
+    """The validation accuracy that a teacher must reach, clearly above chance level, 1 / C.
+
+    For 2 or 3 classes it is half-way between chance level and 1; up to 50 classes it is three times
+    chance level; for more, twice chance level plus 2 percentage points.
+    """
     if num_classes <= 3:
         return 0.5 + 0.5 / num_classes
     return max(3 / num_classes, 2 / num_classes + 0.02)
 
 
 def load_teacher_model(path, name, num_classes):
-    """Load a teacher: (model in eval mode, info) from a checkpoint of this project, or (model,
-    None) from weights of the timm model `name` that were trained outside of it.
+    """Load a teacher; return the model, in eval mode, and its `info`.
 
-    `path` is a weight file (see load_weights) or a folder in timm's layout. Raises UserError if its
-    classifier does not have `num_classes` classes. Whether these are the same classes in the same
-    order cannot be read from a file; measure the accuracy before using it.
+    If `path` is a checkpoint of this project, `name` and `num_classes` are ignored. Otherwise it is
+    a weight file (see load_weights) or a folder in timm's layout, for the timm model `name`, and
+    `info` is None. Raises UserError if its classifier does not have `num_classes` classes. Such a
+    file does not tell whether its classes are in the same order, so measure its accuracy.
     """
     file = weight_file(path)
     content = read_weight_file(file)
@@ -413,7 +425,9 @@ def load_recorded_teacher(path, recorded):
     "info" that the teacher's own file lacks."""
     if "info" not in recorded:
         return load_model(path)
-    info = {**recorded["info"], "epoch": 0, "val_accuracy": recorded["val_accuracy"]}
+    info = dict(recorded["info"])
+    info["epoch"] = 0  # unknown
+    info["val_accuracy"] = recorded["val_accuracy"]
     model, _ = load_teacher_model(path, info["model_name"], info["num_classes"])
     set_normalisation(model, info["mean"], info["std"])
     return model, info
@@ -456,7 +470,7 @@ CASTABLE_LAYERS = (*PLAIN_CONVOLUTIONS, torch.nn.Linear)
 
 def freeze_teacher(teacher, image_size, dtype=torch.float32):
     """Freeze `teacher` (on the CPU): no gradients, BatchNorm folded, weights in `dtype`, always in
-    eval mode. Use only the returned model.
+    eval mode. Use only the returned model: `teacher` may be left half changed.
 
     Casting once saves the casts that autocast would make in each step.
     """
@@ -469,7 +483,7 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
     if not are_finite(teacher.parameters()):
         raise utils.UserError("the teacher's weights overflow in fp16; use --amp-dtype bf16 or "
                               "fp32")
-    teacher.train = lambda mode=True: teacher  # also when a parent module's train() reaches it
+    teacher.train = lambda mode=True: teacher  # it stays in eval mode
     return teacher
 
 
@@ -506,15 +520,14 @@ def fold_batch_norms(model, image_size):
 # CUDA graphs and DDP ------------------------------------------------------------------------------
 
 def capture_cuda_graph(model, size, args):
-    """With --cuda-graph, make `model` replay CUDA graphs of its forward and backward pass; returns
-    `model`.
+    """With --cuda-graph, make `model` replay CUDA graphs of its forward and backward pass.
 
     With small batches a GPU waits for Python: one graph replaces hundreds of kernel launches.
-    Graphs are replayed only in the model's current mode (train or eval), and only for whole
-    batches: callers pass no others. In the other mode the model runs eagerly, as before.
+    Graphs are replayed only in the model's current mode (train or eval). They need full batches
+    (args.batch_size), which TrainingLoader yields. In the other mode the model runs as before.
     """
     if not args.cuda_graph:
-        return model
+        return
 
     # With several seeds a model may be captured again. A model and its graphs refer to each other,
     # so only the garbage collector frees the previous graphs and their memory.
@@ -523,13 +536,16 @@ def capture_cuda_graph(model, size, args):
 
     eager_forward = model.forward
     captured_mode = model.training
-    state = copy.deepcopy(model.state_dict())
+    # The capture runs the model, which updates BatchNorm's running statistics.
+    original_state = copy.deepcopy(model.state_dict())
     captured_logits = None
 
     def forward(images):
         nonlocal captured_logits
+        # torch calls this for the capture and, from then on, in the other mode: in evaluation,
+        # which has no autocast.
         if model.training != captured_mode:
-            return eager_forward(images)  # evaluation: without autocast
+            return eager_forward(images)
         # Autocast must be inside what is captured (pytorch #71631, #120930).
         with utils.autocast(images.device, args):
             logits = eager_forward(images)
@@ -553,8 +569,7 @@ def capture_cuda_graph(model, size, args):
     # stream of the capture. If training reused them, each would synchronise streams in every step.
     captured_logits.detach_()
     captured_logits = None
-    model.load_state_dict(state)  # undo the warm-up's updates of BatchNorm's running statistics
-    return model
+    model.load_state_dict(original_state)
 
 
 def wrap_ddp(model):
@@ -603,16 +618,17 @@ CONFIG_KEYS = {  # settings under "config" that evaluate.py relies on
 
 
 def build_info(run, model, name, data, args, **more):
-    """The metadata of a checkpoint of `run`, plain values: everything but weights, epoch and
-    validation accuracy.
+    """The metadata of a checkpoint, plain values: everything but weights, epoch and validation
+    accuracy.
 
-    `more` is added as it is: gradcam_layer for every model, teacher for a distilled student.
+    `run` is "baseline", "teacher" or "distilled", `name` the model's timm name. `more` is added as
+    it is: gradcam_layer for every model, teacher for a distilled student.
     """
     cfg = model.pretrained_cfg
     crop_pct = float(cfg["crop_pct"])
     if data.train.pixels is not None:
         crop_pct = 1.0  # small datasets held in memory: no border crop
-    interpolation = "bicubic"
+    interpolation = "bicubic"  # data_loader resizes in one of these two ways
     if cfg["interpolation"] == "bilinear":
         interpolation = "bilinear"
 
@@ -636,9 +652,9 @@ def build_info(run, model, name, data, args, **more):
 
 
 def gradcam_layer(model, image_size):
-    """Name of the last convolution with a feature map of at least 4 x 4, below which GradCAM shows
-    nothing useful. None if there is none, or if the model's features are not (B, C, H, W), as in
-    most transformers. Shortcuts do not count.
+    """Name of the layer for GradCAM: the last convolution, except for shortcuts, with a feature map
+    of at least 4 x 4. On smaller maps GradCAM shows nothing useful. None if there is no such layer,
+    or if the model's features are not (B, C, H, W), as in most transformers.
 
     Runs `model` once. Raises UserError if it cannot take images of this size.
     """
@@ -677,8 +693,11 @@ def gradcam_layer(model, image_size):
 
 
 def is_shortcut(name, previous_names):
-    """Whether the convolution `name` is on the shortcut of a residual block, rather than between
-    two stages: then other convolutions of the same block ran before it."""
+    """Whether the convolution `name` is on the shortcut of a residual block.
+
+    Some models also call a convolution between two stages "downsample". On a shortcut, other
+    convolutions of the same block ran before.
+    """
     block = re.split(r"\.(?:downsample|shortcut)\b", name)[0]
     if block == name:
         return False
@@ -701,10 +720,10 @@ def load_model(path, device="cpu"):
         # As recorded: another version of timm may have another mean and std for this model.
         set_normalisation(model, info["mean"], info["std"])
         model.load_state_dict(weights)
-        if not are_finite(weights.values()):
-            raise RuntimeError("some weights are not finite")
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise utils.UserError(f"{path} does not fit {name}: {utils.first_line(error)}") from None
+    if not are_finite(weights.values()):
+        raise utils.UserError(f"{path} is unusable: some of its weights are not finite")
     return model.to(device).eval(), info
 
 
@@ -727,28 +746,29 @@ def export_best_student(checkpoint_dir, info):
     the run, the epoch and the time of saving, so that an old file is not taken for a new one.
     """
     folder = Path(checkpoint_dir)
-    file = folder / "best_model.pth"
-    _lock = utils.lock_folder(folder / "best_model")  # two scripts may finish at the same time
+    target = folder / "best_model.pth"
+    # Two scripts may finish at the same time. All processes of torchrun must call lock_folder.
+    _lock = utils.lock_folder(folder / "best_model")
     if utils.RANK != 0:
         return
 
     best_path = choose_best_student(folder, info)
     if best_path is None:
-        if file.exists():
-            print(f"{file} is left unchanged: no student has these images, classes and split")
+        if target.exists():
+            print(f"{target} is left unchanged: no student has these images, classes and split")
         return
 
     best = utils.load_checkpoint(best_path)
     run = best_path.parent.relative_to(folder).as_posix()
-    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(best_path.stat().st_mtime))
-    with utils.atomic_write(file, "wb") as best_model:
-        best_model.write(best_path.read_bytes())
+    saved_at = time.strftime("%Y-%m-%d %H:%M", time.localtime(best_path.stat().st_mtime))
+    with utils.atomic_write(target, "wb") as file:
+        file.write(best_path.read_bytes())
     print(f"best student so far: {run}, {best['val_accuracy']:.2%} on validation images (epoch "
-          f"{best['epoch']}, saved {saved}); copied to {file}")
+          f"{best['epoch']}, saved {saved_at}); copied to {target}")
 
     origin = {"run": run, "epoch": best["epoch"], "val_accuracy": best["val_accuracy"],
-              "saved": saved}
-    export_timm_folder(file, folder / "best_model", origin)
+              "saved": saved_at}
+    export_timm_folder(target, folder / "best_model", origin)
 
 
 def choose_best_student(folder, info):
@@ -756,7 +776,7 @@ def choose_best_student(folder, info):
     images of `info`; None if there is none. A tie goes to the baseline. An invalid checkpoint is
     left out with a warning, since the run that has just finished is not at fault."""
     best_path = None
-    best_accuracy = 0.0
+    best_accuracy = -1.0
     for run in ("baseline", "distilled"):
         for path in student_checkpoints(folder / run):
             try:
@@ -766,7 +786,7 @@ def choose_best_student(folder, info):
                 continue
             has_same_images = all(checkpoint[key] == info[key] for key in
                                   ("dataset", "class_names", "split_fingerprint"))
-            is_best = best_path is None or checkpoint["val_accuracy"] > best_accuracy
+            is_best = checkpoint["val_accuracy"] > best_accuracy
             if has_same_images and is_best:
                 best_path = path
                 best_accuracy = checkpoint["val_accuracy"]
@@ -797,13 +817,15 @@ def export_timm_folder(file, folder, origin):
         "test_input_size": None,
         "test_crop_pct": None,
     }
-    more = {"label_names": info["class_names"], "sha256": utils.sha256(file), "origin": origin}
+    model_config = {"label_names": info["class_names"], "sha256": utils.sha256(file),
+                    "origin": origin}
     temporary = folder.with_name(".new_best")
 
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
     try:
         model = model.to(memory_format=torch.contiguous_format)
-        timm.models.save_for_hf(model, temporary, model_config=more, safe_serialization=True)
+        timm.models.save_for_hf(model, temporary, model_config=model_config,
+                                safe_serialization=True)
         shutil.rmtree(folder, ignore_errors=True)
         utils.replace(temporary, folder)
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:

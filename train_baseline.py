@@ -3,9 +3,10 @@
     python train_baseline.py            # EfficientNet-B0 on CIFAR-100
     python train_baseline.py --quick    # a complete small run on drawn letters, no download
 
-Writes checkpoints/baseline/ and results/baseline_history.csv, with --seeds one seed_<n>/ each in
-there, and copies the best student so far to checkpoints/best_model.pth. After an interruption the
-same command resumes after the last finished epoch.
+Writes checkpoints/baseline/ and results/baseline_history.csv; with --seeds, each seed has its own
+checkpoints/baseline/seed_<n>/ and results/seed_<n>/. Copies the best student so far to
+checkpoints/best_model.pth. After an interruption the same command resumes after the last finished
+epoch.
 """
 import argparse
 import sys
@@ -21,7 +22,7 @@ import data_loader
 import models
 import utils
 
-LOG_EVERY = 20       # steps between updates of the progress bar; each waits for the GPU
+LOG_EVERY = 20       # steps between readings of the metrics; a reading waits for the GPU
 DIAGNOSE_EVERY = 10  # steps between measurements of entropies, which launch extra kernels
 
 
@@ -36,15 +37,17 @@ def main(args):
         torch.manual_seed(run_args.seed)
         student = models.build_model(args.student_model, num_classes, args.pretrained,
                                      args.student_weights)
+        # Recorded for GradCAM recipes. It also checks that the model can take images of this size.
         gradcam_layer = models.gradcam_layer(student, args.image_size)
         student.to(device)
         info = models.build_info("baseline", student, args.student_model, data, run_args,
                                  gradcam_layer=gradcam_layer)
         best_path = train(student, info, data, run_args)
 
+    # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
-    print(f"the baseline is in {best_path}; "
-          f"next: {next_command(args, 'distillation', 'distilled')}")
+    command = next_command(args, "distillation", "distilled")
+    print(f"the baseline is in {best_path}; next: {command}")
 
 
 def train(model, info, data, args):
@@ -61,13 +64,14 @@ def train(model, info, data, args):
         return run.best_path
 
     # Data
-    device = model.pixel_scale.device
+    device = model.pixel_scale.device  # of a buffer, and so of the whole model
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 
-    # Optimizer, schedule, fp16 scaler, EMA; all of them resume
+    # Optimizer, schedule, fp16 scaler, EMA. Their states are saved with every epoch.
+    updates_per_epoch = len(train_loader) // args.accumulate_steps
     optimizer = build_optimizer(model, args)
-    scheduler = build_scheduler(optimizer, len(train_loader) // args.accumulate_steps, args)
+    scheduler = build_scheduler(optimizer, updates_per_epoch, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
     ema = EMA(model, args.ema_decay) if args.ema_decay else None
     model_to_save = ema.module if ema else model
@@ -75,7 +79,8 @@ def train(model, info, data, args):
     run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(model)
 
-    model.train()  # a graph is captured in the mode in which it will run
+    # With --cuda-graph, a graph is captured. It only runs in the mode it was captured in.
+    model.train()
     models.capture_cuda_graph(model, args.image_size, args)
     ddp_model = models.wrap_ddp(model)
 
@@ -88,7 +93,7 @@ def train(model, info, data, args):
         for step, (images, labels) in enumerate(progress, start=1):
             is_update_step = step % args.accumulate_steps == 0
             if utils.WORLD_SIZE > 1:
-                # DDP averages gradients over the processes only where an update follows.
+                # DDP averages gradients over the processes only in a step with an update.
                 ddp_model.require_backward_grad_sync = is_update_step
 
             with utils.autocast(device, args):
@@ -96,13 +101,13 @@ def train(model, info, data, args):
                 loss = models.cross_entropy(logits, labels, args.label_smoothing)
             scaler.scale(loss / args.accumulate_steps).backward()
 
-            learning_rate = optimizer.param_groups[0]["lr"]  # of this step; the update changes it
+            learning_rate = optimizer.param_groups[0]["lr"]  # of this step; update() changes it
             if is_update_step:
                 update(model, optimizer, scheduler, scaler, ema, args)
 
             metrics.add(train_loss=loss, ce_loss=loss,
                         train_accuracy=models.accuracy(logits, labels))
-            if step % DIAGNOSE_EVERY == 1:
+            if step % DIAGNOSE_EVERY == 1:  # from step 1 on: a short epoch is measured too
                 metrics.add(entropy=models.entropy(logits))
 
             if step % LOG_EVERY == 0 or step == len(train_loader):
@@ -113,11 +118,21 @@ def train(model, info, data, args):
                 run.print_estimate(metrics, len(train_loader))
 
         # Validate, then save best_model.pth, last.pth and the history. The next start resumes here.
-        row = metrics.row() | {"learning_rate": learning_rate}
+        row = metrics.row()
+        row["learning_rate"] = learning_rate  # of the last step
         row |= validate(model_to_save, val_loader)
         run.finish_epoch(row, model_to_save)
 
     return run.best_path
+
+
+def seed_dropout(args, epoch):
+    """Seed torch's global generator for the epoch's dropout and drop path, differently in each
+    process of torchrun."""
+    # The loader derives its seeds from (args.seed, epoch). It never sees an epoch of num_epochs or
+    # more, so these seeds differ from all of its own.
+    seed = data_loader.derive_seed(args.seed, args.num_epochs + epoch)
+    torch.manual_seed(seed + utils.RANK)
 
 
 def update(model, optimizer, scheduler, scaler, ema, args):
@@ -125,20 +140,23 @@ def update(model, optimizer, scheduler, scaler, ema, args):
     scaler.unscale_(optimizer)
     if args.clip_grad:
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-    scaler.step(optimizer)  # in fp16 it is skipped if a gradient overflowed; schedule and EMA go on
+    scaler.step(optimizer)  # skipped if a gradient overflowed in fp16; schedule and EMA are not
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     scheduler.step()
     if ema:
-        ema.update(num_updates=scheduler.last_epoch)  # despite its name it counts updates here
+        ema.update(num_updates=scheduler.last_epoch)  # last_epoch counts updates here, not epochs
 
 
 def validate(model, loader):
-    """val_loss, plain cross-entropy in nats, and val_accuracy on all images of `loader`, for the
-    history. Only process 0 validates; the others get {}."""
+    """Return val_loss, the cross-entropy in nats without label smoothing, and val_accuracy, both
+    over all images of `loader`. Only process 0 validates; the others return {}."""
     if utils.RANK != 0:
         return {}
-    torch.cuda.empty_cache()  # or the cached blocks of training and evaluation would add up
+
+    # torch caches freed GPU memory. Unless it is released, the caches of training and evaluation
+    # add up.
+    torch.cuda.empty_cache()
     logits, labels = models.infer(model, loader)
     torch.cuda.empty_cache()
     return {"val_loss": models.cross_entropy(logits, labels).item(),
@@ -154,13 +172,14 @@ def build_optimizer(model, args):
 
 
 def build_scheduler(optimizer, updates_per_epoch, args):
-    """Linear warm-up, then cosine to zero, a step for each update."""
+    """Linear warm-up, then a cosine to zero. Call its step() after each update."""
     updates = args.num_epochs * updates_per_epoch
-    warmup = min(round(args.warmup_epochs * updates_per_epoch), updates - 1)
+    warmup = round(args.warmup_epochs * updates_per_epoch)
+    warmup = min(warmup, updates - 1)  # the cosine needs at least one update
     cosine = CosineAnnealingLR(optimizer, updates - warmup)
     if warmup == 0:
         return cosine
-    linear = LinearLR(optimizer, 1 / warmup, total_iters=warmup)
+    linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
     return SequentialLR(optimizer, [linear, cosine], [warmup])
 
 
@@ -173,41 +192,43 @@ class EMA(ModelEmaV3):
     """
     def __init__(self, model, decay):
         super().__init__(model, decay=decay, use_warmup=True)
-        # After a capture `model` has a forward of its own, which would run `model`, not the copy.
+        # If `model` was captured as a CUDA graph before (a benchmark trains the same model twice),
+        # the copy has a `forward` that would run `model`, not the copy.
         vars(self.module).pop("forward", None)
+
+        # Tensors of the EMA model, each list followed by the tensors of `model` that it tracks.
+        self.averages = []
+        self.sources = []
+        self.counters = []
+        self.counter_sources = []
         ema_state = self.module.state_dict()
-        state = model.state_dict()
-        is_average = {name: tensor.is_floating_point() for name, tensor in state.items()}
-        self.averages = [ema_state[name] for name in state if is_average[name]]
-        self.sources = [state[name] for name in state if is_average[name]]
-        self.counters = [ema_state[name] for name in state if not is_average[name]]
-        self.counter_sources = [state[name] for name in state if not is_average[name]]
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                self.averages.append(ema_state[name])
+                self.sources.append(tensor)
+            else:  # BatchNorm's num_batches_tracked is copied
+                self.counters.append(ema_state[name])
+                self.counter_sources.append(tensor)
 
     @torch.no_grad()
     def update(self, num_updates):
         torch._foreach_lerp_(self.averages, self.sources, 1.0 - self.get_decay(num_updates))
-        if self.counters:  # BatchNorm's num_batches_tracked
+        if self.counters:
             torch._foreach_copy_(self.counters, self.counter_sources)
-
-
-def seed_dropout(args, epoch):
-    """Seed torch's global generator for the epoch's dropout and drop path, differently in each
-    process of torchrun."""
-    # The loader derives its seeds from (args.seed, epoch); behind num_epochs none of them occurs.
-    seed = data_loader.derive_seed(args.seed, args.num_epochs + epoch)
-    torch.manual_seed(seed + utils.RANK)
 
 
 # Runs ---------------------------------------------------------------------------------------------
 
 def args_of_each_seed(args):
-    """The settings of each student to train: one of --seeds after the other, or --seed alone."""
+    """Yield the settings of each student to train: of every seed of --seeds, or only of --seed."""
     for seed in args.seeds or [args.seed]:
-        yield argparse.Namespace(**{**vars(args), "seed": seed})
+        settings = vars(args) | {"seed": seed}
+        yield argparse.Namespace(**settings)
 
 
 def run_identity(info):
-    """What must be the same for a previous run to be resumed, from the `info` of its checkpoint."""
+    """What must be the same in two runs for one to resume the other: a dict, taken from the
+    metadata `info`. Its keys appear in the message about a run that is not resumed."""
     identity = {}
     for name, value in info["config"].items():
         # A teacher is identified by the hash of its file, not by the settings that produced it.
@@ -221,23 +242,12 @@ def run_identity(info):
     return identity
 
 
-def is_finished(folder):
-    """Whether the run in `folder` is finished. A best_model.pth without last.pth was put there by
-    hand, and counts as finished."""
-    if not (folder / "best_model.pth").is_file():
-        return False
-    last_path = folder / "last.pth"
-    if not last_path.is_file():
-        return True
-    saved = utils.load_checkpoint(last_path)
-    return len(saved["history"]) == saved["identity"]["num_epochs"]
-
-
 def next_command(args, script, role):
-    """The command to run next, with this one's flags: `script`, which trains the other student (of
-    `role`), or evaluate.py if that student has a checkpoint already."""
-    checkpoints = models.student_checkpoints(Path(args.checkpoint_dir, role))
-    return config.format_command("evaluate" if checkpoints else script, args.argv)
+    """The command to run next, with the same flags: `script`, which trains the other student (in
+    the folder `role`), or evaluate.py if that student has a checkpoint already."""
+    if models.student_checkpoints(Path(args.checkpoint_dir, role)):
+        script = "evaluate"
+    return config.format_command(script, args.argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Train the student by distillation from a teacher, and on the labels: the distilled student.
+"""Train the student by distillation, on a teacher's outputs as well as on the labels.
 
     python train_distillation.py            # EfficientNet-B0 distilled from B2, on CIFAR-100
     python train_distillation.py --quick    # a complete small run on drawn letters
 
 Fine-tunes the teacher first, unless checkpoints/teacher/ has a finished one of the same model,
-image size, classes and split. Writes checkpoints/distilled/ and results/distilled_history.csv, with
---seeds one seed_<n>/ each in there, and copies the best student so far to
-checkpoints/best_model.pth. After an interruption the same command, without --fresh-teacher, resumes
-after the last finished epoch.
+image size, classes and split. Writes checkpoints/distilled/ and results/distilled_history.csv; with
+--seeds, each seed has its own checkpoints/distilled/seed_<n>/ and results/seed_<n>/. Copies the
+best student so far to checkpoints/best_model.pth. After an interruption the same command, without
+--fresh-teacher, resumes after the last finished epoch.
 """
 import argparse
 import sys
@@ -27,10 +27,12 @@ def main(args):
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
     if args.distillation_loss == "lskd" and num_classes == 2:
-        # Of two standardised logits one is always 1 and the other -1.
+        # Standardised, two logits are always 0.71 and -0.71: no matter how sure the teacher is.
         raise utils.UsageError("--distillation-loss lskd learns nothing from two classes")
 
-    teacher_path = args.teacher_checkpoint or find_or_train_teacher(args, data, device)
+    teacher_path = args.teacher_checkpoint
+    if teacher_path is None:
+        teacher_path = find_or_train_teacher(args, data, device)
     teacher, teacher_record = load_teacher(teacher_path, args, data, device)
 
     for run_args in train_baseline.args_of_each_seed(args):
@@ -39,20 +41,23 @@ def main(args):
         torch.manual_seed(run_args.seed)
         student = models.build_model(args.student_model, num_classes, args.pretrained,
                                      args.student_weights)
+        # Recorded for GradCAM recipes. It also checks that the model can take images of this size.
         gradcam_layer = models.gradcam_layer(student, args.image_size)
         student.to(device)
         info = models.build_info("distilled", student, args.student_model, data, run_args,
                                  gradcam_layer=gradcam_layer, teacher=teacher_record)
         best_path = train(student, teacher, info, data, run_args)
 
+    # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
-    print(f"the distilled student is in {best_path}; "
-          f"next: {train_baseline.next_command(args, 'baseline', 'baseline')}")
+    command = train_baseline.next_command(args, "baseline", "baseline")
+    print(f"the distilled student is in {best_path}; next: {command}")
 
 
 def train(student, teacher, info, data, args):
-    """As train_baseline.train, but with a frozen `teacher`, which sees the same crops of the same
-    images, perhaps at a larger size. The loop is repeated so that each script reads on its own."""
+    """Like train_baseline.train, but with a frozen `teacher`, which sees the same crops of the same
+    images, perhaps at another size. The loop is written out again, so that each script can be read
+    on its own."""
     run = utils.Run(info, train_baseline.run_identity(info), args)
     run.tidy_after_a_kill()
     if run.finished:
@@ -60,14 +65,14 @@ def train(student, teacher, info, data, args):
         return run.best_path
 
     # Data
-    device = student.pixel_scale.device
+    device = student.pixel_scale.device  # of a buffer, and so of the whole model
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 
-    # Optimizer, schedule, fp16 scaler, EMA; all of them resume
+    # Optimizer, schedule, fp16 scaler, EMA. Their states are saved with every epoch.
+    updates_per_epoch = len(train_loader) // args.accumulate_steps
     optimizer = train_baseline.build_optimizer(student, args)
-    scheduler = train_baseline.build_scheduler(
-        optimizer, len(train_loader) // args.accumulate_steps, args)
+    scheduler = train_baseline.build_scheduler(optimizer, updates_per_epoch, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
     ema = train_baseline.EMA(student, args.ema_decay) if args.ema_decay else None
     model_to_save = ema.module if ema else student
@@ -75,7 +80,9 @@ def train(student, teacher, info, data, args):
     run.restore(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(student)
 
-    student.train()  # a graph is captured in the mode in which it will run
+    # With --cuda-graph, graphs are captured. A graph only runs in the mode it was captured in: the
+    # student's in train mode, the teacher's in eval mode, since a frozen teacher is always in it.
+    student.train()
     models.capture_cuda_graph(student, args.image_size, args)
     models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)
     ddp_student = models.wrap_ddp(student)
@@ -90,7 +97,7 @@ def train(student, teacher, info, data, args):
         for step, (images, teacher_images, labels) in enumerate(progress, start=1):
             is_update_step = step % args.accumulate_steps == 0
             if utils.WORLD_SIZE > 1:
-                # DDP averages gradients over the processes only where an update follows.
+                # DDP averages gradients over the processes only in a step with an update.
                 ddp_student.require_backward_grad_sync = is_update_step
 
             with utils.autocast(device, args):
@@ -99,17 +106,17 @@ def train(student, teacher, info, data, args):
                 logits = models.forward(ddp_student, images)
                 ce_loss = models.cross_entropy(logits, labels, args.label_smoothing)
                 distill_loss = models.distill_loss(logits, teacher_logits, args)
-                # distill_loss holds the factor T^2 already.
+                # distill_loss already includes the factor T^2.
                 loss = args.alpha * distill_loss + (1 - args.alpha) * ce_loss
             scaler.scale(loss / args.accumulate_steps).backward()
 
-            learning_rate = optimizer.param_groups[0]["lr"]  # of this step; the update changes it
+            learning_rate = optimizer.param_groups[0]["lr"]  # of this step; update() changes it
             if is_update_step:
                 train_baseline.update(student, optimizer, scheduler, scaler, ema, args)
 
             metrics.add(train_loss=loss, ce_loss=ce_loss, distill_loss=distill_loss,
                         train_accuracy=models.accuracy(logits, labels))
-            if step % train_baseline.DIAGNOSE_EVERY == 1:
+            if step % train_baseline.DIAGNOSE_EVERY == 1:  # from step 1 on, as in the baseline
                 metrics.add(entropy=models.entropy(logits),
                             **models.teacher_diagnostics(teacher_logits, labels, args))
 
@@ -121,7 +128,8 @@ def train(student, teacher, info, data, args):
                 run.print_estimate(metrics, len(train_loader))
 
         # Validate, then save best_model.pth, last.pth and the history. The next start resumes here.
-        row = metrics.row() | {"learning_rate": learning_rate}
+        row = metrics.row()
+        row["learning_rate"] = learning_rate  # of the last step
         row |= train_baseline.validate(model_to_save, val_loader)
         run.finish_epoch(row, model_to_save)
 
@@ -132,6 +140,7 @@ def train(student, teacher, info, data, args):
 
 def teacher_args(args):
     """The settings of the teacher's fine-tuning, in the form that train_baseline.train expects."""
+    # If these were included, changing one of them would make an unfinished teacher start over.
     not_used = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
                 "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
     settings = {name: value for name, value in vars(args).items() if name not in not_used}
@@ -140,22 +149,25 @@ def teacher_args(args):
     settings["image_size"] = args.teacher_image_size or args.image_size
     settings["seeds"] = None
     settings["fresh"] = args.fresh_teacher
-    # Another seed than the student's: a teacher is overconfident on the exact crops of its own
-    # training. MAX_SEED is odd, so the two always differ.
+    # Not the student's seed: with it the student would see the very crops that the teacher was
+    # trained on, and on these the teacher is overconfident. MAX_SEED is odd, so the two differ.
     settings["seed"] = config.MAX_SEED - args.seed
-    # Label smoothing would erase from its outputs how similar the classes are (Müller et al. 2019).
+    # With label smoothing its outputs would say less about similar classes (Müller et al. 2019).
     settings["label_smoothing"] = 0.0
     return argparse.Namespace(**settings)
 
 
 def find_or_train_teacher(args, data, device):
-    """Return the path of a finished teacher that fits; fine-tune one if there is none."""
+    """Return the path of a finished teacher that fits; fine-tune one if there is none. A teacher
+    that does not fit is moved aside, and an unfinished run is resumed, by train_baseline.train."""
     run_args = teacher_args(args)
     folder = utils.run_folder("teacher", run_args)
     best_path = folder / "best_model.pth"
-    _lock = utils.lock_folder(folder)  # until the end: others wait, and reuse this teacher
-    if not args.fresh_teacher and train_baseline.is_finished(folder):
-        mismatch = models.teacher_mismatch(utils.load_checkpoint(best_path), args, data)
+    # Held until this function returns: another process waits, and then reuses this teacher.
+    _lock = utils.lock_folder(folder)
+    if not args.fresh_teacher and utils.is_finished(folder):
+        info = utils.load_checkpoint(best_path)
+        mismatch = models.teacher_mismatch(info, args, data)
         if not mismatch:
             return best_path
         print(f"the teacher in {folder} does not fit and will be moved aside: {mismatch}")
@@ -171,10 +183,11 @@ def find_or_train_teacher(args, data, device):
 
 
 def load_teacher(path, args, data, device):
-    """Load, check and freeze the teacher of `path`: (teacher on `device`, the record of it for the
-    student's checkpoint). Raises UserError if it does not match the data or is too inaccurate."""
+    """Load, check and freeze the teacher of `path`. Return it, on `device`, and a record of it for
+    the student's checkpoint. Raises UserError if it does not match the data or is too inaccurate.
+    """
     teacher, info = models.load_teacher_model(path, args.teacher_model, len(data.class_names))
-    is_foreign = info is None
+    is_foreign = info is None  # not trained by this project
     if is_foreign:
         run_args = teacher_args(args)
         gradcam_layer = models.gradcam_layer(teacher, run_args.image_size)
@@ -203,7 +216,8 @@ def load_teacher(path, args, data, device):
 
 
 def measure_teacher(teacher, info, data, args, device):
-    """Accuracy of a given teacher on the validation images. Leaves it on the CPU."""
+    """Measure the accuracy of `teacher` on the validation images. It starts and ends on the CPU,
+    where models.freeze_teacher needs it."""
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     logits, labels = models.infer(teacher.to(device), val_loader)
     teacher.cpu()

@@ -1,5 +1,5 @@
 """What every script needs: errors and exit status, processes, device and precision, files, the
-folder of a run, and the metrics of an epoch. Nothing here builds a model or runs a loop."""
+folder of a run, metrics and progress. Nothing here builds a model or runs a loop."""
 import contextlib
 import csv
 import ctypes
@@ -60,8 +60,8 @@ def raise_terminated(signal_number, frame):
 def run_script(main, args):
     """Call `main(args)` and return the exit status.
 
-    0: done. With one message on stderr, 2: settings that cannot work; 1: another error that the
-    user can fix; 130: Ctrl-C; 143: SIGTERM. A bug keeps its traceback.
+    0: done; 1: an error that the user can fix; 2: settings that cannot work; 130: Ctrl-C; 143:
+    SIGTERM. Unless it is 0, there is one message on stderr. A bug keeps its traceback.
     """
     if RANK != 0:
         silence_stdout()  # only process 0 prints
@@ -95,15 +95,15 @@ def call_and_report(main, args):
         return 0
     except Exception as error:
         message = user_message(error)
-        if message is None and WORLD_SIZE == 1:
-            raise
-        if message is None:
-            message = traceback.format_exc()  # and not raised, for the reason in run_script
+        if message is None:  # a bug
+            if WORLD_SIZE == 1:
+                raise
+            message = traceback.format_exc()  # if raised, run_script would not reach os._exit
         if isinstance(error, BrokenPipeError):
             silence_stdout()  # or Python would complain again at the interpreter's shutdown
         if RANK != 0 or find_known(error) is LOST_CONNECTION:
-            # If another process failed first, torchrun now ends this one, which says nothing or, as
-            # process 0, what is saved.
+            # This may only be the consequence of an error in another process. Then torchrun sends
+            # SIGTERM during the sleep, and the message below, which would mislead, is not printed.
             time.sleep(3)
         print_error(f"error: {message}")
         return exit_status(error)
@@ -122,7 +122,7 @@ def stop_message(args):
     """What was saved before Ctrl-C or SIGTERM, in one sentence."""
     if not Run.progress:
         return "stopped"
-    # What one of these flags has started cannot be resumed with it.
+    # With these flags the same command would start over instead of resuming.
     start_over_flags = []
     if args.fresh and Run.saved_names - {"teacher"}:
         start_over_flags.append("--fresh")
@@ -171,8 +171,9 @@ KNOWN_ERRORS = [  # the first match counts
     KnownError((ConnectionError, EOFError), (), WORKER_ADVICE),
     KnownError((RuntimeError,), ("DataLoader worker (pid",), WORKER_ADVICE),
 ]
-BAD_FOLDER = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
-              errno.EISDIR, errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# OSErrors of a disk or folder (full, write-protected, not a folder), not of the script.
+FOLDER_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
+                 errno.EISDIR, errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def user_message(error):
@@ -185,7 +186,7 @@ def user_message(error):
     if isinstance(error, PermissionError) and error.filename2:  # set by os.replace
         return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
                 "for example, or a virus scanner); close it there")
-    if isinstance(error, OSError) and error.errno in BAD_FOLDER:
+    if isinstance(error, OSError) and error.errno in FOLDER_ERRORS:
         return (f"{error.strerror}: {error.filename or 'while writing'}; make room or choose other "
                 "folders, and the same command resumes from what was saved last")
     return None
@@ -202,10 +203,12 @@ def find_known(error):
 
 
 def exit_status(error):
-    known = find_known(error)
     if isinstance(error, UserError):
         return error.exit_status
-    return known.exit_status if known is not None else 1
+    known = find_known(error)
+    if known is not None:
+        return known.exit_status
+    return 1
 
 
 def first_line(error):
@@ -214,28 +217,19 @@ def first_line(error):
     return text.splitlines()[0][:200]
 
 
-def format_duration(seconds):
-    """Seconds as people say them: '45 s', '12 min', '3.4 h'."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
+# Processes, device and precision ------------------------------------------------------------------
 
 @contextlib.contextmanager
 def main_process_first():
-    """As a decorator: process 0 runs the function first, the others when it has finished. Only
-    process 0 downloads, locks and writes. If it raises, the others wait until torchrun ends them.
+    """A decorator: process 0 runs the function first, the others when it has finished. Only process
+    0 downloads, locks and writes. If it raises, the others wait until torchrun ends them.
     """
     if RANK != 0:
         dist.barrier()
-    yield
+    yield  # the decorated function runs here
     if WORLD_SIZE > 1 and RANK == 0:
         dist.barrier()
 
-
-# Device and precision -----------------------------------------------------------------------------
 
 def setup(args):
     """Select and prepare the device, and return it. Raises UsageError if it is not available.
@@ -252,9 +246,12 @@ def setup(args):
         # By default cuDNN computes float32 convolutions in TF32, with 10 bits of mantissa. float32
         # means float32 here, in evaluation and with --amp-dtype fp32. bf16 and fp16 do not change.
         torch.backends.cudnn.conv.fp32_precision = "ieee"
+
     precision = "fp32"
-    if "amp_dtype" in args:
-        precision = args.amp_dtype = select_precision(args.amp_dtype, device)
+    is_training = "amp_dtype" in args
+    if is_training:
+        precision = select_precision(args.amp_dtype, device)
+        args.amp_dtype = precision
         if args.cuda_graph and device.type != "cuda":
             raise UsageError("argument --cuda-graph: needs an NVIDIA GPU")
         if args.deterministic:
@@ -262,10 +259,10 @@ def setup(args):
         if WORLD_SIZE > 1:
             join_process_group(device)
 
-    slow = ""
+    hint = ""
     if device.type == "cpu":
-        slow = "; without a GPU large images take long (see README)"
-    print(f"device: {device_name(device)}, {precision}{slow}")
+        hint = "; without a GPU large images take long (see README)"
+    print(f"device: {device_name(device)}, {precision}{hint}")
     return device
 
 
@@ -286,6 +283,7 @@ def select_device(wanted):
     available = {"cuda": num_gpus > (device.index or 0), "mps": has_mps, "cpu": True}
     for_each = ""
     if WORLD_SIZE > 1:
+        # Each process takes the GPU of its local rank, so --device cuda:1 is refused.
         available["cuda"] = wanted == "cuda" and num_gpus >= int(TORCHRUN["LOCAL_WORLD_SIZE"])
         available["mps"] = False
         for_each = " for each process"
@@ -298,11 +296,12 @@ def select_device(wanted):
 
 
 def prepare_memory(device):
-    """Tell the system how to handle memory, which decides about speed."""
+    """Tell the system how to allocate memory, since its default can be slow."""
     if device.type == "cpu":
         reuse_freed_memory()
     if device.type == "cuda" and os.name == "nt":
-        # Beyond the GPU's memory Windows' driver would use the system's, at a crawl.
+        # When GPU memory runs out, the Windows driver would use system memory, which is very slow.
+        # With this limit torch raises OutOfMemoryError instead.
         free, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(free / total)
 
@@ -311,7 +310,7 @@ def reuse_freed_memory():
     """Tell glibc to keep freed blocks above 32 MB. Otherwise each large tensor is mapped anew: a
     training step at 224 px takes 14 % longer, evaluation 50 %."""
     if platform.libc_ver()[0] == "glibc":
-        M_MMAP_MAX = -4
+        M_MMAP_MAX = -4  # names and numbers are those of malloc.h
         M_TRIM_THRESHOLD = -1
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -333,7 +332,8 @@ def use_deterministic_algorithms(device):
         raise UsageError("argument --deterministic: torch does not guarantee it on Apple GPUs")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
     torch.use_deterministic_algorithms(True)
-    # It would fill each new tensor, an extra kernel that only helps in debugging.
+    # By default the line above also makes torch fill each new tensor: an extra kernel, and only of
+    # use in debugging.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 
@@ -349,14 +349,14 @@ def join_process_group(device):
 
 
 def autocast(device, args):
-    """The precision to compute in, args.amp_dtype, as a context."""
+    """A context in which torch computes with the precision args.amp_dtype."""
     dtype = DTYPES[args.amp_dtype]
     # No cache of cast weights: a step uses each weight once, and a CUDA graph must not hold it.
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def device_name(device):
-    """What people call the device: the GPU's name, or the number of CPU threads in use."""
+    """The device in words: the GPU's name, or the number of CPU threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     if device.type == "mps":
@@ -382,7 +382,7 @@ def atomic_write(target, mode="w"):
     when it is complete, so that nobody ever reads half a file."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # one a process
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # one per process
     text_options = {}
     if "b" not in mode:
         # Class names from folders that are not UTF-8 get replacement characters.
@@ -398,8 +398,8 @@ def atomic_write(target, mode="w"):
 
 
 def replace(source, target):
-    """Move a file over another; retry for 4 s, since Windows refuses while a program has it open.
-    """
+    """Move a file over another, or a folder to a new place. Retry for 4 s, since Windows refuses
+    while another program has the file open."""
     for _ in range(20):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
@@ -408,8 +408,10 @@ def replace(source, target):
 
 
 def save_checkpoint(checkpoint, target):
-    """Write a dict of tensors and plain values, with FORMAT_VERSION, into place."""
-    buffer = io.BytesIO()  # torch, writing to a file itself, hides the error of a full disk
+    """Write `checkpoint`, a dict of tensors and plain values, to the file `target`, and
+    FORMAT_VERSION with it."""
+    # To memory first: if torch wrote to a file itself, it would hide the error of a full disk.
+    buffer = io.BytesIO()
     torch.save({"format_version": FORMAT_VERSION, **checkpoint}, buffer)
     with atomic_write(target, "wb") as file:
         file.write(buffer.getbuffer())
@@ -429,7 +431,7 @@ def load_torch_file(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no file {path} (the quick run's are in checkpoints/quick/)")
-    content = io.BytesIO(path.read_bytes())  # what fails from here on is the content's fault
+    content = io.BytesIO(path.read_bytes())  # read here, so that errors below are not the disk's
     try:
         check_archive(content, path)
         with warnings.catch_warnings():
@@ -437,25 +439,27 @@ def load_torch_file(path):
             return torch.load(content, map_location="cpu", weights_only=True)
     except (MemoryError, UserError):
         raise
-    except Exception as error:  # damage takes any form
-        # Operand 149 occurs in pickles of protocol 4 and later, which torch.save does not write.
+    except Exception as error:  # a damaged file can cause any exception
+        # torch.save writes pickles of protocol 2. Operand 149 is of protocol 4 and later, so
+        # something else wrote this pickle.
         signs_of_code = ("Unsupported global", "Unsupported operand 149")
         if any(sign in str(error) for sign in signs_of_code):
             raise UserError(
-                f"{path} carries code and was refused; none of it was run. Where you trust it, "
-                "save its state_dict alone, or as .safetensors") from None
+                f"{path} contains code and was refused; none of it was run. If you trust it, load "
+                "it yourself and save only its state_dict, or a .safetensors file") from None
         raise UserError(f"{path} is damaged, or not a checkpoint") from None
 
 
 def check_archive(content, path):
-    """Check for what torch does not: zip bombs and wrong checksums. `content` is rewound."""
+    """Raise an exception for a zip bomb or a wrong checksum, neither of which torch notices.
+    Rewinds `content`."""
     if zipfile.is_zipfile(content):
         archive = zipfile.ZipFile(content)
         for part in archive.infolist():
             if part.file_size > part.compress_size:
                 raise UserError(f"{path} was refused: unpacked it would be larger than the file")
         if archive.testzip() is not None:
-            raise zipfile.BadZipFile
+            raise zipfile.BadZipFile  # for load_torch_file, which calls the file damaged
     content.seek(0)
 
 
@@ -476,39 +480,43 @@ class Run:
     epoch.
 
     A previous run with the same `identity` is resumed. Any other is moved aside, but only once this
-    run has an epoch to save. The constructor locks the folder, for as long as the Run lives, and
-    reads; it changes no file.
+    run has an epoch to save. The constructor locks the folder for as long as the Run exists. It
+    reads files but changes none.
     """
-    # Of this process, for the message after Ctrl-C:
-    progress = ""        # of the run in progress
-    saved_names = set()  # of the runs of which it has saved an epoch
+    # Shared by all runs of this process, for the message after Ctrl-C (stop_message):
+    progress = ""        # what is saved of the current run, in words
+    saved_names = set()  # names of the runs that have saved an epoch
 
     def __init__(self, info, identity, args):
         self.info = info
         self.identity = identity
         self.name = info["run"]
-        self.title = f"{self.name}, seed {args.seed}" if args.seeds else self.name
+        self.title = self.name
         self.num_epochs = args.num_epochs
         self.epochs_of_later_seeds = 0
         if args.seeds:
-            later_seeds = len(args.seeds) - 1 - args.seeds.index(args.seed)
-            self.epochs_of_later_seeds = later_seeds * args.num_epochs
+            self.title = f"{self.name}, seed {args.seed}"
+            num_later_seeds = len(args.seeds) - 1 - args.seeds.index(args.seed)
+            self.epochs_of_later_seeds = num_later_seeds * args.num_epochs
 
         self.folder = run_folder(self.name, args)
         self.best_path = self.folder / "best_model.pth"
         self.last_path = self.folder / "last.pth"
-        results_dir = Path(args.results_dir, self.folder.name if args.seeds else "")
+        results_dir = Path(args.results_dir)
+        if args.seeds:
+            results_dir /= self.folder.name  # seed_<n>
         self.history_path = results_dir / f"{self.name}_history.csv"
 
         self.lock = lock_folder(self.folder)
-        saved = {}
+        previous = {}  # the content of last.pth, if there is one and it is wanted
         if self.last_path.exists() and not args.fresh:
-            saved = load_checkpoint(self.last_path)
-        self.why_not_resumed = self.reason_not_to_resume(saved, args.fresh)
+            previous = load_checkpoint(self.last_path)
+        self.why_not_resumed = self.reason_not_to_resume(previous, args.fresh)
         if self.why_not_resumed:
-            saved = {}
-        self.history = saved.get("history", [])
-        self.saved_states = saved.get("states", {})
+            previous = {}
+        self.history = previous.get("history", [])
+        self.saved_states = previous.get("states", {})
+        self.first_epoch = len(self.history) + 1  # the first that this process trains
 
         self.parts = {}  # what `restore` is given, and what is saved with every epoch
         self.epoch_start = time.perf_counter()
@@ -518,21 +526,23 @@ class Run:
     def finished(self):
         return len(self.history) == self.num_epochs
 
-    def reason_not_to_resume(self, saved, fresh):
+    def reason_not_to_resume(self, previous, fresh):
         """Why a previous run in the folder cannot be resumed, in a few words; "" if it can, or if
-        there is none. `saved` is the content of its last.pth."""
-        if not saved:
-            files = (self.best_path, self.last_path, self.history_path)
-            if not any(file.exists() for file in files):
-                return ""
-            return "--fresh" if fresh else "of unknown settings"
+        there is none. `previous` is the content of its last.pth, or {} if that was not read."""
+        files = (self.best_path, self.last_path, self.history_path)
+        if not any(file.exists() for file in files):
+            return ""
+        if fresh:
+            return "--fresh"
+        if not previous:
+            return "of unknown settings"  # it has no last.pth
 
-        before = saved["identity"]
+        then = previous["identity"]
         now = self.identity
-        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        changed = [name for name in then | now if then.get(name) != now.get(name)]
         if changed:
             return f"other {', '.join(changed)}"
-        if saved["history"] and not self.best_path.exists():
+        if previous["history"] and not self.best_path.exists():
             return "best_model.pth gone"
         return ""
 
@@ -549,13 +559,13 @@ class Run:
             self.write_history()
 
     def restore(self, **parts):
-        """Load the previous run's states into `parts`, each with a state_dict, or None. From now on
-        they are saved with every epoch."""
-        self.note_progress()
+        """Load the previous run's states into `parts`: model, optimizer and so on, each with a
+        state_dict, or None. From now on their states are saved with every epoch."""
+        self.note_progress()  # from here on the run can be interrupted
         self.parts = {name: part for name, part in parts.items() if part is not None}
         for name, state in self.saved_states.items():
             self.parts[name].load_state_dict(state)
-        self.saved_states = {}
+        self.saved_states = {}  # frees memory
 
     def note_progress(self):
         """Remember for the message after Ctrl-C which epochs are saved."""
@@ -567,10 +577,10 @@ class Run:
 
     def warn_if_disk_is_short(self, model):
         """Print a warning if the disk has too little room for the files of the run."""
-        # best_model.pth holds the weights once, last.pth up to four times: the weights, their EMA,
-        # and AdamW's two moments. While last.pth is replaced, the disk holds it twice.
+        # best_model.pth holds the weights once. last.pth holds up to four times as much: the
+        # weights, their EMA, and AdamW's two moments. While it is replaced, it is there twice.
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-        needed = (1 + 2 * 4) * weights
+        needed = weights + 2 * 4 * weights
         existing_folder = next(path for path in self.folder.absolute().parents if path.exists())
         free = shutil.disk_usage(existing_folder).free
         if free < needed and RANK == 0:
@@ -591,14 +601,17 @@ class Run:
         now = time.perf_counter()
         seconds = now - self.epoch_start
         self.epoch_start = now
-        row = dict.fromkeys(HISTORY_COLUMNS) | row | {"epoch": epoch, "seconds": seconds}
-        previous_best = max((past["val_accuracy"] for past in self.history), default=-1.0)
-        is_best = row["val_accuracy"] > previous_best
+        empty_row = dict.fromkeys(HISTORY_COLUMNS)
+        row = empty_row | row | {"epoch": epoch, "seconds": seconds}
+
         if epoch == 1:
             self.move_previous_run_aside()
-            # Without a last.pth, is_finished would take a best_model.pth for a finished run.
+            # Otherwise a kill after save_best would leave a best_model.pth without a last.pth, and
+            # is_finished would return True.
             self.save_last(states={}, history=[])
 
+        previous_best = max((past["val_accuracy"] for past in self.history), default=-1.0)
+        is_best = row["val_accuracy"] > previous_best
         if is_best:
             self.save_best(model, row)
         states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -626,7 +639,7 @@ class Run:
     def save_best(self, model, row):
         weights = {}
         for name, tensor in model.state_dict().items():
-            weights[name] = tensor.cpu().contiguous()
+            weights[name] = tensor.cpu().contiguous()  # not in channels_last
         save_checkpoint({**self.info, "state_dict": weights, "epoch": row["epoch"],
                          "val_accuracy": row["val_accuracy"]}, self.best_path)
 
@@ -651,11 +664,15 @@ class Run:
         if metrics.elapsed() < 15 and not is_last_step:
             return
         self.has_printed_estimate = True
-        epochs = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
-        steps = epochs * steps_per_epoch - metrics.num_steps
-        remaining = format_duration(steps * metrics.seconds_per_step())
-        tqdm.write(f"{self.title}: {self.num_epochs} epochs of {steps_per_epoch} steps, "
-                   f"about {remaining} to go")
+
+        epochs_text = f"{self.num_epochs} epochs"
+        if self.first_epoch > 1:  # resumed
+            epochs_text = f"epochs {self.first_epoch} to {self.num_epochs}"
+        epochs_to_go = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
+        steps_to_go = epochs_to_go * steps_per_epoch - metrics.num_steps
+        duration = format_duration(steps_to_go * metrics.seconds_per_step())
+        tqdm.write(f"{self.title}: {epochs_text} of {steps_per_epoch} steps, "
+                   f"about {duration} to go")
 
     def print_epoch(self, row, is_best):
         """Print the epoch in one line, with a star if it is the best so far, and the time to go."""
@@ -693,7 +710,21 @@ def lock_folder(folder):
 def run_folder(name, args):
     """checkpoints/<name>/, or below it seed_<n>/ for a student of several seeds."""
     folder = Path(args.checkpoint_dir, name)
-    return folder / f"seed_{args.seed}" if args.seeds else folder
+    if args.seeds:
+        folder /= f"seed_{args.seed}"
+    return folder
+
+
+def is_finished(folder):
+    """Whether the run in `folder` is finished. A best_model.pth without last.pth was put there by
+    hand, and counts as finished."""
+    if not (folder / "best_model.pth").is_file():
+        return False
+    last_path = folder / "last.pth"
+    if not last_path.is_file():
+        return True
+    saved = load_checkpoint(last_path)
+    return len(saved["history"]) == saved["identity"]["num_epochs"]
 
 
 # The metrics of an epoch --------------------------------------------------------------------------
@@ -704,8 +735,9 @@ class EpochMetrics:
     def __init__(self, batch_size, device):
         self.batch_size = batch_size
         self.device = device
-        self.sums = {}    # {names of one call of `add`: tensor (number of names,)}
-        self.counts = {}  # {the same names: number of calls}
+        # The keys are the names given in one call of `add`, as a tuple.
+        self.sums = {}    # tensors (number of names,)
+        self.counts = {}  # numbers of such calls
         self.num_steps = 0
         self.start = time.perf_counter()
         self.first_step_end = None
@@ -718,11 +750,12 @@ class EpochMetrics:
         names = tuple(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
         if WORLD_SIZE > 1:
-            dist.all_reduce(stacked.div_(WORLD_SIZE))
+            stacked /= WORLD_SIZE
+            dist.all_reduce(stacked)  # to the mean over the processes, in place
         if names not in self.sums:
             self.sums[names] = torch.zeros_like(stacked)
             self.counts[names] = 0
-        self.sums[names] = self.sums[names] + stacked
+        self.sums[names] += stacked
         self.counts[names] += 1
 
         if "train_loss" in values:
@@ -770,10 +803,23 @@ class EpochMetrics:
         return ", ".join(texts)
 
 
+# Progress and divergence --------------------------------------------------------------------------
+
 def progress_bar(batches, total, epoch):
     """`batches` with a progress bar that is removed at the end."""
-    disable = True if RANK != 0 else None  # None: disabled unless stderr is a terminal
+    disable = None  # to tqdm this means: disabled unless stderr is a terminal
+    if RANK != 0:
+        disable = True
     return tqdm(batches, total=total, desc=f"epoch {epoch + 1}", leave=False, disable=disable)
+
+
+def format_duration(seconds):
+    """A duration in words: '45 s', '12 min', '3.4 h'."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def check_finite(loss, where):

@@ -3,16 +3,20 @@
     python tests/benchmark_training.py           # EfficientNet-B0, B2 as teacher, 224 px, batch 16
     python tests/benchmark_training.py --image-size 32 --batch-size 128 --json FILE
 
-Three loops take turns, so that a machine that slows down slows them all; medians over the rounds:
+Four loops take turns, so that a machine that slows down affects all of them. The table has medians
+over the rounds.
 
-(a) plain: what people write: torchvision's PIL transforms, a DataLoader with its best number of
-    workers, NCHW, autocast, `.item()` in every step;
+(a) plain, as people usually write it: torchvision's PIL transforms, a DataLoader with the best
+    number of workers, NCHW, autocast, `.item()` in every step;
 (b) project: train_baseline.train and train_distillation.train with the default EMA, as the scripts
     run them: images/s of the second of two epochs, from the history;
-(c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already there.
+(c) ceiling: forward, teacher, backward, clipping, optimizer on one batch that is already on
+    the device;
+(d) timm's own parts, put together as in timm's train.py: its loader (with as many workers as (a)),
+    ClassificationTask or LogitDistillationTask, AdamW, cosine schedule, clipping and EMA.
 
-Each for cross-entropy (CE) and for distillation (KD); then (b) and (c) for evaluation, in its own
-larger batches and float32. Images are upscaled from 32 px to --image-size.
+Each is timed for cross-entropy (CE) and for distillation (KD); then (b) and (c) for evaluation,
+with its own, larger batches and float32. Images are upscaled from 32 px to --image-size.
 """
 import argparse
 import contextlib
@@ -29,6 +33,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import timm
+import timm.loss
+import timm.optim
+import timm.scheduler
+import timm.task
+import timm.utils
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -42,8 +52,10 @@ import train_distillation
 import utils
 
 NUM_CLASSES = 100
-COLUMNS = {"plain": ".0f", "project": ".0f", "ceiling": ".0f", "project / plain": ".2f",
-           "project / ceiling": ".3f"}
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+COLUMNS = {"plain": ".0f", "project": ".0f", "ceiling": ".0f", "timm": ".0f",
+           "project / plain": ".2f", "project / ceiling": ".3f", "project / timm": ".2f"}
 
 
 def made_up(pixels, labels):
@@ -81,18 +93,13 @@ def build_models(args, device):
 
 # (a) plain ----------------------------------------------------------------------------------------
 
-class PlainDataset(torch.utils.data.Dataset):
+class PilImages(torch.utils.data.Dataset):
     """Images as torchvision's CIFAR100 hands them out: PIL, through a transform."""
 
-    def __init__(self, pixels, labels, size):
+    def __init__(self, pixels, labels, transform=None):
         self.pixels = pixels
         self.labels = labels
-        self.transform = transforms.Compose([
-            transforms.RandomCrop(32, 4),
-            transforms.RandomHorizontalFlip(),
-            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+        self.transform = transform
 
     def __len__(self):
         return len(self.labels)
@@ -109,9 +116,15 @@ def plain_loop(args, device, pixels, labels, num_workers):
     teacher = teacher.to(device, memory_format=torch.contiguous_format).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.05)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp_dtype == "fp16")
+    transform = transforms.Compose([
+        transforms.RandomCrop(32, 4),
+        transforms.RandomHorizontalFlip(),
+        transforms.Resize(args.image_size, transforms.InterpolationMode.BICUBIC),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD)])
     loader = torch.utils.data.DataLoader(
-        PlainDataset(pixels, labels, args.image_size), args.batch_size, shuffle=True,
-        drop_last=True, num_workers=num_workers, pin_memory=device.type == "cuda",
+        PilImages(pixels, labels, transform), args.batch_size, shuffle=True, drop_last=True,
+        num_workers=num_workers, pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0)
 
     def loss_of(images, targets, distill):
@@ -245,6 +258,55 @@ def record_graph(step):
     return replay
 
 
+# (d) timm -----------------------------------------------------------------------------------------
+
+def timm_loop(args, device, pixels, labels, num_workers, distill):
+    """A function that trains an epoch with timm's own parts and returns its images/s."""
+    student = models.build_model(args.model, NUM_CLASSES).to(device)
+    criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
+    if distill:
+        teacher = models.build_model(args.teacher, NUM_CLASSES).to(device)
+        task = timm.task.LogitDistillationTask(
+            student, teacher, criterion, distill_loss_weight=0.7, task_loss_weight=0.3,
+            temperature=4.0, device=device, verbose=False)
+    else:
+        task = timm.task.ClassificationTask(student, criterion, device=device, verbose=False)
+
+    loader = timm.data.create_loader(
+        PilImages(pixels, labels), args.image_size, args.batch_size, is_training=True,
+        color_jitter=0.0, interpolation="bicubic", mean=MEAN, std=STD, num_workers=num_workers,
+        persistent_workers=num_workers > 0, pin_memory=device.type == "cuda", device=device)
+    optimizer = timm.optim.create_optimizer_v2(student, "adamw", lr=1e-4, weight_decay=0.05)
+    scheduler = timm.scheduler.CosineLRScheduler(optimizer, 100 * len(loader), t_in_epochs=False)
+    scaler = timm.utils.NativeScaler(device.type) if args.amp_dtype == "fp16" else None
+    ema = timm.utils.ModelEmaV3(student, decay=0.999, use_warmup=True)
+    num_updates = 0
+
+    def run():
+        nonlocal num_updates
+        student.train()
+        losses = timm.utils.AverageMeter()
+        start = time.perf_counter()
+        for images, targets in loader:
+            images = images.contiguous(memory_format=torch.channels_last)
+            with utils.autocast(device, args):
+                loss = task(images, targets)["loss"]
+
+            if scaler:
+                scaler(loss, optimizer, clip_grad=1.0, parameters=student.parameters())
+            else:
+                loss.backward()
+                timm.utils.dispatch_clip_grad(student.parameters(), 1.0)
+                optimizer.step()
+            optimizer.zero_grad()
+            num_updates += 1
+            ema.update(student, num_updates)
+            scheduler.step_update(num_updates)
+            losses.update(loss.item(), len(images))
+        return len(loader) * args.batch_size / (time.perf_counter() - start)
+    return run
+
+
 # Evaluation ---------------------------------------------------------------------------------------
 
 def evaluation_loops(args, device):
@@ -295,7 +357,7 @@ def compare(args, name, loops):
     row = {"what": name}
     for loop in loops:
         row[loop] = statistics.median(speeds[loop] for speeds in rounds)
-    for other in ("plain", "ceiling"):
+    for other in ("plain", "ceiling", "timm"):
         if other in loops:
             ratios = [speeds["project"] / speeds[other] for speeds in rounds]
             row[f"project / {other}"] = statistics.median(ratios)
@@ -304,10 +366,11 @@ def compare(args, name, loops):
 
 def print_table(args, rows, device, num_workers):
     print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, "
-          f"{utils.device_name(device)}, {args.amp_dtype}, torch {torch.__version__}; (a) with "
-          f"{num_workers} workers; images/s, medians of {args.rounds} rounds of {args.steps} steps")
-    print("| | (a) plain | (b) project | (c) ceiling | b/a | b/c |")
-    print("| --- | --- | --- | --- | --- | --- |")
+          f"{utils.device_name(device)}, {args.amp_dtype}, torch {torch.__version__}, "
+          f"timm {timm.__version__}; (a) and (d) with {num_workers} workers; images/s, medians of "
+          f"{args.rounds} rounds of {args.steps} steps")
+    print("| | (a) plain | (b) project | (c) ceiling | (d) timm | b/a | b/c | b/d |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
         cells = [row["what"]]
         for name, number_format in COLUMNS.items():
@@ -318,19 +381,25 @@ def print_table(args, rows, device, num_workers):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="efficientnet_b0")
-    parser.add_argument("--teacher", default="efficientnet_b2")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, help="steps a round; default 200 on a GPU, else 20")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="efficientnet_b0", help="student (default: %(default)s)")
+    parser.add_argument("--teacher", default="efficientnet_b2",
+                        help="teacher of KD (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="px (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16,
+                        help="images per training step (default: %(default)s)")
+    parser.add_argument("--steps", type=int,
+                        help="steps per round (default: 200 on a GPU, else 20)")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="rounds, in each of which every loop runs (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+",
                         default=[number for number in (0, 2, 4, 8, 16) if number <= os.cpu_count()],
-                        help="numbers of workers to choose the best of for (a)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp-dtype", default="auto")
-    parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--cuda-graph", action="store_true", help="for (b)")
+                        help="numbers of workers to try for (a); the fastest is used")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    parser.add_argument("--amp-dtype", default="auto", help="auto, bf16, fp16 or fp32")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="use only deterministic algorithms")
+    parser.add_argument("--cuda-graph", action="store_true",
+                        help="use CUDA graphs in (b)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args()
 
@@ -352,7 +421,8 @@ def main():
         rows.append(compare(args, name, {
             "plain": functools.partial(plain, distill),
             "project": project_loop(args, device, pixels, labels, distill),
-            "ceiling": ceiling_loop(args, device, distill)}))
+            "ceiling": ceiling_loop(args, device, distill),
+            "timm": timm_loop(args, device, pixels, labels, num_workers, distill)}))
     rows.append(compare(args, "evaluation", evaluation_loops(args, device)))
 
     print_table(args, rows, device, num_workers)

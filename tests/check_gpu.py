@@ -1,13 +1,13 @@
-"""What only an NVIDIA GPU can show of this project, in ten minutes; it ends with a table to paste.
+"""Check this project on an NVIDIA GPU, in ten minutes, and print a table to paste into an issue.
 
     python tests/check_gpu.py                  # EfficientNet-B0, B2 as teacher, 224 px
-    python tests/check_gpu.py --minutes 5      # always kept; the table says what was cut off
-    python tests/check_gpu.py --dry-run        # every stage in tiny, on the CPU
+    python tests/check_gpu.py --minutes 5      # ends in time; the table says what was cut off
+    python tests/check_gpu.py --dry-run        # every stage with tiny models, on the CPU
 
-Each stage (see SHARES) is a process of its own with a share of the minutes; what one leaves, the
-next ones have. So a stage that hangs or fails costs no more than its share. Results are written as
-they come into --out: results.jsonl, table.md, and in log.txt all that the stages print. Nothing is
-downloaded: the images are synthetic, in CIFAR's shape, and the weights random.
+Each stage is a process of its own and has a share of the minutes; what it does not use goes to the
+next ones. So a stage that hangs or fails costs no more than its share. Results are written to --out
+as they come: results.jsonl, table.md, and log.txt with everything that the stages print. Nothing is
+downloaded: the images are synthetic, in CIFAR's shape, and the weights are random.
 """
 # ruff: noqa: E402
 import time
@@ -453,10 +453,14 @@ def share_of(stage, remaining):
 def parse():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="it ends within them")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "check_gpu")
-    parser.add_argument("--dry-run", action="store_true", help="every stage in tiny, on the CPU")
-    parser.add_argument("--stage", choices=SHARES, help="this one alone, in this process")
+    parser.add_argument("--minutes", type=float, default=10,
+                        help="time limit of the whole check (default: 10)")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "check_gpu",
+                        help="folder for the results (default: results/check_gpu)")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="run every stage with tiny models, on the CPU")
+    parser.add_argument("--stage", choices=SHARES,
+                        help="run only this stage, in this process")
     args = parser.parse_args()
     args.out = args.out.absolute()
     args.work = args.out / "checkpoints"

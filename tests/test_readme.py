@@ -485,7 +485,10 @@ def test_flags_named_in_the_text_exist(capsys):
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit):
             config.parse_args(script, "", ["--help"])
-    known = {*re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out), "--app",  # flask's
+    check_gpu = subprocess.run([sys.executable, str(ROOT / "tests" / "check_gpu.py"), "--help"],
+                               capture_output=True, text=True, encoding="utf-8").stdout
+    known = {*re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out + check_gpu),
+             "--app",  # flask's
              "--standalone", "--nproc-per-node"}  # torchrun's
     for name, text in TEXTS.items():
         for code in re.findall(r"`([^`]+)`", FENCE.sub("", text)):

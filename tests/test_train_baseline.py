@@ -447,7 +447,7 @@ def test_kill_between_two_files_of_an_epoch(train, tmp_path):
     whole = outcome(folder)
     whole_table = table.read_bytes()
     assert len(whole_table.splitlines()) == 4
-    assert train_baseline.is_finished(folder)
+    assert utils.is_finished(folder)
 
     # The last epoch's best_model.pth and last.pth were written, not the history.
     table.write_bytes(table_of_epoch_2)
@@ -457,7 +457,7 @@ def test_kill_between_two_files_of_an_epoch(train, tmp_path):
     # Its best_model.pth alone was written.
     table.write_bytes(table_of_epoch_2)
     last_path.write_bytes(last_of_epoch_2)
-    assert not train_baseline.is_finished(folder)
+    assert not utils.is_finished(folder)
     train("baseline", *flags)
     assert_same_outcome(whole, outcome(folder))
 
@@ -470,7 +470,7 @@ def test_run_killed_within_the_first_epoch_is_not_finished(train, tmp_path, monk
 
     def save_and_look(checkpoint, target):
         save_checkpoint(checkpoint, target)
-        is_finished.append(train_baseline.is_finished(folder))
+        is_finished.append(utils.is_finished(folder))
 
     monkeypatch.setattr(utils, "save_checkpoint", save_and_look)
     train("baseline", "--num-epochs", "1")

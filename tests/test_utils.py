@@ -811,6 +811,19 @@ def test_estimate_is_printed_once_from_steps_that_count(arguments, clock, capsys
     assert utils.format_duration((10 * 100 - 4) * 2) in line  # 33 min
 
 
+def test_estimate_of_a_resumed_run_names_its_first_epoch(arguments, clock, capsys):
+    args = arguments("baseline", "--num-epochs", "10")
+    run, model = open_run(args)
+    for _ in range(4):
+        run.finish_epoch(row_of(0.5), model)
+    del run
+    resumed, _ = open_run(args)
+    capsys.readouterr()
+    (_, line), = estimate(resumed, clock, capsys)
+    assert "epochs 5 to 10 of 100 steps" in line
+    assert utils.format_duration((6 * 100 - 4) * 2) in line
+
+
 def test_estimate_of_short_epochs_comes_at_the_end_of_the_first(arguments, clock, capsys):
     run, _ = open_run(arguments("baseline", "--num-epochs", "10"))
     metrics = utils.EpochMetrics(8, CPU)
