@@ -2,7 +2,7 @@
 
 Each constant is also a flag of the scripts that use it: BATCH_SIZE is --batch-size, and the comment
 on its line is the flag's help. A flag overrides --quick, and --quick overrides this file. Constants
-that may be None have flags that accept None: --dataset-dir None.
+that may be None have flags that accept None as well: --dataset-dir None.
 """
 import argparse
 import difflib
@@ -34,8 +34,8 @@ STUDENT_MODEL = "efficientnet_b0"   # the student's timm name
 PRETRAINED = True             # start teacher and student from ImageNet weights
 STUDENT_WEIGHTS = None        # student's weight file (.pth, .safetensors); None: timm's download
 TEACHER_WEIGHTS = None        # teacher's weight file; None: timm's download
-# A teacher that needs no fine-tuning on these classes: a best_model.pth of this project, or weights
-# of TEACHER_MODEL with its head (a weight file, or a folder with config.json, model.safetensors).
+# TEACHER_CHECKPOINT is a best_model.pth of this project, or weights of TEACHER_MODEL that include
+# the head for these classes: a weight file, or a folder with config.json and model.safetensors.
 TEACHER_CHECKPOINT = None     # an already fine-tuned teacher; None: fine-tune TEACHER_MODEL
 
 # Distillation: loss = ALPHA * distill_loss + (1 - ALPHA) * cross-entropy, where distill_loss is
@@ -69,7 +69,8 @@ CUDA_GRAPH = False            # launch steps as CUDA graphs (experimental, not r
 CHECKPOINT_DIR = "checkpoints"   # folder for checkpoints
 RESULTS_DIR = "results"       # folder for histories, report and figures
 
-# --quick: a complete small run in minutes, without a GPU, a network or pretrained weights
+# --quick: a complete small run in minutes, without a GPU, a network or pretrained weights. Some of
+# these are the defaults above once more, so that --quick works whatever is edited there.
 QUICK = {
     "SEEDS": [0, 1, 2, 3, 4],  # used unless --seeds or --seed is given
     "DATASET_NAME": "Letters",
@@ -98,16 +99,17 @@ QUICK = {
 
 # Parsing of single values -------------------------------------------------------------------------
 #
-# Each function is an argparse `type`: it converts a text, or raises an error that says what is
-# allowed. The constants go through them too, as text, so that both follow the same rules.
+# Each of these functions is an argparse `type`: it converts a text, or raises an error that says
+# what is allowed. The constants above are turned into text and pass through the same functions.
 
-MAX_SEED = 2**32 - 1  # numpy's limit
-MODEL_NAMES = timm.list_models() + timm.list_pretrained()  # plain, and with a tag (.ra_in1k)
+MAX_SEED = 2**32 - 1  # NumPy's limit
+MODEL_NAMES = timm.list_models() + timm.list_pretrained()  # the latter have tags: .ra_in1k
 DEPRECATED_MODEL_NAMES = timm.models.get_deprecated_models()  # {old name: current name}
 
 
-def closest(text, names):
-    """Suggestions for a misspelt `text`, to append to a message; "" if nothing is similar."""
+def suggestions(text, names):
+    """The `names` most similar to a misspelt `text`, to append to a message; "" if there are none.
+    """
     by_lower_case = {name.lower(): name for name in names}
     matches = difflib.get_close_matches(text.lower(), by_lower_case, n=3, cutoff=0.5)
     if not matches:
@@ -116,16 +118,17 @@ def closest(text, names):
 
 
 def require(is_valid, text, allowed, names=()):
-    """Raise argparse's error unless `is_valid`. It says what is `allowed` and suggests `names`."""
+    """Raise an error for `text` unless `is_valid`. Its message says what is `allowed`, and suggests
+    similar `names`."""
     if not is_valid:
-        message = f"must be {allowed}, not {text!r}{closest(text, names)}"
+        message = f"must be {allowed}, not {text!r}{suggestions(text, names)}"
         raise argparse.ArgumentTypeError(message)
 
 
-def to_number(kind, text):
-    """kind(text), or nan if `text` is not such a number: nan is outside every range."""
+def to_number(number_type, text):
+    """`text` as an int or a float; nan, which is outside of every range, if it is not a number."""
     try:
-        return kind(text)
+        return number_type(text)
     except ValueError:
         return math.nan
 
@@ -178,7 +181,7 @@ def zero_to_below_one(text):
     return number
 
 
-def between_zero_and_one(text):
+def above_zero_below_one(text):
     number = to_number(float, text)
     require(0 < number < 1, text, "a number above 0 and below 1")
     return number
@@ -190,7 +193,7 @@ def parse_boolean(text):
 
 
 def one_of(*names):
-    """A function that accepts only these `names`."""
+    """Make a parser that accepts only these `names`."""
     def parse(text):
         require(text in names, text, f"one of {', '.join(names)}", names)
         return text
@@ -198,7 +201,7 @@ def one_of(*names):
 
 
 def or_none(parse):
-    """A function that accepts what `parse` does, and None."""
+    """Make a parser that accepts "None" and everything that `parse` accepts."""
     def parse_or_none(text):
         if text == "None":
             return None
@@ -219,8 +222,8 @@ def parse_model_name(text):
 
 
 def parse_path(text):
-    require(text, text, "a path")
-    return os.path.expanduser(text)  # the shell does not expand a quoted "~/pictures"
+    require(text != "", text, "a path")
+    return os.path.expanduser(text)  # the shell leaves the ~ of a quoted "~/pictures"
 
 
 def existing_file(text):
@@ -248,7 +251,7 @@ TRAINING_SETTINGS = {  # both training scripts
                            "ImageFolder"),
     "IMAGE_SIZE": parse_image_size,
     "AUGMENTATION": one_of("auto", "none", "crop", "flip_crop", "resized_crop"),
-    "VAL_FRACTION": between_zero_and_one,
+    "VAL_FRACTION": above_zero_below_one,
     "SPLIT_SEED": parse_seed,
     "STUDENT_MODEL": parse_model_name,
     "PRETRAINED": parse_boolean,
@@ -283,7 +286,7 @@ TEACHER_SETTINGS = {  # train_distillation.py; they affect the student only thro
     "TEACHER_EPOCHS": positive_int,
     "TEACHER_LEARNING_RATE": positive_float,
 }
-COMMON_SETTINGS = {  # all three scripts; where things are, not what is trained
+COMMON_SETTINGS = {  # all three scripts: folders and hardware, not what is trained
     "DATASET_DIR": existing_folder,
     "DATA_DIR": parse_path,
     "NUM_WORKERS": nonnegative_int,
@@ -294,18 +297,20 @@ COMMON_SETTINGS = {  # all three scripts; where things are, not what is trained
 SETTINGS = TRAINING_SETTINGS | DISTILLATION_SETTINGS | TEACHER_SETTINGS | COMMON_SETTINGS
 MAY_BE_NONE = {"DATASET_DIR", "TEACHER_IMAGE_SIZE", "STUDENT_WEIGHTS", "TEACHER_WEIGHTS",
                "TEACHER_CHECKPOINT"}
-MUST_EXIST = (existing_file, existing_path, existing_folder)
-FLAGS = {
+MUST_EXIST = {name for name, parse in SETTINGS.items()
+              if parse in (existing_file, existing_path, existing_folder)}
+SETTINGS_OF_SCRIPT = {
     "baseline": TRAINING_SETTINGS | COMMON_SETTINGS,
     "distillation": SETTINGS,
     "evaluate": COMMON_SETTINGS,
 }
 
-# Names in `args`. A student's teacher is identified by the hash of its file, so the settings that
-# produced it are not compared.
+# A run is resumed only if its settings are the same as before, except for those in these two sets.
+# Both hold names as they are in `args`, in lower case.
+#
+# A student's teacher is compared by the hash of its file instead.
 TEACHER_ONLY = {name.lower() for name in TEACHER_SETTINGS}
-# A run is resumed even if these differ. DEVICE is one of them, but the precision that AMP_DTYPE
-# "auto" selects on the device is compared.
+# The device may change, but not the precision that AMP_DTYPE "auto" selects for it.
 MAY_CHANGE_ON_RESUME = {name.lower() for name in COMMON_SETTINGS}
 MAY_CHANGE_ON_RESUME |= {"argv", "quick", "fresh", "fresh_teacher", "seeds"}
 
@@ -313,8 +318,8 @@ MAY_CHANGE_ON_RESUME |= {"argv", "quick", "fresh", "fresh_teacher", "seeds"}
 # Command line -------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """Under torchrun only process 0 prints help and errors; the others exit silently, so that a
-    message appears once."""
+    """A parser that prints once under torchrun: process 0 prints help and errors, and the others
+    exit silently with status 0."""
 
     def print_help(self, file=None):
         if utils.RANK == 0:
@@ -323,7 +328,7 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status=0, message=None):
         if utils.RANK == 0:
             super().exit(status, message)
-        sys.exit()
+        sys.exit(0)
 
 
 def parse_args(script, description, argv=None):
@@ -341,11 +346,12 @@ def parse_args(script, description, argv=None):
     add_settings(parser, script, argv)
     add_other_flags(parser, script)
 
-    args, unknown = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
+    namespace = argparse.Namespace(argv=argv)  # the parser adds its flags to it
+    args, unknown = parser.parse_known_args(argv, namespace)
     # argparse silently accepts "--", and reads "--flag=--" as an empty list.
-    unknown += [word for word in argv if word.split("=")[-1] == "--"]
+    unknown += [word for word in argv if word == "--" or word.endswith("=--")]
     if unknown:
-        parser.error(unknown_argument(unknown[0], script, args))
+        parser.error(describe_unknown_argument(unknown[0], script, args))
 
     if script == "evaluate":
         if utils.TORCHRUN:
@@ -357,7 +363,8 @@ def parse_args(script, description, argv=None):
         if script == "distillation":
             check_distillation(parser, args)
         if args.seeds:
-            args.seed = args.seeds[0]  # the teacher's: it is trained once for all students
+            # The students get one seed each. Their teacher is trained only once, with this one.
+            args.seed = args.seeds[0]
 
     if args.quick:
         args.checkpoint_dir = str(Path(args.checkpoint_dir, "quick"))
@@ -368,84 +375,91 @@ def parse_args(script, description, argv=None):
 def read_comments():
     """{constant: its comment} for the assignments at the top of this file, in their order."""
     source = Path(__file__).read_text(encoding="utf-8")
-    constants = source.split("# Parsing of single values")[0]
+    constants = source.split("# Parsing of single values")[0]  # up to the heading of that section
+    # NAME = value  # comment, or NAME: type = value. Without a comment the second group is "".
     return dict(re.findall(r"^(\w+) *[:=].*?(?:# *(.*))?$", constants, re.MULTILINE))
 
 
 def add_settings(parser, script, argv):
-    """Add a flag for each constant that `script` uses. All constants are checked."""
+    """Check all constants, and add a flag for each one that `script` uses."""
     comments = read_comments()
     check_names(parser, comments)
-    quick = {}
+    quick_defaults = {}
     if "--quick" in argv:
-        quick = parse_quick(parser)
-    overridden = given_constants(argv) | quick.keys()
-    defaults = parse_constants(parser, script, overridden) | quick
+        quick_defaults = parse_quick(parser)
+    overridden = given_constants(argv) | quick_defaults.keys()
+    defaults = parse_constants(parser, script, overridden) | quick_defaults
 
     for name, comment in comments.items():
-        if name not in FLAGS[script]:
+        if name not in SETTINGS_OF_SCRIPT[script]:
             continue
         flag = "--" + name.lower().replace("_", "-")
         default = defaults[name]
-        help_text = f"{comment} (default: {default})".replace("%", "%%")
-        if SETTINGS[name] is parse_boolean:
+        help_text = f"{comment} (default: {default})".replace("%", "%%")  # argparse formats it
+        parse = SETTINGS[name]
+        if parse is parse_boolean:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default,
                                 help=help_text)
-        else:
-            parse = SETTINGS[name]
-            if name in MAY_BE_NONE:
-                parse = or_none(parse)
-            parser.add_argument(flag, type=parse, default=default, help=help_text)
+            continue
+        if name in MAY_BE_NONE:
+            parse = or_none(parse)
+        parser.add_argument(flag, type=parse, default=default, help=help_text)
 
 
-def check_names(parser, comments):
-    """Refuse a constant that is not a setting, and a setting that is missing: misspelt names."""
-    for name in comments:
+def check_names(parser, constants):
+    """Refuse misspelt names: a constant that is not a setting, or a setting without a constant."""
+    for name in constants:
         if name not in SETTINGS and name != "QUICK":
-            parser.error(f"{name} in config.py is not a setting{closest(name, SETTINGS)}")
+            parser.error(f"{name} in config.py is not a setting{suggestions(name, SETTINGS)}")
     for name in [*SETTINGS, "QUICK"]:
-        if name not in comments:
+        if name not in constants:
             parser.error(f"{name} is missing from config.py")
 
 
 def parse_constants(parser, script, overridden):
-    """Parse all constants, including those that `script` does not use: if ALPHA is invalid, it is
-    better to know before the hours of the baseline than after. But a file must exist only if it is
-    used: it may have been deleted since."""
+    """Parse the constants: {name: value}. Those that `script` does not use are checked as well,
+    since it is better to learn of an invalid ALPHA before the hours of the baseline than after.
+
+    A file or folder need not exist if it is not used, or is `overridden`: it may have been deleted
+    since. It is None then.
+    """
     defaults = {}
     for name in SETTINGS:
-        is_used = name in FLAGS[script] and name not in overridden
+        is_used = name in SETTINGS_OF_SCRIPT[script] and name not in overridden
         if script == "evaluate" and name == "DATASET_DIR":
-            defaults[name] = None  # the checkpoint records its folder
-        elif SETTINGS[name] in MUST_EXIST and not is_used:
+            is_used = False  # the checkpoint records its folder
+        if name in MUST_EXIST and not is_used:
             defaults[name] = None
         else:
-            defaults[name] = parse_value(parser, name, globals()[name], name)
+            constant = globals()[name]
+            defaults[name] = parse_value(parser, name, constant, label=name)
     return defaults
 
 
 def parse_quick(parser):
-    """Parse the settings in QUICK and check its SEEDS, which are not a setting."""
+    """Parse the settings in QUICK: {name: value}. SEEDS is only checked, since it is no setting."""
     if not isinstance(QUICK, dict):
         parser.error(f"QUICK in config.py must be a dict of settings, not {QUICK!r}")
     seeds = QUICK.get("SEEDS")
     if not isinstance(seeds, (list, tuple)):
         parser.error(f"SEEDS in QUICK in config.py must be a list of seeds, not {seeds!r}")
-    for number in seeds:
-        parse_value(parser, "SEED", number, "SEEDS in QUICK")
+    for seed in seeds:
+        parse_value(parser, "SEED", seed, label="SEEDS in QUICK")
 
     defaults = {}
     for name, value in QUICK.items():
         if name == "SEEDS":
             continue
         if name not in SETTINGS:
-            parser.error(f"{name} in QUICK in config.py is not a setting{closest(name, SETTINGS)}")
-        defaults[name] = parse_value(parser, name, value, f"{name} in QUICK")
+            parser.error(f"{name} in QUICK in config.py is not a setting"
+                         f"{suggestions(name, SETTINGS)}")
+        defaults[name] = parse_value(parser, name, value, label=f"{name} in QUICK")
     return defaults
 
 
 def parse_value(parser, name, value, label):
-    """The value of a constant, after the checks of its flag. `label` says where it stands."""
+    """Check the `value` of the setting `name` by the rules of its flag, and convert it. An error
+    message calls it `label`."""
     if value is None:
         if name not in MAY_BE_NONE:
             parser.error(f"{label} in config.py must not be None")
@@ -488,38 +502,43 @@ def given_constants(argv):
     return {constant_of(word) for word in argv if word.startswith("--")}
 
 
-def unknown_argument(argument, script, args):
-    """The message for an unknown argument: it belongs to another script, or is misspelt."""
+def describe_unknown_argument(argument, script, args):
+    """The error message for an argument that `script` does not have: is it another script's flag,
+    or misspelt?"""
     flag = argument.split("=")[0]
     constant = constant_of(argument)
-    owners = [f"train_{owner}.py" for owner, flags in FLAGS.items() if constant in flags]
-    if flag.startswith("--") and owners and constant not in FLAGS[script]:
+    # evaluate.py is never among them: its settings are those that all scripts have.
+    owners = [f"train_{owner}.py" for owner, settings in SETTINGS_OF_SCRIPT.items()
+              if constant in settings]
+    if flag.startswith("--") and owners and constant not in SETTINGS_OF_SCRIPT[script]:
         return f"{flag} is not a flag of this script, but of {' and '.join(owners)}"
 
     flags = ["--" + name.replace("_", "-") for name in vars(args) if name != "argv"]
-    return f"unknown argument {argument!r}{closest(flag, flags)}; --help lists every flag"
+    return f"unknown argument {argument!r}{suggestions(argument, flags)}; --help lists every flag"
 
 
 def format_command(script, argv):
-    """The command line that runs `script` with the flags from `argv` that it has, without --fresh.
-    Of a repeated flag only the last is kept. It works in the current folder."""
-    words_by_flag = {}
+    """The command that runs `script` from the current folder, with those flags in `argv` that it
+    has, except for --fresh and --fresh-teacher. If a flag is repeated, the last one counts."""
+    words_by_constant = {}  # {BATCH_SIZE: ["--batch-size", "16"]}
     for word in argv:
-        if word.startswith("--"):
-            name = constant_of(word)
-            words_by_flag[name] = []
-        words_by_flag[name].append(word)
+        if word.startswith("--"):  # true of the first word: parse_args refuses any other
+            constant = constant_of(word)
+            words_by_constant[constant] = []
+        words_by_constant[constant].append(word)
 
+    allowed = {*SETTINGS_OF_SCRIPT[script], "QUICK"}
+    if script != "evaluate":
+        allowed.add("SEEDS")
     command = ["python", script_file(script)]
-    for name, words in words_by_flag.items():
-        is_training_flag = name == "SEEDS" and script != "evaluate"
-        if name in FLAGS[script] or name == "QUICK" or is_training_flag:
+    for constant, words in words_by_constant.items():
+        if constant in allowed:
             command += words
     return shlex.join(command)
 
 
 def script_file(script):
-    """Path of a script relative to the current folder: proj/evaluate.py, if the running script was
+    """The path of a script as one would type it now: proj/evaluate.py if the running script was
     started as proj/train_baseline.py."""
     name = "evaluate.py" if script == "evaluate" else f"train_{script}.py"
     sibling = Path(sys.argv[0]).parent / name
@@ -553,22 +572,23 @@ def check_training(parser, args):
         parser.error("argument --cuda-graph: a replay overwrites the gradients, so it excludes "
                      "--accumulate-steps and torchrun")
 
-    # Each process of torchrun gets an equal part of the batch; mixup and cutmix pair its images.
+    # Each process of torchrun gets an equal part of the batch, and mixup and cutmix need pairs of
+    # images in it.
     divisor = utils.WORLD_SIZE
     if args.mixup_alpha or args.cutmix_alpha:
         divisor *= 2
     if args.batch_size % divisor:
-        parser.error(f"argument --batch-size: must be a multiple of {divisor}: torchrun splits it "
-                     "between processes, mixup and cutmix into pairs")
+        parser.error(f"argument --batch-size: must be a multiple of {divisor}, since torchrun "
+                     "divides a batch between processes, and mixup and cutmix into pairs")
 
     check_model(parser, "student", args.student_model, args.student_weights, args.image_size, args)
 
 
 def check_distillation(parser, args):
-    """Refuse further combinations that train_distillation.py cannot run."""
+    """Refuse combinations that train_distillation.py in particular cannot run."""
     teacher_size = args.teacher_image_size or args.image_size
     if args.teacher_checkpoint:
-        # TEACHER_MODEL is not checked: the checkpoint may be of another model.
+        # TEACHER_MODEL is not checked, since a best_model.pth records its own model.
         if args.fresh_teacher:
             parser.error("argument --fresh-teacher: has no effect with --teacher-checkpoint")
         if args.teacher_weights:
@@ -596,7 +616,8 @@ def check_distillation(parser, args):
 
 
 def check_model(parser, role, name, weights, image_size, args):
-    """Refuse a model without available weights, or with a fixed input size other than this."""
+    """Refuse a model (of `role` student or teacher) that has no pretrained weights although they
+    are wanted, or whose input size is fixed and is not `image_size`."""
     if weights and not args.pretrained:
         parser.error(f"argument --{role}-weights: has no effect with --no-pretrained; set it "
                      "to None")
@@ -607,6 +628,8 @@ def check_model(parser, role, name, weights, image_size, args):
                      f"--{role}-weights or --no-pretrained")
 
     cfg = timm.get_pretrained_cfg(name)
-    if cfg and cfg.fixed_input_size and cfg.input_size[-1] != image_size:
-        parser.error(f"argument --{role}-model: {name} takes only images of "
-                     f"{cfg.input_size[-1]} px, not {image_size}")
+    if cfg and cfg.fixed_input_size:
+        side = cfg.input_size[-1]  # of (3, H, W)
+        if side != image_size:
+            parser.error(f"argument --{role}-model: {name} takes only images of {side} px, not "
+                         f"{image_size}")
