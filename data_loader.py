@@ -123,11 +123,11 @@ def open_dataset(args):
     augmentation = choose_augmentation(train, args)
 
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
-          f"{len(val.labels)} validation images")
+          f"{len(val.labels)} validation images to choose the best epoch")
     if len(val.labels) < FEW_VAL_IMAGES:
-        print(f"warning: few validation images to choose the best epoch with: each is worth "
-              f"{100 / len(val.labels):.1f} points of accuracy; a larger --val-fraction makes the "
-              "choice more reliable")
+        remedy = "a larger --val-fraction" if own_val is None else "more of them"
+        print("warning: the choice of the best epoch is unreliable, since one validation image is "
+              f"{100 / len(val.labels):.1f} points of accuracy; {remedy} would help")
     return Dataset(name, class_names, train, val, fingerprint, augmentation, images.value_range)
 
 
