@@ -844,7 +844,7 @@ class MemorySource:
         self.interpolation = interpolation
         self.device = device
         self.pixels = images.pixels.to(storage_device(images.pixels, device))
-        self.labels = images.labels.to(self.pixels.device)
+        self.labels = images.labels.to(device)
 
         self.margin = 0  # px of black border, within which crops are shifted
         if augmentation != "none":
@@ -862,15 +862,16 @@ class MemorySource:
         flips = torch.rand(len(order), 1, generator=generator) < self.flip_probability
 
         indices = order[rank_rows].to(self.pixels.device)
+        labels = self.labels[order[rank_rows].to(self.device)]
         corners = corners[rank_rows].to(self.device)
         flips = flips[rank_rows].to(self.device)
-        batches = zip(indices.split(batch_size), corners.split(batch_size),
-                      flips.split(batch_size), strict=True)
-        for batch_indices, batch_corners, batch_flips in batches:
-            pixels = self.pixels[batch_indices].to(self.device)
+        batches = zip(indices.split(batch_size), labels.split(batch_size),
+                      corners.split(batch_size), flips.split(batch_size), strict=True)
+        for batch_indices, batch_labels, batch_corners, batch_flips in batches:
+            pixels = copy_without_waiting(self.pixels[batch_indices], self.device)
             crops = shift_and_flip(pixels, batch_corners, batch_flips, self.margin)
             views = [resize(crops, size, self.interpolation) for size in self.sizes]
-            yield views, self.labels[batch_indices].to(self.device)
+            yield views, batch_labels
 
 
 def storage_device(pixels, device):
@@ -888,6 +889,14 @@ def storage_device(pixels, device):
     print_once(f"images: {size / 2**30:.1f} GB stay in host memory, since the GPU has only "
                f"{free / 2**30:.1f} GB free")
     return torch.device("cpu")
+
+
+def copy_without_waiting(tensor, device):
+    """`tensor` on the device. A copy from the host to a GPU does not wait for the GPU's work, for
+    which the host's memory must be pinned."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def shift_and_flip(pixels, corners, flips, margin):

@@ -381,6 +381,37 @@ def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch, capsys, free, e
     assert data_loader.storage_device(pixels, CPU) == CPU
 
 
+def test_pixels_on_the_host_are_pinned_for_a_copy_that_does_not_wait(arguments, monkeypatch):
+    """Seen without a GPU, from the calls; the same pixels arrive."""
+    args = arguments("baseline")
+    loader = make_loader(data_loader.open_dataset(args), args, CPU)
+    expected = [images for images, _ in loader.epoch(0)]
+
+    calls = []
+    copy = torch.Tensor.to
+
+    def recording_copy(tensor, *args, **kwargs):
+        if args == (torch.device("cuda"),):
+            calls.append(("copy", tensor.dtype, kwargs))
+            return tensor
+        return copy(tensor, *args, **kwargs)
+
+    def recording_pin(tensor):
+        calls.append(("pin", tensor.dtype))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", recording_copy)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", recording_pin)
+    loader.source.device = torch.device("cuda")
+    batches = loader.epoch(0)
+    for images in expected:
+        calls.clear()
+        assert torch.equal(next(batches)[0], images)
+        assert calls[-2:] == [("pin", torch.uint8),
+                              ("copy", torch.uint8, {"non_blocking": True})]
+    assert len(calls) == 2  # nothing else is copied in a step
+
+
 def test_device_without_its_number_is_the_same_device(arguments):
     """torch.device("cuda") does not equal a tensor's "cuda:0"; seen here from "cpu" and "cpu:0"."""
     args = arguments("baseline")
