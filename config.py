@@ -18,14 +18,14 @@ import timm
 import utils
 
 # Data
-DATASET_NAME = "CIFAR100"     # CIFAR100, CIFAR10, Flowers102, Digits, Letters, ImageFolder (yours)
-DATASET_DIR = None            # ImageFolder only: train/<class>/*, test/<class>/*, optionally val/
+DATASET_NAME = "CIFAR100"     # CIFAR100, CIFAR10, Flowers102, Digits, Letters or ImageFolder (own)
+DATASET_DIR = None            # folder of ImageFolder: train/<class>/*, test/<class>/*, perhaps val/
 DATA_DIR = "data"             # folder for downloads and, in decoded/, for decoded pictures
 IMAGE_SIZE = 224              # side of the student's square input in px, at least 32
-TEACHER_IMAGE_SIZE = None     # teacher's, px; None: IMAGE_SIZE; larger: same crop in more detail
+TEACHER_IMAGE_SIZE = None     # the teacher's image size; None: IMAGE_SIZE; larger: more detail
 AUGMENTATION = "auto"         # none, crop (letters), flip_crop (small), resized_crop (photos), auto
 VAL_FRACTION = 0.1            # share of the training images used for validation, above 0, below 1
-SPLIT_SEED = 0                # seed of the validation split; fixed, so all SEEDs share one teacher
+SPLIT_SEED = 0                # seed of the validation split, the same for all students and teachers
 NUM_WORKERS = 2               # processes that decode and crop photographs, 0 or more
 
 # Models: any classifier in timm.list_models()
@@ -49,23 +49,23 @@ KL_DIRECTION = "forward"      # forward: KL(teacher || student), Hinton's; rever
 BATCH_SIZE = 16               # images per step, over all processes; lower it if memory runs out
 ACCUMULATE_STEPS = 1          # batches per update; acts like a larger batch, except for BatchNorm
 NUM_EPOCHS = 50               # epochs of each student, baseline and distilled
-LEARNING_RATE = 1e-3          # peak learning rate, above 0; for AdamW from pretrained weights
+LEARNING_RATE = 1e-3          # peak learning rate, above 0; suits AdamW and pretrained weights
 WEIGHT_DECAY = 0.05           # weight decay of AdamW, at least 0; not applied to biases and norms
 WARMUP_EPOCHS = 1.0           # epochs of linear warm-up, 0 to NUM_EPOCHS, fractions allowed
 TEACHER_EPOCHS = 20           # epochs of the teacher's fine-tuning
 TEACHER_LEARNING_RATE = 1e-3  # peak learning rate of the teacher's fine-tuning, above 0
 CLIP_GRAD = 1.0               # maximum norm of the gradient; 0: no clipping
-LABEL_SMOOTHING = 0.1         # of both students, 0 to below 1; the teacher trains without it
+LABEL_SMOOTHING = 0.1         # label smoothing of both students, 0 to below 1; the teacher has none
 MIXUP_ALPHA = 0.0             # alpha of mixup, which draws weights from Beta(alpha, alpha); 0: off
-CUTMIX_ALPHA = 0.0            # the same for cutmix; if both are on, each batch gets one of them
-EMA_DECAY = 0.999             # decay of EMA (moving-average weights: validated and saved); 0: off
+CUTMIX_ALPHA = 0.0            # the same for cutmix; if both are on, each batch gets one at random
+EMA_DECAY = 0.999             # decay of the weights' moving average (EMA), which is saved; 0: off
 
 # Run
 SEED = 42                     # seed of the new classifier, image order, augmentation and dropout
 DEVICE = "auto"               # cuda, cuda:1, mps, cpu; auto: the first available of cuda, mps, cpu
-DETERMINISTIC = False         # bit-identical CUDA runs (slower); CPU runs only need equal threads
+DETERMINISTIC = False         # bit-identical CUDA runs (slower); CPU runs are, with equal threads
 AMP_DTYPE = "auto"            # bf16, fp16, fp32; auto: bf16 on CUDA (fp16 on older GPUs), else fp32
-CUDA_GRAPH = False            # launch steps as CUDA graphs (experimental, not run on a GPU yet)
+CUDA_GRAPH = False            # run models as CUDA graphs (experimental, not tested on a GPU yet)
 CHECKPOINT_DIR = "checkpoints"   # folder for checkpoints
 RESULTS_DIR = "results"       # folder for histories, report and figures
 
@@ -472,8 +472,10 @@ def parse_value(parser, name, value, label):
 
 def add_other_flags(parser, script):
     """Add the flags that have no constant."""
-    parser.add_argument("--quick", action="store_true",
-                        help="a complete small run in minutes, saved in quick/")
+    quick_help = "a complete small run in minutes, saved in quick/"
+    if script == "evaluate":
+        quick_help = "compare the students of the quick run, which are in quick/"
+    parser.add_argument("--quick", action="store_true", help=quick_help)
     if script == "evaluate":
         parser.add_argument("--baseline-checkpoint", type=existing_file,
                             help="evaluate this checkpoint as the baseline")
@@ -485,7 +487,7 @@ def add_other_flags(parser, script):
         parser.add_argument("--fresh", action="store_true",
                             help="move the previous run aside and start over")
         parser.add_argument("--seeds", type=parse_seed, nargs="+",
-                            help="train a student for each of these seeds; --quick has its own")
+                            help="train one student per seed; --quick has a list of its own")
     if script == "distillation":
         parser.add_argument("--fresh-teacher", action="store_true",
                             help="move the previous teacher aside and train a new one")
@@ -553,7 +555,7 @@ def check_training(parser, args):
     """Refuse combinations that neither training script can run."""
     seeds = args.seeds or []
     if len(set(seeds)) < len(seeds):
-        parser.error("argument --seeds: give each seed only once")
+        parser.error("argument --seeds: each seed may be given only once")
     if seeds and "SEED" in given_constants(args.argv):
         parser.error("argument --seeds: cannot be combined with --seed")
 
@@ -569,8 +571,8 @@ def check_training(parser, args):
         parser.error(f"argument --num-epochs: {args.num_epochs} is less than --warmup-epochs "
                      f"{args.warmup_epochs:g}")
     if args.cuda_graph and args.accumulate_steps * utils.WORLD_SIZE > 1:
-        parser.error("argument --cuda-graph: a replay overwrites the gradients, so it excludes "
-                     "--accumulate-steps and torchrun")
+        parser.error("argument --cuda-graph: a replay overwrites the gradients, so it cannot be "
+                     "combined with --accumulate-steps or torchrun")
 
     # Each process of torchrun gets an equal part of the batch, and mixup and cutmix need pairs of
     # images in it.
@@ -579,7 +581,7 @@ def check_training(parser, args):
         divisor *= 2
     if args.batch_size % divisor:
         parser.error(f"argument --batch-size: must be a multiple of {divisor}, since torchrun "
-                     "divides a batch between processes, and mixup and cutmix into pairs")
+                     "divides a batch among processes, and mixup and cutmix divide it into pairs")
 
     check_model(parser, "student", args.student_model, args.student_weights, args.image_size, args)
 
@@ -606,13 +608,13 @@ def check_distillation(parser, args):
                          "--batch-size must be at least 3")
         if args.accumulate_steps * utils.WORLD_SIZE > 1:
             parser.error("argument --distillation-loss: dist compares the images of a whole batch, "
-                         "so it excludes --accumulate-steps and torchrun")
+                         "so it cannot be combined with --accumulate-steps or torchrun")
         if args.kl_direction == "reverse":
             parser.error("argument --kl-direction: has no effect with --distillation-loss dist")
 
     if args.cutmix_alpha and teacher_size != args.image_size:
         parser.error("argument --cutmix-alpha: cutmix needs images of one size, so "
-                     "--teacher-image-size must be that of the student")
+                     "--teacher-image-size must be None or equal to --image-size")
 
 
 def check_model(parser, role, name, weights, image_size, args):

@@ -125,9 +125,9 @@ def open_dataset(args):
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
           f"{len(val.labels)} validation images to choose the best epoch")
     if len(val.labels) < FEW_VAL_IMAGES:
-        remedy = "a larger --val-fraction" if own_val is None else "more of them"
-        print("warning: the choice of the best epoch is unreliable, since one validation image is "
-              f"{100 / len(val.labels):.1f} points of accuracy; {remedy} would help")
+        remedy = "a larger --val-fraction" if own_val is None else "more validation images"
+        print("warning: the choice of the best epoch is unreliable, since one validation image "
+              f"counts for {100 / len(val.labels):.1f} points of accuracy; {remedy} would help")
     return Dataset(name, class_names, train, val, fingerprint, augmentation, images.value_range)
 
 
@@ -186,7 +186,7 @@ def align_classes(test, test_class_names, class_names):
     know; prints a warning if they lack one that it knows."""
     unknown = sorted(set(test_class_names) - set(class_names))
     if unknown:
-        raise UserError(f"the test images have {len(unknown)} classes that were not trained on: "
+        raise UserError(f"{len(unknown)} of the classes of the test images were not trained on: "
                         f"{', '.join(unknown[:10])}")
 
     missing = sorted(set(class_names) - set(test_class_names))
@@ -232,7 +232,7 @@ def split_train_val(images, class_names, args):
     too_few = [name for name, count in zip(class_names, counts, strict=True) if count < 2]
     if too_few:
         raise UserError("each class needs at least two training images, since one of them is used "
-                        f"for validation; {len(too_few)} classes have fewer: "
+                        f"for validation; classes with fewer ({len(too_few)}): "
                         f"{', '.join(too_few[:10])}")
     return stratified_split(labels, args.val_fraction, args.split_seed)
 
@@ -278,8 +278,8 @@ def check_batch_size(train, args):
     """Raise UsageError if there are too few training images for a single update."""
     if len(train.labels) < args.batch_size * args.accumulate_steps:
         raise UsageError(f"--batch-size {args.batch_size} --accumulate-steps "
-                         f"{args.accumulate_steps} needs more than the {len(train.labels)} "
-                         "training images for one update")
+                         f"{args.accumulate_steps} needs more images for one update "
+                         f"than the {len(train.labels)} training images")
 
 
 def choose_augmentation(train, args):
@@ -287,7 +287,7 @@ def choose_augmentation(train, args):
     are_photographs = train.pixels is None
     if args.augmentation in ("crop", "flip_crop") and are_photographs:
         raise UsageError(f"--augmentation {args.augmentation} pads and crops small images; "
-                         "photographs take resized_crop or none")
+                         "for photographs use resized_crop or none")
 
     if args.augmentation != "auto":
         return args.augmentation
@@ -414,8 +414,8 @@ def download_hint(cls, data_dir):
         files.append((Path(data_dir, cls.filename), cls.url, cls.tgz_md5))
 
     by_hand = ", ".join(f"{url} to {path}" for path, url, _ in files)
-    hint = (f"download {by_hand} by hand and run the same command again, or try the project "
-            "without any download with --quick")
+    hint = (f"download {by_hand} by hand and run the same command again, or try --quick, "
+            "which downloads nothing")
     for path, _, md5 in files:
         if path.is_file() and not check_integrity(path, md5):
             hint += f"; {path} is damaged, its MD5 should be {md5}"
@@ -476,7 +476,7 @@ def load_cache(cache):
     try:
         return utils.load_checkpoint(cache)
     except UserError:
-        print(f"{cache} is damaged; its pictures are decoded again")
+        print(f"{cache} is damaged; the pictures are decoded again")
         return {}
 
 
@@ -512,8 +512,9 @@ def list_pictures(folder):
     # Test pictures may all be of one class, but a model cannot be trained on one.
     min_classes = 1 if folder.name == "test" else 2
     if len(class_folders) < min_classes:
-        raise UsageError(f"{printable(folder)} must have two or more folders with pictures, "
-                         "one for each class")
+        number = "one" if min_classes == 1 else "two"
+        raise UsageError(f"{printable(folder)} must contain {number} or more folders with "
+                         "pictures, one folder per class")
     if all_passed_over:
         print_once(printable(folder) + describe_passed_over(all_passed_over))
     class_names = [printable(entry.name) for entry in class_folders]
@@ -562,7 +563,7 @@ def reason_to_pass_over(path, folder):
     if extension not in picture_extensions():
         return printable(extension) or "without extension"
     if not path.is_file():
-        return "broken links or no files"
+        return "broken links or special files"
     return ""
 
 
@@ -658,7 +659,7 @@ def print_value_range(folder, extremes, value_range, num_pictures):
     the (lowest, highest) value of each by its name."""
     if value_range is None:
         print_once(f"warning: {printable(folder)}: {len(extremes)} of {num_pictures} pictures have "
-                   "more than 8 bits, but no training picture has")
+                   "more than 8 bits, but no training picture does")
     elif folder.name == "train":
         low, high = value_range
         print_once(f"{len(extremes)} of {num_pictures} training pictures have more than 8 bits: "
@@ -682,7 +683,7 @@ def warn_about_outliers(folder, extremes, value_range):
         name = outliers[0]
         lowest, highest = extremes[name]
         warning = (f"warning: {printable(folder)}: {name} reaches from {lowest:g} to {highest:g}, "
-                   f"far outside of the range of the others, {low:g} to {high:g}")
+                   f"far outside the range of the others, {low:g} to {high:g}")
         if len(outliers) > 1:
             warning += f"; so do {len(outliers) - 1} more"
         print_once(warning)
@@ -726,8 +727,8 @@ def read_image(file, min_side=None):
     """
     with open_image(file) as image:
         if has_16_bit_colours(image):
-            print_once("some pictures in colour have 16 bits a channel, of which Pillow reads the "
-                       "upper 8")
+            print_once("some colour pictures have 16 bits per channel, of which Pillow reads only "
+                       "the upper 8")
         if min_side:
             # This saves most of the time that a large JPEG takes. Other formats ignore it.
             image.draft("RGB", (min_side, min_side))

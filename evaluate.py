@@ -285,8 +285,8 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
         model, info = models.load_model(path, device)
     mismatch = data_loader.describe_class_mismatch(info["class_names"], reference["class_names"])
     if mismatch or info["dataset"] != reference["dataset"]:
-        message = (f"{path} cannot be compared with the distilled student: trained on "
-                   f"{info['dataset']} and {reference['dataset']}")
+        message = (f"{path} cannot be compared with the distilled student: it was trained "
+                   f"on {info['dataset']}, the student on {reference['dataset']}")
         if mismatch:
             message += f"; classes: {mismatch}"
         raise UserError(message)
@@ -1013,8 +1013,8 @@ def warning_texts(numbers):
     if notes["no_teacher"]:
         texts.append(f"The teacher is not evaluated: {notes['no_teacher']}")
     if notes["trained_on"]:
-        texts.append(f"{len(notes['trained_on'])} test images are identical to training or "
-                     f"validation images: {shorten_list(notes['trained_on'])}")
+        texts.append(f"{len(notes['trained_on'])} of the test images are identical to training "
+                     f"or validation images: {shorten_list(notes['trained_on'])}")
     if notes["no_validation"]:
         texts.append(f"No temperature scaling: {notes['no_validation']}")
     if notes["left_out"]:
@@ -1105,8 +1105,8 @@ def verdict_lines(numbers):
                  f"over the seeds only: {over_seeds}. McNemar's exact test for each seed: p = "
                  f"{p_values}.")
     if np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
-        lines.append("The interval over seeds and images equals that over the images: the seeds do "
-                     "not differ by more than the noise of the test images.")
+        lines.append("The seeds differ by no more than the noise of the test images, so the "
+                     "interval over seeds and images equals that over the images only.")
     return lines
 
 
@@ -1130,8 +1130,8 @@ def gain_source_lines(numbers):
             lines.append(
                 f"Where the teacher is {word}, distillation corrects {corrected} of the baseline's "
                 f"{count_text(errors['images'])} errors and loses {lost} of its "
-                f"{count_text(correct['images'])} correct predictions: net "
-                f"{count_text(net, '+')} images.")
+                f"{count_text(correct['images'])} correct predictions (net "
+                f"{count_text(net, '+')}).")
     return lines
 
 
@@ -1212,7 +1212,8 @@ def score_table(numbers):
     for role_scores in scores:
         epochs = [str(epoch or "-") for epoch in role_scores["epochs"]]  # 0: trained elsewhere
         best_epochs.append(", ".join(epochs))
-    lines.append(table_row("best epoch of each seed", best_epochs))
+    label = "best epoch of each seed" if len(numbers["seeds"]) > 1 else "best epoch"
+    lines.append(table_row(label, best_epochs))
     return lines
 
 

@@ -139,7 +139,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
         num_tensors, has_head = load_weights(model, weights)
         about_head = "the head is new"
         if has_head:
-            about_head = f"including the head, since it has {num_classes} classes too"
+            about_head = f"including the head, which also has {num_classes} classes"
         print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {about_head}")
     elif pretrained:
         model = download_model(name, num_classes)
@@ -413,8 +413,8 @@ def load_teacher_model(path, name, num_classes):
         use_timm_config(model, Path(path, "config.json"))
     num_tensors, has_head = load_weights(model, file)
     if not has_head:
-        raise utils.UserError(f"{path} cannot teach here: it does not have a classifier with the "
-                              f"{num_classes} classes of this dataset")
+        raise utils.UserError(f"{path} cannot be the teacher: it does not have a classifier with "
+                              f"the {num_classes} classes of this dataset")
     print_once(f"{name}: {num_tensors} tensors loaded from {path}, including the head")
     return model.eval(), None
 
@@ -755,7 +755,8 @@ def export_best_student(checkpoint_dir, info):
     best_path = choose_best_student(folder, info)
     if best_path is None:
         if target.exists():
-            print(f"{target} is left unchanged: no student has these images, classes and split")
+            print(f"{target} was left unchanged: no student was trained on these images, classes "
+                  "and split")
         return
 
     best = utils.load_checkpoint(best_path)
@@ -831,4 +832,4 @@ def export_timm_folder(file, folder, origin):
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
         # Tensors that share memory, or a full disk. The previous folder stays.
         shutil.rmtree(temporary, ignore_errors=True)
-        print(f"warning: {folder}/ is not updated to {file}: {utils.first_line(error)}")
+        print(f"warning: {folder}/ was not updated to {file}: {utils.first_line(error)}")

@@ -5,8 +5,8 @@
 
 Writes checkpoints/baseline/ and results/baseline_history.csv; with --seeds, each seed has its own
 checkpoints/baseline/seed_<n>/ and results/seed_<n>/. Copies the best student so far to
-checkpoints/best_model.pth. After an interruption the same command resumes after the last finished
-epoch.
+checkpoints/best_model.pth. After an interruption the same command, without --fresh, resumes after
+the last finished epoch.
 """
 import argparse
 import sys
@@ -42,12 +42,13 @@ def main(args):
         student.to(device)
         info = models.build_info("baseline", student, args.student_model, data, run_args,
                                  gradcam_layer=gradcam_layer)
-        best_path = train(student, info, data, run_args)
+        train(student, info, data, run_args)
 
     # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
     command = next_command(args, "distillation", "distilled")
-    print(f"the baseline is in {best_path}; next: {command}")
+    folder = Path(args.checkpoint_dir, "baseline")
+    print(f"the baseline is in {folder}; next: {command}")
 
 
 def train(model, info, data, args):

@@ -7,7 +7,7 @@ Fine-tunes the teacher first, unless checkpoints/teacher/ has a finished one of 
 image size, classes and split. Writes checkpoints/distilled/ and results/distilled_history.csv; with
 --seeds, each seed has its own checkpoints/distilled/seed_<n>/ and results/seed_<n>/. Copies the
 best student so far to checkpoints/best_model.pth. After an interruption the same command, without
---fresh-teacher, resumes after the last finished epoch.
+--fresh and --fresh-teacher, resumes after the last finished epoch.
 """
 import argparse
 import sys
@@ -28,7 +28,8 @@ def main(args):
     num_classes = len(data.class_names)
     if args.distillation_loss == "lskd" and num_classes == 2:
         # Standardised, two logits are always 0.71 and -0.71: no matter how sure the teacher is.
-        raise utils.UsageError("--distillation-loss lskd learns nothing from two classes")
+        raise utils.UsageError("--distillation-loss lskd cannot be used with two classes, since "
+                               "standardisation removes the teacher's confidence")
 
     teacher_path = args.teacher_checkpoint
     if teacher_path is None:
@@ -46,12 +47,13 @@ def main(args):
         student.to(device)
         info = models.build_info("distilled", student, args.student_model, data, run_args,
                                  gradcam_layer=gradcam_layer, teacher=teacher_record)
-        best_path = train(student, teacher, info, data, run_args)
+        train(student, teacher, info, data, run_args)
 
     # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
     command = train_baseline.next_command(args, "baseline", "baseline")
-    print(f"the distilled student is in {best_path}; next: {command}")
+    folder = Path(args.checkpoint_dir, "distilled")
+    print(f"the distilled student is in {folder}; next: {command}")
 
 
 def train(student, teacher, info, data, args):
@@ -197,7 +199,7 @@ def load_teacher(path, args, data, device):
     else:
         mismatch = models.teacher_mismatch(info, args, data)
         if mismatch:
-            raise utils.UserError(f"{path} cannot teach here: {mismatch}")
+            raise utils.UserError(f"{path} cannot be the teacher: {mismatch}")
 
     if args.teacher_checkpoint:
         accuracy = measure_teacher(teacher, info, data, args, device)
@@ -230,8 +232,9 @@ def check_teacher_accuracy(accuracy, num_classes, args):
     if accuracy >= min_accuracy:
         return
     if args.teacher_checkpoint:
-        advice = ("if it was better elsewhere, its classes may have another order (here: sorted "
-                  "folder names, or the dataset's own) or its images another size")
+        advice = ("if it was better elsewhere, its classes may be in a different order (here it is "
+                  "that of the sorted folder names, or the dataset's own), or it was trained on "
+                  "images of a different size")
     else:
         advice = "train it longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)"
     raise utils.UserError(f"a teacher below {min_accuracy:.1%} is hardly better than chance and "

@@ -148,12 +148,12 @@ MEMORY_ADVICE = (
     "--image-size; if memory is not short (cuDNN reports other failures like this too), try "
     "another --amp-dtype")
 WORKER_ADVICE = (
-    "a process that reads images was killed, usually for lack of memory or, in a container, of "
-    "/dev/shm; lower --num-workers, and the same command resumes")
+    "a process that reads images was killed, usually because memory (in a container: /dev/shm) ran "
+    "out; lower --num-workers, and the same command resumes")
 
 LOST_CONNECTION = KnownError(
     (RuntimeError,), ("gloo", "NCCL", "Connection"),
-    "the processes lost each other: {reason}; the same command resumes")
+    "the connection between the processes was lost: {reason}; the same command resumes")
 
 KNOWN_ERRORS = [  # the first match counts
     KnownError((MemoryError,), (), MEMORY_ADVICE),
@@ -167,7 +167,7 @@ KNOWN_ERRORS = [  # the first match counts
     KnownError((ValueError,), ("more than 1 value per channel",),  # BatchNorm's
                "--batch-size is too small to train with: {reason}", exit_status=2),
     KnownError((BrokenPipeError,), (),
-               "what read this script's output has gone away; the same command resumes"),
+               "the program that reads this script's output has ended; the same command resumes"),
     KnownError((ConnectionError, EOFError), (), WORKER_ADVICE),
     KnownError((RuntimeError,), ("DataLoader worker (pid",), WORKER_ADVICE),
 ]
@@ -187,8 +187,8 @@ def user_message(error):
         return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
                 "for example, or a virus scanner); close it there")
     if isinstance(error, OSError) and error.errno in FOLDER_ERRORS:
-        return (f"{error.strerror}: {error.filename or 'while writing'}; make room or choose other "
-                "folders, and the same command resumes from what was saved last")
+        return (f"{error.strerror}: {error.filename or 'while writing'}; make room or check "
+                "the folder, and run the same command again")
     return None
 
 
@@ -261,7 +261,7 @@ def setup(args):
 
     hint = ""
     if device.type == "cpu":
-        hint = "; without a GPU large images take long (see README)"
+        hint = "; large images are slow without a GPU (see README.md)"
     print(f"device: {device_name(device)}, {precision}{hint}")
     return device
 
@@ -288,7 +288,7 @@ def select_device(wanted):
         available["mps"] = False
         for_each = " for each process"
     if not available[device.type]:
-        raise UsageError(f"argument --device: torch has no {wanted} here{for_each} (cuda needs an "
+        raise UsageError(f"argument --device: torch finds no {wanted}{for_each} (cuda needs an "
                          "NVIDIA GPU and a CUDA build of torch, mps an Apple GPU)")
     if WORLD_SIZE > 1 and device.type == "cuda":
         device = torch.device("cuda", int(TORCHRUN["LOCAL_RANK"]))
@@ -430,7 +430,8 @@ def load_torch_file(path):
     the file is missing or damaged, holds code, or would unpack to more than its size."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path} (the quick run's are in checkpoints/quick/)")
+        raise UserError(f"there is no file {path} (the files of the quick run are in "
+                        "checkpoints/quick/)")
     content = io.BytesIO(path.read_bytes())  # read here, so that errors below are not the disk's
     try:
         check_archive(content, path)
@@ -446,7 +447,7 @@ def load_torch_file(path):
         if any(sign in str(error) for sign in signs_of_code):
             raise UserError(
                 f"{path} contains code and was refused; none of it was run. If you trust it, load "
-                "it yourself and save only its state_dict, or a .safetensors file") from None
+                "it yourself and save only its state_dict, for example as .safetensors") from None
         raise UserError(f"{path} is damaged, or not a checkpoint") from None
 
 
@@ -457,7 +458,7 @@ def check_archive(content, path):
         archive = zipfile.ZipFile(content)
         for part in archive.infolist():
             if part.file_size > part.compress_size:
-                raise UserError(f"{path} was refused: unpacked it would be larger than the file")
+                raise UserError(f"{path} was refused: it would unpack to more than its own size")
         if archive.testzip() is not None:
             raise zipfile.BadZipFile  # for load_torch_file, which calls the file damaged
     content.seek(0)
@@ -535,15 +536,15 @@ class Run:
         if fresh:
             return "--fresh"
         if not previous:
-            return "of unknown settings"  # it has no last.pth
+            return "unknown settings"  # it has no last.pth
 
         then = previous["identity"]
         now = self.identity
         changed = [name for name in then | now if then.get(name) != now.get(name)]
         if changed:
-            return f"other {', '.join(changed)}"
+            return f"different {', '.join(changed)}"
         if previous["history"] and not self.best_path.exists():
-            return "best_model.pth gone"
+            return "best_model.pth missing"
         return ""
 
     def tidy_after_a_kill(self):
@@ -573,7 +574,7 @@ class Run:
             Run.progress = f"after epoch {len(self.history)} of {self.num_epochs}"
         else:
             Run.progress = "before the end of the first epoch"
-        Run.progress += f" of the {self.title} run"
+        Run.progress += f" ({self.title})"
 
     def warn_if_disk_is_short(self, model):
         """Print a warning if the disk has too little room for the files of the run."""
@@ -584,8 +585,8 @@ class Run:
         existing_folder = next(path for path in self.folder.absolute().parents if path.exists())
         free = shutil.disk_usage(existing_folder).free
         if free < needed and RANK == 0:
-            print(f"warning: the run needs about {needed / 1e6:.0f} MB in {existing_folder}, where "
-                  f"{free / 1e6:.0f} MB are free")
+            print(f"warning: the run needs about {needed / 1e6:.0f} MB in {existing_folder}, which "
+                  f"has {free / 1e6:.0f} MB free")
 
     @main_process_first()
     def finish_epoch(self, row, model):
@@ -634,7 +635,7 @@ class Run:
         for file in (self.best_path, self.last_path, self.history_path):
             if file.exists():
                 shutil.move(file, aside)
-        print(f"the previous {self.name} run ({self.why_not_resumed}) is now in {aside}")
+        print(f"the previous {self.name} run was moved to {aside} ({self.why_not_resumed})")
 
     def save_best(self, model, row):
         weights = {}
@@ -654,7 +655,8 @@ class Run:
                 writer.writeheader()
                 writer.writerows(self.history)
         except PermissionError as error:  # last.pth has the history too
-            print(f"warning: {user_message(error)}; the next epoch or start writes it again")
+            print(f"warning: {user_message(error)}; it is written again after the next epoch or at "
+                  "the next start")
 
     def print_estimate(self, metrics, steps_per_epoch):
         """Print an estimate of the run's duration, once: after 15 s or at the first epoch's end."""
@@ -702,7 +704,7 @@ def lock_folder(folder):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        print(f"waiting for another process, which is at work in {folder}", flush=True)
+        print(f"waiting for another process that is using {folder}", flush=True)
         lock.acquire()
     return lock
 

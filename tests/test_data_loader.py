@@ -1443,7 +1443,7 @@ def test_colours_of_16_bits_are_said_to_be_cut(tmp_path, capsys):
     data_loader.print_once.cache_clear()
     image = data_loader.read_image(tmp_path / "a.png")
     assert np.asarray(image)[0, 0].tolist() == [0, 2, 4]
-    assert "16 bits a channel" in capsys.readouterr().out
+    assert "16 bits per channel" in capsys.readouterr().out
 
 
 def upright_rgb(image, value_range=None):

@@ -286,7 +286,7 @@ def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
     names = [f"number {i}" for i in range(6)]
     assert read_numbers(results)["notes"]["trained_on"] == names
     report = read_report(results)
-    assert "WARNING: 6 test images" in report
+    assert "WARNING: 6 of the test images" in report
     assert names[4] in report and names[5] not in report
 
 

@@ -158,7 +158,7 @@ def test_all_processes_end_together(tmp_path, single_process, end):
     assert process.returncode != 0
     message, = own_messages(err)
     assert "the same command resumes" in message
-    assert "epoch 1 of 2 of the baseline" in message
+    assert "epoch 1 of 2 (baseline)" in message
     wait_until(lambda: not members_of_group(process.pid), 30)
     assert len(history_of(run_folder)) == 1
 

@@ -485,7 +485,7 @@ def test_run_of_other_images_is_not_resumed(train, tmp_path, capsys):
     train("baseline", *flags)
     (pictures / "train" / "cat" / "000.png").rename(pictures / "train" / "cat" / "a.png")
     folder = train("baseline", *flags)
-    assert "other images or split" in capsys.readouterr().out
+    assert "different images or split" in capsys.readouterr().out
     assert (folder / "baseline.1" / "best_model.pth").is_file()
 
 
@@ -496,7 +496,7 @@ def test_run_that_lost_its_best_model_is_trained_again(train, capsys):
     (folder / "baseline" / "best_model.pth").unlink()
     train("baseline", "--num-epochs", "1")
     out = capsys.readouterr().out
-    assert "best_model.pth gone" in out
+    assert "best_model.pth missing" in out
     assert "already trained" not in out
     assert (folder / "baseline" / "best_model.pth").is_file()
 

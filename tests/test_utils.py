@@ -105,10 +105,10 @@ def test_message_after_a_signal_names_the_last_whole_epoch(arguments):
     assert utils.stop_message(args) == "stopped"  # nothing has begun
 
     run, model = open_run(args)
-    assert "before the end of the first epoch of the baseline" in utils.stop_message(args)
+    assert "before the end of the first epoch (baseline)" in utils.stop_message(args)
     for epoch in (1, 2):
         run.finish_epoch(row_of(0.5), model)
-        assert f"epoch {epoch} of 5 of the baseline" in utils.stop_message(args)
+        assert f"epoch {epoch} of 5 (baseline)" in utils.stop_message(args)
     assert "the same command resumes" in utils.stop_message(args)
 
     open_run(args)  # of the next process, before its first own epoch
