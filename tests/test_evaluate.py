@@ -1332,6 +1332,7 @@ def test_most_confused_classes_by_hand():
     assert evaluate.most_confused_classes(confusion, 9) == list(range(6))
 
 
+@pytest.mark.slow
 def test_class_names_in_any_script(tmp_path):
     """Names that no installed font has, or that look like a formula, draw without a warning."""
     names = ["漢字", "a$b$c", "$\\frac{$", "ä, ж, ع"]
