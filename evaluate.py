@@ -32,6 +32,7 @@ import numpy as np
 import seaborn
 import torch
 from matplotlib.font_manager import fontManager
+from matplotlib.transforms import Bbox
 from scipy import optimize, stats
 from scipy.cluster import hierarchy
 from scipy.special import log_softmax
@@ -1358,8 +1359,8 @@ def setting_parts(numbers):
     if "teacher" in scores:
         parts.append(f"teacher {scores['teacher']['model_name']}")
     if training["distillation_loss"]:
-        parts.append(f"{training['distillation_loss']}, T = {training['temperature']:g}, "
-                     f"α = {training['alpha']:g}")
+        parts.append(f"distillation loss {training['distillation_loss']}, "
+                     f"T = {training['temperature']:g}, α = {training['alpha']:g}")
     parts.append(f"{training['epochs']} epochs")
     parts.append(seeds_text(numbers))
     return parts
@@ -1456,6 +1457,8 @@ def per_class_csv(numbers):
 matplotlib.use("Agg")  # draws into files; needs no display
 
 FIGURE_WIDTH = 7      # inches, the text width of a page; text is 6 pt or larger
+FIGURE_MARGIN = 0.05  # inches, above a figure and below its caption
+MIN_BIN_IMAGES = 30   # predictions per point of a reliability diagram: standard error up to 9 %
 MAX_CHANGES = 30      # classes shown in class_changes
 MAX_NAMED = 50        # classes up to which a confusion matrix names all of them
 MAX_CONFUSED = 20     # beyond that: classes in the matrix of the most confused ones
@@ -1486,17 +1489,13 @@ FONT_FAMILIES = (
 def write_figures(trained, labels, test, numbers, results_dir):
     """Write every figure as PNG and PDF. One is closed before the next is drawn, to save memory."""
     set_figure_style()
-    caption = figure_caption(numbers)
 
     def save(name, figure):
-        # The caption goes below everything already drawn, outside the figure's layout.
-        figure.draw_without_rendering()
-        bottom = figure.get_tightbbox().y0 / figure.get_figheight()
-        figure.text(0.5, bottom - 0.01, caption, ha="center", va="top", fontsize=6,
-                    color="#666666")
+        add_caption(figure, figure_caption(numbers, figure.get_figwidth()))
+        area = drawn_area(figure)
         for extension, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with utils.atomic_write(results_dir / f"{name}.{extension}", "wb") as file:
-                figure.savefig(file, format=extension, metadata=metadata)
+                figure.savefig(file, format=extension, metadata=metadata, bbox_inches=area)
         plt.close(figure)
 
     with warnings.catch_warnings():
@@ -1514,11 +1513,15 @@ def write_figures(trained, labels, test, numbers, results_dir):
         order = class_order(sum(shares.values()))
         confused = most_confused_classes(sum(shares.values()), MAX_CONFUSED)
         for role, matrix in shares.items():
-            title = f"Confusion matrix of the {role} ({numbers['models'][role]['model_name']})"
+            title = f"Confusion matrix, {role} ({numbers['models'][role]['model_name']})"
+            if role in STUDENTS:
+                title += mean_text(numbers["seeds"])
             save(f"confusion_matrix_{role}",
                  confusion_matrix(title, matrix, names, order, confused, SHARE_SCALE))
         difference = shares["distilled"] - shares["baseline"]
-        title = "Difference of the confusion matrices, distilled minus baseline"
+        title = ("Difference of the confusion matrices, distilled minus baseline"
+                 f"{mean_text(numbers['seeds'])}\n"
+                 "(orange: predicted more often, which is a gain on the diagonal)")
         save("confusion_matrix_difference",
              confusion_matrix(title, difference, names, order, confused,
                               difference_scale(difference)))
@@ -1530,7 +1533,6 @@ def set_figure_style():
     seaborn.set_theme(style="whitegrid", context="paper", font=families, rc={
         "figure.constrained_layout.use": True,
         "savefig.dpi": 200,
-        "savefig.bbox": "tight",
         "text.parse_math": False,  # a class name may contain $
         "figure.titlesize": 9,
         "axes.titlesize": 8,
@@ -1539,14 +1541,52 @@ def set_figure_style():
         "ytick.labelsize": 7,
         "legend.fontsize": 7,
         "grid.color": "#e8e8e8",
+        "legend.frameon": False,  # a frame only inside a panel, over the grid
     })
 
 
-def figure_caption(numbers):
-    """The setting's phrases, with line breaks only between phrases."""
+def figure_caption(numbers, width):
+    """The setting's phrases, with line breaks only between phrases, for a width in inches."""
     parts = setting_parts(numbers)
     unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
-    return textwrap.fill(" · ".join(unbroken), 150)
+    text = "\N{NO-BREAK SPACE}· ".join(unbroken)
+    lines = math.ceil(len(text) / (20 * width))  # 22 characters of 6 pt take an inch
+    wrapped = textwrap.wrap(text, len(text) // lines + 12)  # lines of similar length
+    return "\n".join(line.removesuffix("\N{NO-BREAK SPACE}·") for line in wrapped)
+
+
+def add_caption(figure, caption):
+    """Add the caption below everything already drawn, outside the figure's layout."""
+    # The layout of a figure with square axes needs two passes, and must not change afterwards.
+    figure.draw_without_rendering()
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    bottom = figure.get_tightbbox().y0  # inches, as are all numbers here
+    figure.text(0.5, (bottom - 0.08) / figure.get_figheight(), caption, ha="center", va="top",
+                fontsize=6, color="#595959")
+
+
+def drawn_area(figure):
+    """The area to save, in inches: the full width, so that text keeps its size on the page, and the
+    height that is drawn on. Nothing is cut off if something exceeds the width."""
+    drawn = figure.get_tightbbox()
+    left = 0
+    if drawn.x0 < left:
+        left = drawn.x0 - FIGURE_MARGIN
+    right = figure.get_figwidth()
+    if drawn.x1 > right:
+        right = drawn.x1 + FIGURE_MARGIN
+    return Bbox.from_extents(left, drawn.y0 - FIGURE_MARGIN, right, drawn.y1 + FIGURE_MARGIN)
+
+
+def with_minus(text):
+    """`text` with the minus sign that axes have, which is longer than a hyphen."""
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def mean_text(seeds):
+    """For a title: that the students' numbers are a mean over several seeds, or of which seed."""
+    return f", mean of {len(seeds)} seeds" if len(seeds) > 1 else f", seed {seeds[0]}"
 
 
 # Figures: scores ----------------------------------------------------------------------------------
@@ -1554,7 +1594,7 @@ def figure_caption(numbers):
 def accuracy_comparison(numbers):
     """The main figure: accuracies on the left, gains on the right with the verdict as title."""
     rows = len(gain_rows(numbers))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 1.5 + 0.24 * rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 1.6 + 0.24 * rows))
     draw_accuracies(left, numbers)
     draw_gains(right, numbers)
     return figure
@@ -1568,7 +1608,7 @@ def draw_accuracies(axis, numbers):
         scores = numbers["models"][role]
         style = STYLES[role]
         mean = 100 * scores["top1"]
-        low, high = scores["top1_ci"]
+        low, high = np.clip(scores["top1_ci"], 0, 1)  # the t interval may exceed 100 %
         axis.errorbar(mean, y, xerr=[[mean - 100 * low], [100 * high - mean]], capsize=4,
                       marker=style["marker"], color=style["color"])
         seeds = scores["by_seed"]["top1"]
@@ -1579,11 +1619,12 @@ def draw_accuracies(axis, numbers):
         names.append(f"{style['label']}  {mean:.2f} %")
     axis.set_yticks(range(len(roles)), names)
     axis.grid(visible=False, axis="y")
-    label = "accuracy (%), 95 % CI"
+    title = "Top-1 accuracy on the test images\n"
     if len(numbers["seeds"]) > 1:
-        label = "accuracy (%), mean and 95 % CI; faint: each seed"
-    axis.set(ylim=(len(roles) - 0.4, -0.6), xlabel=label,
-             title="Top-1 accuracy on the test images")
+        title += "(mean with 95 % CI; faint: each seed)"
+    else:
+        title += "(with 95 % CI)"
+    axis.set(ylim=(len(roles) - 0.4, -0.6), xlabel="top-1 accuracy (%)", title=title)
 
 
 def gain_rows(numbers):
@@ -1606,28 +1647,30 @@ def draw_gains(axis, numbers):
         color = "black" if y == len(rows) - 1 else "#999999"
         axis.errorbar(100 * gain, y, xerr=[[100 * (gain - low)], [100 * (high - gain)]],
                       capsize=4, fmt="o", markersize=5, color=color)
-        names.append(f"{name}  {signed_points(gain)}")
+        names.append(with_minus(f"{name}  {signed_points(gain)}"))
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), names)
+    axis.get_yticklabels()[-1].set_fontweight("bold")
     axis.grid(visible=False, axis="y")
 
     comparison = numbers["comparison"]
-    axis.set(ylim=(len(rows) - 0.4, -0.6),
-             xlabel="gain over the baseline, percentage points",
-             title=f"{signed_points(comparison['gain'])} points (95 % CI "
-                   f"{ci_text(verdict_interval(comparison))}): {comparison['verdict']}")
+    gain = (f"{signed_points(comparison['gain'])} points "
+            f"(95 % CI {ci_text(verdict_interval(comparison))})")
+    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="gain, percentage points of top-1 accuracy",
+             title=f"Distilled against baseline: {comparison['verdict']}\n{with_minus(gain)}")
 
 
 def reliability_diagram(trained, labels, numbers):
     """Accuracy against confidence before and, if every model has a temperature, after temperature
     scaling; below each panel the number of images per bin."""
-    panels = {"without temperature scaling": False}  # title: is it scaled?
+    panels = {"Without temperature scaling": False}  # title: is it scaled?
     if all(model.temperature for group in trained.values() for model in group):
-        panels["with temperature scaling"] = True
+        panels["With temperature scaling, fitted on validation images"] = True
 
     figure, axes = plt.subplots(
-        2, len(panels), figsize=(FIGURE_WIDTH * len(panels) / 2, 4.2), squeeze=False, sharex=True,
+        2, len(panels), figsize=(FIGURE_WIDTH * len(panels) / 2, 4.9), squeeze=False, sharex=True,
         sharey="row", height_ratios=(3, 1))
+    figure.get_layout_engine().set(wspace=0.06)
     for (above, below), (title, is_scaled) in zip(axes.T, panels.items(), strict=True):
         above.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
         for role, group in trained.items():
@@ -1635,11 +1678,15 @@ def reliability_diagram(trained, labels, numbers):
             ece = numbers["models"][role][key]["ece"]
             draw_reliability(above, below, role, group, labels, is_scaled, ece)
         above.set(title=title, xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
-        above.legend(loc="best")
+        above.legend(loc="best", frameon=True)
         below.set_xlabel("confidence (%)")
     axes[0, 0].set_ylabel("accuracy (%)")
     axes[1, 0].set(ylabel="test images", ylim=(0, None))
-    figure.suptitle("Reliability diagram (bins with 10 or more images)")
+    title = f"Reliability diagram: {CALIBRATION_BINS} bins of confidence"
+    if len(trained["distilled"]) > 1:
+        title += f", {len(trained['distilled'])} seeds together"
+    figure.suptitle(f"{title}\n(neighbouring bins with few predictions are merged into points of "
+                    f"{MIN_BIN_IMAGES} or more)")
     return figure
 
 
@@ -1656,11 +1703,30 @@ def draw_reliability(above, below, role, group, labels, is_scaled, ece):
     correct = np.concatenate([seed_correct for _, seed_correct in answers])
 
     mean_confidence, accuracy, counts = reliability(confidence, correct)
-    filled = counts >= 10  # with fewer, the accuracy is mostly noise
+    groups = merge_bins(counts)
+    x = [100 * np.average(mean_confidence[bins], weights=counts[bins]) for bins in groups]
+    y = [100 * np.average(accuracy[bins], weights=counts[bins]) for bins in groups]
     style = STYLES[role] | {"label": f"{STYLES[role]['label']}, ECE {ece:.3f}"}
-    above.plot(100 * mean_confidence[filled], 100 * accuracy[filled], markersize=3.5, **style)
+    above.plot(x, y, markersize=3.5, **style)
     edges = np.linspace(0, 100, CALIBRATION_BINS + 1)
     below.stairs(counts / len(group), edges, color=style["color"], linestyle=style["linestyle"])
+
+
+def merge_bins(counts):
+    """Groups of neighbouring bins, as lists of their indices, with MIN_BIN_IMAGES images or more
+    each; with fewer, an accuracy is mostly noise. Empty bins are in none."""
+    groups = []
+    group = []
+    for index in np.flatnonzero(counts):
+        group.append(int(index))
+        if counts[group].sum() >= MIN_BIN_IMAGES:
+            groups.append(group)
+            group = []
+    if group and groups:
+        groups[-1] += group  # the rest, too few for a point of their own
+    elif group:
+        groups.append(group)
+    return groups
 
 
 # Figures: training --------------------------------------------------------------------------------
@@ -1677,23 +1743,23 @@ def plot_history(axis, group, column, scale=1, **style):
             values_by_seed.append(values)
 
     if len(values_by_seed) > 1:
-        faint = {**style, "linewidth": 0.7, "alpha": 0.4, "label": None}
+        faint = {**style, "linewidth": 0.8, "alpha": 0.5, "label": None}
         for values in values_by_seed:
             axis.plot(list(values), list(values.values()), **faint)
     if values_by_seed:
         epochs = [epoch for epoch in values_by_seed[0]
                   if all(epoch in values for values in values_by_seed)]
         means = [statistics.fmean(values[epoch] for values in values_by_seed) for epoch in epochs]
-        axis.plot(epochs, means, **style)
+        axis.plot(epochs, means, linewidth=1.8, **style)
 
 
-def style_epoch_axis(axis, title, unit):
-    axis.set(title=title, xlabel="epoch", ylabel=unit)
+def style_epoch_axis(axis, title, quantity):
+    axis.set(title=title, xlabel="epoch", ylabel=quantity)
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def add_one_legend(figure, columns):
-    """One legend below all panels, with each label once."""
+    """One legend without a frame below all panels, with each label once."""
     handles = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -1701,33 +1767,43 @@ def add_one_legend(figure, columns):
     if handles:
         # Placed relative to the figure: saving with bbox "tight" adds space below the panels.
         figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=columns,
+                      handlelength=2.6,
                       bbox_to_anchor=(0.5, 0), bbox_transform=figure.transFigure)
 
 
 def training_curves(trained):
     """Losses and validation accuracy against the epoch."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 2.8))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 2.9))
     draw_training_loss(left, trained)
     draw_validation_loss(middle, trained)
     draw_validation_accuracy(right, trained)
     add_one_legend(figure, columns=3)
+
+    title = f"Training curves ({curves_text(trained)}marker: best epoch)"
+    smoothing = trained["baseline"][0].info["config"].get("label_smoothing")
+    if smoothing:
+        title += (f"\nThe students' training cross-entropy has label smoothing {smoothing:g}; the "
+                  "teacher's and all on validation images have none.")
+    figure.suptitle(title, fontsize=8)
     return figure
+
+
+def curves_text(trained):
+    """For a title: how seeds are drawn, "" if there is one only."""
+    seeds = len(trained["distilled"])
+    return f"bold: mean of {seeds} seeds, faint: each seed; " if seeds > 1 else ""
 
 
 def draw_training_loss(axis, trained):
     for role, group in trained.items():
         plot_history(axis, group, "ce_loss", **STYLES[role])
-    smoothing = trained["baseline"][0].info["config"].get("label_smoothing")
-    title = "Training cross-entropy"
-    if smoothing:
-        title += f"\n(students: label smoothing {smoothing:g},\nteacher: none)"
-    style_epoch_axis(axis, title, "nats")
+    style_epoch_axis(axis, "Training images", "cross-entropy (nats)")
 
 
 def draw_validation_loss(axis, trained):
     for role, group in trained.items():
         plot_history(axis, group, "val_loss", **STYLES[role])
-    style_epoch_axis(axis, "Validation cross-entropy", "nats")
+    style_epoch_axis(axis, "Validation images", "cross-entropy (nats)")
 
 
 def draw_validation_accuracy(axis, trained):
@@ -1738,7 +1814,7 @@ def draw_validation_accuracy(axis, trained):
                 axis.plot(model.info["epoch"], 100 * model.info["val_accuracy"], markersize=4,
                           color=STYLES[role]["color"], marker=STYLES[role]["marker"],
                           fillstyle="none")  # marks may coincide
-    style_epoch_axis(axis, "Validation accuracy\n(marker: best epoch)", "%")
+    style_epoch_axis(axis, "Validation images", "accuracy (%)")
 
 
 def distillation_diagnostics(trained):
@@ -1751,7 +1827,9 @@ def distillation_diagnostics(trained):
     left.set_ylim(bottom=0)
     right.set_ylim(bottom=0)
     add_one_legend(figure, columns=3)
-    figure.suptitle("Distillation on the augmented training images")
+    title = "Distillation diagnostics on the augmented training images"
+    seeds = curves_text(trained).rstrip("; ")
+    figure.suptitle(f"{title} ({seeds})" if seeds else title)
     return figure
 
 
@@ -1761,9 +1839,9 @@ def draw_loss_parts(axis, distilled):
         alpha = info["config"]["alpha"]
         plot_history(axis, distilled, "distill_loss", alpha, color=GAIN_COLOR, linestyle="-",
                      label=f"{alpha:g} × distillation loss ({info['config']['distillation_loss']})")
-        plot_history(axis, distilled, "ce_loss", 1 - alpha, color=LOSS_COLOR, linestyle="--",
+        plot_history(axis, distilled, "ce_loss", 1 - alpha, color="#56B4E9", linestyle="--",
                      label=f"{1 - alpha:.3g} × cross-entropy")
-    style_epoch_axis(axis, "Distilled student's loss", "weighted loss term")
+    style_epoch_axis(axis, "Terms of the distilled student's loss", "weighted loss term")
 
 
 def draw_entropies(axis, trained):
@@ -1776,10 +1854,13 @@ def draw_entropies(axis, trained):
         plot_history(axis, trained["distilled"], "teacher_entropy", **STYLES["teacher"])
     uniform = math.log(info["num_classes"])
     axis.axhline(uniform, color="black", linewidth=0.8)
+    # The white box hides a grid line that would cross the text.
     axis.annotate(f"uniform prediction, ln {info['num_classes']}", (0.03, uniform), va="bottom",
-                  fontsize=6.5, xycoords=("axes fraction", "data"))
+                  fontsize=6.5, xycoords=("axes fraction", "data"), xytext=(0, 2),
+                  textcoords="offset points",
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     axis.set_ylim(0, 1.15 * uniform)
-    style_epoch_axis(axis, "Entropy of the predictions", "nats")
+    style_epoch_axis(axis, "Entropy of the predictions", "entropy (nats)")
 
 
 def draw_training_accuracy(axis, trained):
@@ -1790,13 +1871,17 @@ def draw_training_accuracy(axis, trained):
         plot_history(axis, trained["distilled"], "teacher_accuracy", 100, **STYLES["teacher"])
         axis.axhline(100 * info["teacher"]["val_accuracy"], color="black", linewidth=0.8,
                      label="Teacher on validation images")
-    style_epoch_axis(axis, "Accuracy", "%")
+    style_epoch_axis(axis, "Accuracy", "accuracy (%)")
 
 
 # Figures: classes and pictures --------------------------------------------------------------------
 
 def short_name(name, length):
-    return name if len(name) <= length else name[:length - 1] + "…"
+    """`name` in at most `length` characters, cut in the middle: names often differ at the end."""
+    if len(name) <= length:
+        return name
+    end = length // 3
+    return f"{name[:length - 1 - end]}…{name[-end:]}"
 
 
 def class_changes(numbers):
@@ -1806,32 +1891,45 @@ def class_changes(numbers):
     title = "Accuracy of each class, sorted by gain"
     if len(names) > MAX_CHANGES:
         half = MAX_CHANGES // 2
-        title = (f"Accuracy of each class: the {half} largest and the {half} smallest gains of "
-                 f"{len(names)}")
+        title = (f"Accuracy of each class, sorted by gain: the {half} largest and the {half} "
+                 f"smallest gains of {len(names)}")
         names = names[:half] + names[-half:]
 
     figure, axis = plt.subplots(figsize=(FIGURE_WIDTH, 1.3 + 0.16 * len(names)))
     draw_class_changes(axis, names, numbers)
     if len(names) < len(changes):
-        axis.axhline(len(names) / 2 - 0.5, color="#999999", linewidth=0.8, linestyle=":")
-    axis.set_title(f"{title}\n* significant (sign test, false discovery rate 5 %)")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35 / (0.16 * len(names) + 0.6)),
-                ncols=2, frameon=False)
+        middle = len(names) / 2 - 0.5
+        axis.axhline(middle, color="#999999", linewidth=0.8, linestyle=":")
+        axis.annotate(f"{len(changes) - len(names)} classes not shown", (0.99, middle),
+                      xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=6.5,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+
+    significant = "no change is significant"
+    if any(changes[name]["p"] < 0.05 for name in names):
+        significant = "* and strong colour: significant"
+    axis.set_title(f"{title}\n{significant} (sign test, false discovery rate 5 %)")
+
+    for color, label in ((GAIN_COLOR, "gain"), (LOSS_COLOR, "loss")):
+        axis.plot([], [], color=color, linewidth=1.8, label=label)  # for the legend only
+    add_one_legend(figure, columns=4)
     return figure
 
 
 def draw_class_changes(axis, names, numbers):
-    """A line from the baseline's to the distilled student's accuracy, by class."""
+    """A line from the baseline's to the distilled student's accuracy, by class; paler if the change
+    may be noise."""
     before = numbers["models"]["baseline"]["per_class_accuracy"]
     after = numbers["models"]["distilled"]["per_class_accuracy"]
     tick_labels = []
+    significant = []
     for y, name in enumerate(names):
         color = GAIN_COLOR if after[name] >= before[name] else LOSS_COLOR
-        axis.plot([100 * before[name], 100 * after[name]], [y, y], color=color, linewidth=1.6,
-                  zorder=1)
         is_significant = numbers["class_changes"][name]["p"] < 0.05
+        axis.plot([100 * before[name], 100 * after[name]], [y, y], color=color, zorder=1,
+                  linewidth=1.8, alpha=1 if is_significant else 0.5)
         label = short_name(name, 30)
         tick_labels.append(f"* {label}" if is_significant else label)
+        significant.append(is_significant)
 
     y = np.arange(len(names))
     points_of = {"baseline": before, "distilled": after}
@@ -1839,7 +1937,9 @@ def draw_class_changes(axis, names, numbers):
         style = STYLES[role] | {"linestyle": "", "markersize": size}
         axis.plot([100 * points_of[role][name] for name in names], y, **style)
     axis.set_yticks(y, tick_labels)
-    axis.set(ylim=(-0.8, len(names) - 0.2), xlabel="accuracy (%)")
+    for text, is_significant in zip(axis.get_yticklabels(), significant, strict=True):
+        text.set_fontweight("bold" if is_significant else "normal")
+    axis.set(ylim=(-0.8, len(names) - 0.2), xlabel="accuracy (%)", ylabel="class")
 
 
 def gallery(trained, labels, test):
@@ -1889,7 +1989,8 @@ def draw_picture(axis, image, i, label, model_by_role, is_corrected):
     for role, model in model_by_role.items():
         confidence = np.exp(model.log_probs[i].max())
         prediction = short_name(names[model.predictions[i]], 15)
-        lines.append(f"{STYLES[role]['label']}: {prediction} ({confidence:.0%})")
+        sign = "✓" if model.predictions[i] == label else "✗"
+        lines.append(f"{STYLES[role]['label']}: {prediction} {sign} ({100 * confidence:.0f} %)")
     axis.imshow(image)
     axis.set(xticks=[], yticks=[])
     axis.set_title("\n".join(lines), fontsize=6.5, loc="left")
@@ -1903,17 +2004,21 @@ class Scale(NamedTuple):
     cmap: str
     norm: matplotlib.colors.Normalize
     label: str
+    ticks: list
 
 
 # A square-root scale makes errors of a few percent visible.
+SCALE_TICKS = (1, 5, 20, 50, 100)
 SHARE_SCALE = Scale("Blues", matplotlib.colors.PowerNorm(0.5, 0, 100),
-                    "share of the true class's images (%), square-root scale")
+                    "share of the true class's images (%)\nsquare-root scale", [0, *SCALE_TICKS])
 
 
 def difference_scale(difference):
     limit = max(1, 100 * np.abs(difference).max())
     norm = matplotlib.colors.FuncNorm((signed_root, signed_square), -limit, limit)
-    return Scale("PuOr_r", norm, "difference in percentage points, square-root scale")
+    ticks = [tick for tick in SCALE_TICKS if tick <= limit]
+    return Scale("PuOr_r", norm, "difference in percentage points\nsquare-root scale",
+                 [-tick for tick in ticks] + [0] + ticks)
 
 
 def signed_root(values):
@@ -1967,19 +2072,23 @@ def confusion_matrix(title, matrix, names, order, most_confused, scale):
         side = min(FIGURE_WIDTH - 0.5, 3 + 0.2 * len(names))
         figure, axis = plt.subplots(figsize=(side + 0.5, side))
         mesh = draw_matrix(axis, matrix, names, order, scale)
-        figure.colorbar(mesh, ax=axis, label=scale.label, shrink=0.7)
+        figure.colorbar(mesh, ax=axis, label=scale.label, ticks=scale.ticks, shrink=0.7)
+        if len(names) > MAX_ANNOTATED:
+            title += "; similar classes adjacent"
     else:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 4.1),
-                                             width_ratios=(1, 1.5))
-        draw_matrix(left, matrix, None, order, scale)
-        left.set_title(f"all {len(names)} classes, similar classes adjacent")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 4.9),
+                                             width_ratios=(1, 1.7))
+        mesh = draw_matrix(left, matrix, None, order, scale)
+        left.set_title(f"All {len(names)} classes, similar ones adjacent")
+        left.set_anchor("N")  # below it is room for the colour bar
+        figure.colorbar(mesh, cax=left.inset_axes([0, -0.25, 1, 0.05]), ticks=scale.ticks,
+                        label=scale.label, orientation="horizontal")
 
         part = matrix[np.ix_(most_confused, most_confused)]
         part_names = [names[i] for i in most_confused]
-        mesh = draw_matrix(right, part, part_names, np.arange(len(part)), scale)
-        right.set_title(f"the {len(most_confused)} most confused classes")
-        figure.colorbar(mesh, ax=(left, right), label=scale.label, location="bottom", shrink=0.5,
-                        aspect=40)
+        draw_matrix(right, part, part_names, np.arange(len(part)), scale)
+        right.set_title(f"The {len(most_confused)} most confused classes")
+        right.set_anchor("N")
     figure.suptitle(title)
     return figure
 
@@ -2007,11 +2116,10 @@ def draw_matrix(axis, matrix, names, order, scale):
     if len(names) <= MAX_ANNOTATED:
         for row, column in np.ndindex(*cells.shape):
             value = cells[row, column]
-            if abs(value) >= 0.5:
-                # White text on dark cells: beyond 0.6 of the square-root scale, 0.6**2 = 0.36.
-                is_dark = abs(value) > 0.36 * scale.norm.vmax
-                axis.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center",
-                          fontsize=6, color="white" if is_dark else "black")
+            if abs(value) > 0.5:
+                luminance = np.dot(mesh.cmap(scale.norm(value))[:3], (0.299, 0.587, 0.114))
+                axis.text(column + 0.5, row + 0.5, with_minus(f"{value:.0f}"), ha="center",
+                          va="center", fontsize=6, color="white" if luminance < 0.5 else "black")
     return mesh
 
 

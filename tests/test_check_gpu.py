@@ -71,6 +71,7 @@ def test_a_failure_costs_its_own_measurement_alone(tmp_path, monkeypatch):
     assert texts == {"a": "FAILED: RuntimeError", "b": "FAILED: RuntimeError", "d": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="ps, which lists processes, is not on Windows")
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
     start = time.monotonic()
@@ -107,6 +108,7 @@ def test_weights_that_are_not_numbers_are_not_the_same_bits():
     assert "DIFFER" in check_gpu.compare_weights({"states": states}, {"states": broken})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_without_a_gpu_it_names_the_dry_run(tmp_path):
     out = tmp_path / "out"

@@ -35,7 +35,7 @@ from sklearn.model_selection import train_test_split
 
 import data_loader
 import utils
-from conftest import ROOT, wait_until, write_pictures
+from conftest import ROOT, members_of_group, wait_until, write_pictures
 
 CPU = torch.device("cpu")
 FLAGS = ["--dataset-name", "ImageFolder", "--val-fraction", "0.25", "--batch-size", "4",
@@ -641,14 +641,6 @@ if __name__ == "__main__":
 """
 
 
-def living_processes(group):
-    """Numbers of the processes of a group that have not ended."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,pgid=,stat="], capture_output=True,
-                            text=True).stdout
-    rows = [line.split() for line in listed.splitlines()]
-    return [int(pid) for pid, pgid, state in rows if int(pgid) == group and state[0] != "Z"]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals and process groups of POSIX")
 @pytest.mark.parametrize("name, state", [
@@ -665,17 +657,17 @@ def test_no_worker_outlives_its_training(tmp_path, method, name, state):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert any(line == "training\n" for line in process.stdout)
-        assert len(living_processes(process.pid)) >= 3
+        assert len(members_of_group(process.pid)) >= 3
         number = signal.Signals[name.split()[0]]
         if name.endswith("to all"):
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
         process.wait(timeout=60)
-        wait_until(lambda: not living_processes(process.pid), seconds=60)
+        wait_until(lambda: not members_of_group(process.pid), seconds=60)
         assert "Traceback" not in process.stderr.read()
     finally:
-        for pid in living_processes(process.pid):
+        for pid in members_of_group(process.pid):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -1592,6 +1584,7 @@ def test_letters_train_on_crops_without_their_test_images(arguments):
     assert not data_loader.duplicates_of_training_images(test, data)
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_letters():
     code = ("import data_loader, hashlib; "
             "print(hashlib.sha256(data_loader.draw_letters('train')[0].numpy()).hexdigest())")

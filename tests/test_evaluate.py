@@ -1274,6 +1274,55 @@ def test_statistics_and_figures_are_bounded(tmp_path, num_classes):
     tracemalloc.stop()
 
 
+def test_figures_fit_the_page(tmp_path):
+    """7 inches wide at 200 dpi, so that nothing is scaled down on the page; no text below 6 pt, and
+    none outside the saved area. Caption: dataset, models, loss, epochs, seeds."""
+    trained, labels, _ = synthetic_comparison(60, 1200)
+    numbers = evaluate.compare(trained, labels, 500)
+    evaluate.set_figure_style()
+    shares = evaluate.confusion_shares(trained, labels)["distilled"]
+    names = list(numbers["class_changes"])
+    figures = [
+        evaluate.accuracy_comparison(numbers), evaluate.training_curves(trained),
+        evaluate.distillation_diagnostics(trained), evaluate.class_changes(numbers),
+        evaluate.reliability_diagram(trained, labels, numbers),
+        evaluate.confusion_matrix("title", shares, names, np.arange(60), list(range(20)),
+                                  evaluate.SHARE_SCALE),
+    ]
+    for figure in figures:
+        caption = evaluate.figure_caption(numbers, figure.get_figwidth())
+        evaluate.add_caption(figure, caption)
+        area = evaluate.drawn_area(figure)
+        assert area.width == pytest.approx(7)
+        figure.savefig(tmp_path / "figure.png", bbox_inches=area)
+        with data_loader.Image.open(tmp_path / "figure.png") as image:
+            assert image.width == 1400
+        for text in figure.findobj(evaluate.matplotlib.text.Text):
+            assert text.get_fontsize() >= 6 or not text.get_text()
+        evaluate.plt.close(figure)
+
+    training = numbers["training"]
+    for part in (numbers["dataset"]["name"], numbers["models"]["teacher"]["model_name"],
+                 training["distillation_loss"], f"{training['epochs']} epochs", "seed 0"):
+        assert part in caption.replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize("counts, groups", [
+    ([40, 0, 30], [[0], [2]]),
+    ([10, 0, 15, 5, 90, 3, 4], [[0, 2, 3], [4, 5, 6]]),
+    ([0, 7, 2], [[1, 2]]),
+    ([0, 0], []),
+])
+def test_bins_with_few_images_are_merged(counts, groups):
+    assert evaluate.MIN_BIN_IMAGES == 30
+    assert evaluate.merge_bins(np.array(counts)) == groups
+
+
+def test_long_names_are_cut_in_the_middle():
+    assert evaluate.short_name("oak_tree", 8) == "oak_tree"
+    assert evaluate.short_name("a class with a long name 36", 12) == "a class…e 36"
+
+
 def test_gallery_has_whole_rows():
     for corrected, misclassified, shown in ((100, 100, 16), (3, 100, 8), (1, 2, 3), (5, 0, 4),
                                             (0, 0, 0), (7, 6, 12)):
@@ -1293,6 +1342,8 @@ def test_gallery_shows_the_square_that_the_model_sees(monkeypatch):
         lines = axis.get_title(loc="left").splitlines()
         assert [line.split(":")[0] for line in lines] == [
             "Class", "Baseline", "Distilled", "Teacher"]
+        is_corrected = "✗" in lines[1]  # else newly misclassified
+        assert ("✓" in lines[2]) == is_corrected
     evaluate.plt.close(figure)
 
 
@@ -1319,6 +1370,10 @@ def test_many_classes_show_the_ends_of_the_changes():
     shown = [text.get_text().strip("* ") for text in figure.axes[0].get_yticklabels()]
     by_gain = sorted(numbers["class_changes"].items(), key=lambda item: item[1]["gain"])
     assert shown == [name for name, _ in by_gain[:15] + by_gain[-15:]]
+    for label, (_, change) in zip(figure.axes[0].get_yticklabels(), by_gain[:15] + by_gain[-15:],
+                                  strict=True):
+        assert label.get_text().startswith("*") == (change["p"] < 0.05)
+        assert (label.get_fontweight() == "bold") == (change["p"] < 0.05)
     evaluate.plt.close(figure)
 
 
@@ -1332,6 +1387,7 @@ def test_most_confused_classes_by_hand():
     assert evaluate.most_confused_classes(confusion, 9) == list(range(6))
 
 
+@pytest.mark.slow
 def test_class_names_in_any_script(tmp_path):
     """Names that no installed font has, or that look like a formula, draw without a warning."""
     names = ["漢字", "a$b$c", "$\\frac{$", "ä, ж, ع"]

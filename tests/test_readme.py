@@ -456,6 +456,7 @@ def test_commands_of_the_scripts_parse(calls, tmp_path, monkeypatch):
             assert script in ("-m", "-c", BENCHMARK)
 
 
+@pytest.mark.slow
 def test_scripts_named_in_commands_exist(calls, request):
     markers = {line.split(":")[0] for line in request.config.getini("markers")}
     benchmark = subprocess.run([sys.executable, str(ROOT / BENCHMARK), "--help"],
@@ -474,6 +475,7 @@ def test_scripts_named_in_commands_exist(calls, request):
             assert all(f"{flag} " in benchmark for flag in arguments_ if flag.startswith("--"))
 
 
+@pytest.mark.slow
 def test_verify_gpu_recipe(calls):
     command = next(arguments_ for script, *arguments_ in calls if script == "-c")
     done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True)
@@ -481,6 +483,7 @@ def test_verify_gpu_recipe(calls):
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_flags_named_in_the_text_exist(capsys):
     for script in SCRIPTS.values():
         with pytest.raises(SystemExit):

@@ -533,6 +533,7 @@ def test_next_command_has_the_flags_it_needs(arguments, tmp_path):
     assert command == f"python evaluate.py {folders}"
 
 
+@pytest.mark.slow
 def test_several_seeds(train, tmp_path, capsys):
     """A folder each, the teacher once; each student depends on its seed alone."""
     folder = train("baseline", "--seeds", "3", "4", "--num-epochs", "1")
