@@ -166,6 +166,18 @@ def test_each_class_is_on_both_sides(counts, fraction):
             assert np.array_equal(val, np.sort(expected[1]))
 
 
+def test_image_of_a_small_class_follows_the_split_seed():
+    """scikit-learn gives none of three images to validation; any of them can be moved there."""
+    labels = np.repeat([0, 1, 2], [100, 60, 3])
+    moved = set()
+    for seed in range(30):
+        _, val = data_loader.stratified_split(labels, 0.1, seed)
+        moved |= set(val[labels[val] == 2].tolist())
+        _, again = data_loader.stratified_split(labels, 0.1, seed)
+        assert np.array_equal(val, again)
+    assert moved == {160, 161, 162}
+
+
 @pytest.mark.parametrize("count, is_warned", [(100, True), (1500, False)])
 def test_few_validation_images_are_warned_about(arguments, monkeypatch, capsys, count, is_warned):
     images = data_loader.Images(torch.zeros(2 * count, 3, 8, 8, dtype=torch.uint8), None,
@@ -218,6 +230,18 @@ def test_epoch_follows_from_seed_and_number_alone(arguments):
     other_seed, _ = next(make_loader(data, other_args).epoch(3))
     assert not torch.equal(first, next_epoch)
     assert not torch.equal(first, other_seed)
+
+
+def test_no_two_seeds_share_an_epoch(arguments):
+    """Nor is the next epoch of one seed that of the next seed."""
+    orders = set()
+    for seed in range(3):
+        args = arguments("baseline", "--seed", seed)
+        loader = make_loader(synthetic(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), "none"), args)
+        for epoch in range(3):
+            _, labels = next(loader.epoch(epoch))
+            orders.add(tuple(labels.tolist()))
+    assert len(orders) == 9
 
 
 @pytest.mark.parametrize("mixing", [["--mixup-alpha", "0.8"], ["--cutmix-alpha", "1"], []])
@@ -313,6 +337,13 @@ def test_mixing_is_timms_and_follows_the_seed(arguments):
     expected = share * plain + (1 - share) * plain.flip(0)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
     assert_equal_batches([third], itertools.islice(make_loader(data, args).epoch(0), 2, 3))
+
+
+def test_mixed_labels_are_not_smoothed_yet(arguments):
+    """The loss smooths them: twice would be too much."""
+    args = arguments("baseline", "--mixup-alpha", "0.8", "--label-smoothing", "0.1")
+    _, labels = next(make_loader(data_loader.open_dataset(args), args).epoch(0))
+    assert labels.count_nonzero(dim=1).max() == 2
 
 
 def test_every_batch_is_mixed_by_a_share_of_its_own(arguments):
@@ -1117,6 +1148,27 @@ def test_image_folder_takes_its_own_validation_part(arguments, tmp_path):
     assert data.class_names == ["cat", "dog", "eel"]
 
 
+def test_fingerprint_has_the_names_of_the_validation_pictures(arguments, tmp_path):
+    counts = (("train", 8), ("val", 2), ("test", 3))
+    folder = write_pictures(tmp_path / "pictures", counts=counts)
+    args = folder_args(arguments, folder)
+    before = data_loader.open_dataset(args).split_fingerprint
+    assert data_loader.open_dataset(args).split_fingerprint == before
+    (folder / "val" / "cat" / "000.png").rename(folder / "val" / "cat" / "other.png")
+    assert data_loader.open_dataset(args).split_fingerprint != before
+
+
+def test_classes_are_in_the_order_of_torchvision(arguments, tmp_path):
+    """A teacher trained elsewhere on the same folder has them in this order."""
+    folder = write_pictures(tmp_path / "pictures", classes=("9", "10", "b", "aa", "a-b"))
+    reference = torchvision.datasets.ImageFolder(folder / "train")
+    train, class_names = data_loader.load_split("ImageFolder", "train",
+                                                folder_args(arguments, folder))
+    assert class_names == reference.classes
+    label_of = dict(reference.samples)
+    assert train.labels.tolist() == [label_of[str(file)] for file in train.files]
+
+
 def test_small_pictures_of_one_size_are_held_as_pixels(arguments, tmp_path):
     folder = write_pictures(tmp_path / "pictures", sizes=((32, 32),))
     data = data_loader.open_dataset(folder_args(arguments, folder))
@@ -1194,6 +1246,14 @@ def test_faults_of_a_folder_are_one_sentence(arguments, tmp_path, fault, words):
     assert all(word in message for word in words)
     assert "\n" not in message
     assert message.count(".png") <= 10  # each is named once
+
+
+@pytest.mark.parametrize("fault", ["no test", "one class", "no train"])
+def test_a_folder_of_another_layout_is_wrong_use(arguments, tmp_path, fault):
+    folder = write_pictures(tmp_path / "pictures")
+    spoil(folder, fault)
+    with pytest.raises(utils.UsageError):  # exit status 2
+        data_loader.open_dataset(folder_args(arguments, folder))
 
 
 # Decoded once -------------------------------------------------------------------------------------
@@ -1367,6 +1427,26 @@ def test_pictures_of_many_bits_share_the_range_of_the_training_pictures(
     images, _ = next(make_loader(data, args).epoch(0))  # what training sees, crops of the same
     assert 0.2 < images.mean() < 0.8
     assert data_loader.open_dataset(args).value_range == data.value_range  # from the cache
+
+
+@pytest.mark.parametrize("sizes", DEEP_SIZES)
+def test_own_validation_pictures_have_the_range_of_the_training_pictures(
+        arguments, tmp_path, sizes):
+    """Twice as bright as those, so that what is above their range is white."""
+    counts = (("train", 8), ("val", 2), ("test", 3))
+    folder = deepen(write_pictures(tmp_path / "pictures", counts=counts, sizes=sizes), scale=16)
+    for file in folder.glob("val/*/*"):
+        Image.fromarray(2 * np.asarray(Image.open(file))).save(file)
+
+    data = data_loader.open_dataset(folder_args(arguments, folder))
+    low, high = data.value_range
+    assert high == max(np.asarray(Image.open(file)).max() for file in folder.glob("train/*/*"))
+    for i, file in enumerate(sorted(folder.glob("val/*/*"))):
+        values = np.asarray(Image.open(file)).astype(float)
+        assert values.max() > high
+        expected = ((values - low) / (high - low) * 255).clip(0, 255)
+        pixels = np.asarray(data_loader.load_image(data.val, i))[..., 0]
+        assert np.abs(pixels - expected).max() <= 0.51
 
 
 @pytest.mark.parametrize("sizes", DEEP_SIZES)

@@ -190,6 +190,14 @@ def test_temperature_is_fitted_on_the_validation_images(trained):
     assert scaled["temperature"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_no_temperature_for_a_model_of_another_split(copied):
+    """It was trained on some of the validation images, on which it is too sure."""
+    change_checkpoint(copied, "baseline", split_fingerprint="other")
+    scores = read_numbers(run_evaluate(copied))["models"]
+    assert "calibration_scaled" not in scores["baseline"]
+    assert "calibration_scaled" in scores["distilled"]
+
+
 def test_report_names_models_dataset_and_best_student(trained):
     lines = (trained / "r" / "comparison_report.txt").read_text(encoding="utf-8").splitlines()
     assert max(map(len, lines)) <= 100
@@ -343,6 +351,17 @@ def test_other_classes_cannot_be_compared(copied):
     change_checkpoint(copied, "distilled", class_names=list("abcdefghij"))
     with pytest.raises(utils.UserError, match="not trained on: 0, 1, 2"):
         run_evaluate(copied)
+
+
+def test_test_images_are_labelled_in_the_order_of_the_checkpoint(trained):
+    """A digit's class is called by it, whatever its number is."""
+    _, info = models.load_model(checkpoint_path(trained, "distilled"))
+    args = config.parse_args("evaluate", "", folder_flags(trained))
+    digits = evaluate.open_images(info, args)[0].labels.tolist()
+    info["class_names"] = list("1023456789")
+    test, _, missing_classes, _ = evaluate.open_images(info, args)
+    assert [int(info["class_names"][label]) for label in test.labels] == digits
+    assert missing_classes == []
 
 
 def lack_classes(monkeypatch, *lacking):
@@ -540,6 +559,16 @@ def test_scores_are_means_over_the_seeds_and_what_one_seed_lacks_is_left_out():
     assert evaluate.score_role(group[:1], labels)["sd"] is None
 
 
+def test_interval_of_an_accuracy_is_over_all_seeds():
+    labels = np.arange(1000) % 10
+    group = [pair_of(labels, errors, 0)["baseline"][0] for errors in (50, 150, 250)]
+    scores = evaluate.score_role(group, labels)
+    low, high = scores["top1_ci"]
+    assert scores["top1"] == pytest.approx(0.85) == pytest.approx((low + high) / 2)
+    over_seeds = scipy.stats.ttest_1samp([0.95, 0.85, 0.75], 0).confidence_interval()
+    assert low < over_seeds.low and over_seeds.high < high
+
+
 def test_fidelity_by_hand_and_by_scipy():
     teacher = model_of(random_log_probs(200, 6, 0))
     student = model_of(random_log_probs(200, 6, 1))
@@ -664,6 +693,8 @@ class Clock:
 
 class SlowModel(torch.nn.Module):
     """A model that takes so many milliseconds an image, and writes down how it was called."""
+    overhead = 0  # milliseconds a call, however many images it has
+
     def __init__(self, role, milliseconds, clock, calls):
         super().__init__()
         self.register_buffer("pixel_scale", torch.ones(3, 1, 1))
@@ -675,7 +706,7 @@ class SlowModel(torch.nn.Module):
         self.calls = calls
 
     def forward(self, images):
-        self.clock.now += self.milliseconds / 1000 * len(images)
+        self.clock.now += (self.overhead + self.milliseconds * len(images)) / 1000
         self.calls.append((self.role, len(images), images.shape[-1], self.training,
                            torch.is_inference_mode_enabled(),
                            images.is_contiguous(memory_format=torch.channels_last)))
@@ -723,6 +754,16 @@ def test_inference_measures_each_model_as_evaluation_calls_it(slow_models):
     assert len(rounds) == got["rounds"]["throughput"]
     assert len(set(rounds)) == 6
     assert all(set(one_round) == set(ROLES) for one_round in rounds)
+
+
+def test_ratios_of_latency_and_throughput_are_their_own(slow_models):
+    """A student that loses 8 ms a call is slow with one image, and hardly with 64."""
+    trained, _ = slow_models
+    trained["distilled"][0].model.milliseconds = trained["baseline"][0].model.milliseconds
+    trained["distilled"][0].model.overhead = 8
+    got = evaluate.measure_inference(trained, torch.device("cpu"))["distilled_to_baseline"]
+    assert got["latency"]["ratio"] == pytest.approx((8 + 2) / 2)
+    assert got["throughput"]["ratio"] == pytest.approx((8 + 2 * 64) / (2 * 64))
 
 
 def test_slow_models_are_measured_in_bounded_time(slow_models):
@@ -1026,6 +1067,21 @@ def test_share_of_the_teachers_lead_and_training_cost():
     assert low < 0 < comparison["teacher_lead"] == pytest.approx(0.001) and high > 0
     assert comparison["teacher_beats_baseline"] and comparison["advantage_recovered"] is None
     assert any("may be noise" in text for text in evaluate.weakness_texts(numbers))
+
+
+def test_lead_of_the_teacher_varies_with_the_seeds_of_the_baseline():
+    """Baselines of 94, 84 and 74 % below a teacher of 95 %: the next may be above it."""
+    labels = np.arange(1000) % 10
+    trained = {"teacher": pair_of(labels, 50, 0)["baseline"], "baseline": [], "distilled": []}
+    for errors in (60, 160, 260):
+        for role, student in pair_of(labels, errors, 0).items():
+            trained[role] += student
+    comparison = evaluate.compare(trained, labels, None)["comparison"]
+    over_seeds = scipy.stats.ttest_1samp([0.01, 0.11, 0.21], 0).confidence_interval()
+    low, high = comparison["teacher_lead_ci"]
+    assert comparison["teacher_lead"] == pytest.approx((low + high) / 2) == pytest.approx(0.11)
+    assert low < over_seeds.low < 0 < over_seeds.high < high
+    assert comparison["advantage_recovered"] is None
 
 
 def test_students_near_chance_level_are_named():

@@ -378,6 +378,9 @@ def test_timms_own_state_dict_fits_every_family(tmp_path, name):
 MISFITS = {  # state_dicts that are not test_efficientnet's, and a word of the message
     "empty": (lambda state_dict: {}, "no tensors"),
     "ten of all tensors": (lambda state_dict: dict(list(state_dict.items())[:10]), "missing"),
+    "no statistics of BatchNorm": (
+        lambda state_dict: {name: tensor for name, tensor in state_dict.items()
+                            if "running_" not in name}, "running_mean is missing"),
     "torchvision's": (lambda state_dict: torchvision.models.efficientnet_b0().state_dict(),
                       "features.0.0.weight"),
     "other model": (lambda state_dict: timm.create_model("test_resnet").state_dict(), "conv_stem"),

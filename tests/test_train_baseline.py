@@ -322,6 +322,26 @@ def test_dropout_differs_by_epoch_seed_and_process(arguments, monkeypatch):
     assert draw(args, 1) == draws[1]
 
 
+def test_dropout_is_not_drawn_from_the_seeds_of_the_images(arguments):
+    """Equal seeds would tie the dropout of an epoch to its order and crops."""
+    args = arguments("baseline", "--num-epochs", "4", "--batch-size", "32")
+    _, info, data = prepare(args)
+    loader = data_loader.TrainingLoader(data, info, args, CPU)
+    of_images = []
+
+    def record_seed(order, batch_size, generator, rank_rows):
+        of_images.append(generator.initial_seed())
+        return []
+
+    loader.source.batches = record_seed
+    of_dropout = []
+    for epoch in range(4):
+        list(loader.epoch(epoch))
+        train_baseline.seed_dropout(args, epoch)
+        of_dropout.append(torch.initial_seed())
+    assert len(set(of_images + of_dropout)) == 8
+
+
 # Divergence ---------------------------------------------------------------------------------------
 
 def test_diverging_run_keeps_what_was_saved(arguments, tmp_path, capsys):

@@ -20,7 +20,14 @@ import models
 import train_baseline
 import train_distillation
 import utils
-from conftest import assert_equal_weights, best_weights, history_of, write_pictures
+from conftest import (
+    assert_equal_weights,
+    assert_same_outcome,
+    best_weights,
+    history_of,
+    outcome,
+    write_pictures,
+)
 
 pytestmark = pytest.mark.usefixtures("few_images")
 CPU = torch.device("cpu")
@@ -87,6 +94,44 @@ def test_distillation_with_alpha_0_is_the_baseline(train, flags):
     assert_equal_weights(best_weights(folder / "baseline"), best_weights(folder / "distilled"))
 
 
+def test_best_distilled_model_is_the_one_validated(arguments, train):
+    """With EMA, the history has the loss and accuracy of the EMA weights, which are saved."""
+    flags = ["--ema-decay", "0.8", "--num-epochs", "2", "--batch-size", "32"]
+    folder = train("distillation", *flags) / "distilled"
+    model, info = models.load_model(folder / "best_model.pth")
+    row = history_of(folder)[info["epoch"] - 1]
+    args = arguments("distillation", *flags)
+    val = data_loader.open_dataset(args).val
+    loader = data_loader.EvaluationLoader(val, info, args, CPU)
+    measured = train_baseline.validate(model, loader)
+    assert measured["val_accuracy"] == row["val_accuracy"] == info["val_accuracy"]
+    assert measured["val_loss"] == pytest.approx(row["val_loss"], rel=1e-4)
+
+
+def test_resumed_distillation_ends_with_the_same_bits(train, monkeypatch):
+    """Stopped at the end of its second epoch, with the same teacher."""
+    flags = ["--num-epochs", "3", "--ema-decay", "0.9"]
+    folder = train("distillation", *flags) / "distilled"
+    whole = outcome(folder)
+
+    validate = train_baseline.validate
+    calls = []
+
+    def stop_at_the_second(model, loader):
+        calls.append(loader)
+        if len(calls) == 2:
+            raise RuntimeError("stopped")
+        return validate(model, loader)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_baseline, "validate", stop_at_the_second)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train("distillation", *flags, "--fresh")
+    assert len(history_of(folder)) == 1
+    train("distillation", *flags)
+    assert_same_outcome(whole, outcome(folder))
+
+
 def learning_rate_of(step, steps_per_epoch, peak):
     """Of `step` from 0: one epoch of linear warm-up, one of cosine to zero."""
     if step < steps_per_epoch:
@@ -117,6 +162,7 @@ def test_loop_is_the_one_one_would_write(arguments, train):
     log_softmax = torch.nn.functional.log_softmax
 
     step = 0
+    entropies = []
     for epoch in range(2):
         for images, teacher_images, labels in loader.epoch_with_teacher(epoch):
             for group in optimizer.param_groups:
@@ -124,6 +170,9 @@ def test_loop_is_the_one_one_would_write(arguments, train):
             with torch.no_grad():
                 teacher_logits = models.forward(teacher, teacher_images)
             logits = models.forward(student, images)
+            if step % len(loader) == 0:  # the one step of an epoch that is diagnosed here
+                probabilities = scipy.special.softmax(logits.detach().double().numpy(), axis=1)
+                entropies.append(scipy.stats.entropy(probabilities, axis=1).mean())
             kl = torch.nn.functional.kl_div(
                 log_softmax(logits / 4, 1), log_softmax(teacher_logits / 4, 1),
                 reduction="batchmean", log_target=True)
@@ -141,6 +190,12 @@ def test_loop_is_the_one_one_would_write(arguments, train):
     assert trained.keys() == plain.keys()
     for name, tensor in trained.items():
         torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-5)
+    for epoch, row in enumerate(history_of(folder / "distilled")):
+        last_step = (epoch + 1) * len(loader) - 1
+        expected = learning_rate_of(last_step, len(loader), args.learning_rate)
+        assert row["learning_rate"] == pytest.approx(expected)
+    measured = [row["entropy"] for row in history_of(folder / "distilled")]
+    assert measured == pytest.approx(entropies, rel=1e-3)
 
 
 @pytest.mark.parametrize("loss, temperature", [("kd", 4), ("lskd", 2)])
@@ -288,6 +343,20 @@ def test_fresh_teacher_alone_trains_it_again(train, capsys):
     train("distillation", *SHORT, "--fresh-teacher")
     assert "teacher epoch" in capsys.readouterr().out
     assert (folder / "teacher.1" / "best_model.pth").is_file()
+
+
+def test_student_of_another_teacher_is_trained_again(train, capsys):
+    """Though its own settings are the same."""
+    folder = train("distillation", *SHORT)
+    previous = utils.load_checkpoint(folder / "distilled" / "best_model.pth")["teacher"]["sha256"]
+    capsys.readouterr()
+    train("distillation", *SHORT, "--fresh-teacher", "--teacher-learning-rate", "0.002")
+    assert "distilled epoch" in capsys.readouterr().out
+    teacher = utils.sha256(folder / "teacher" / "best_model.pth")
+    assert teacher != previous
+    best = utils.load_checkpoint(folder / "distilled" / "best_model.pth")
+    assert best["teacher"]["sha256"] == teacher
+    assert (folder / "distilled.1" / "best_model.pth").is_file()
 
 
 def test_unfinished_teacher_is_trained_to_its_end(train, capsys):

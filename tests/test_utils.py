@@ -287,6 +287,27 @@ def test_reader_never_meets_half_a_file(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """Else a power failure could leave an empty file in the place of a good one."""
+    fsync = os.fsync
+    replace = os.replace
+    events = []
+
+    def record_fsync(descriptor):
+        fsync(descriptor)
+        events.append(("on the disk", os.fstat(descriptor).st_size))
+
+    def record_replace(source, target):
+        events.append(("named", Path(source).stat().st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    with utils.atomic_write(tmp_path / "file") as file:
+        file.write("x" * 1000)
+    assert events == [("on the disk", 1000), ("named", 1000)]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no fork")
 def test_two_processes_can_write_the_same_file_at_once(tmp_path):
     """Each has a temporary file of its own; the last one stays."""
@@ -449,6 +470,37 @@ def test_best_accuracy_is_remembered_when_a_run_resumes(arguments):
     resumed.finish_epoch(row_of(0.6), model)
     assert len(resumed.history) == 2
     assert utils.load_checkpoint(run.best_path)["epoch"] == 1
+
+
+class Killed(BaseException):
+    """Ends a run in this process, as SIGKILL ends a script."""
+
+
+@pytest.mark.parametrize("writes", range(1, 6))
+def test_kill_after_any_checkpoint_loses_no_best_epoch(arguments, monkeypatch, writes):
+    """Two epochs, the second better, write last.pth three times and best_model.pth twice."""
+    args = arguments("baseline", "--num-epochs", "2")
+    accuracies = (0.5, 0.7)
+    save_checkpoint = utils.save_checkpoint
+    written = []
+
+    def save_until_killed(checkpoint, target):
+        save_checkpoint(checkpoint, target)
+        written.append(target)
+        if len(written) == writes:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save_checkpoint", save_until_killed)
+        run, model = open_run(args)
+        with pytest.raises(Killed):
+            for accuracy in accuracies:
+                run.finish_epoch(row_of(accuracy), model)
+
+    resumed, model = open_run(args)
+    for accuracy in accuracies[len(resumed.history):]:
+        resumed.finish_epoch(row_of(accuracy), model)
+    assert utils.load_checkpoint(resumed.best_path)["val_accuracy"] == 0.7
 
 
 def test_history_has_every_column_in_both_files(arguments):
