@@ -252,11 +252,18 @@ def find_state_dict(content, path):
 
     state_dict = content
     for key in STATE_DICT_KEYS:
-        if isinstance(content.get(key), dict):
-            state_dict = content[key]
+        value = content.get(key)
+        if isinstance(value, dict) and value:  # {} is an EMA that was off
+            state_dict = value
             break
-    return {str(name): value for name, value in state_dict.items()
-            if isinstance(value, torch.Tensor)}
+
+    tensors = {str(name): value for name, value in state_dict.items()
+               if isinstance(value, torch.Tensor)}
+    if not tensors:
+        names = ", ".join(str(name) for name in list(state_dict)[:3])
+        raise utils.UserError(f"{path} contains no tensors at its top level, but: "
+                              f"{names or 'nothing'}; save only the model's state_dict")
+    return tensors
 
 
 def strip_prefixes(state_dict, model):
@@ -292,8 +299,6 @@ def convert_names(state_dict, model):
 def describe_mismatch(state_dict, model):
     """Why `state_dict` does not fit the backbone of `model`, with the first names concerned; "" if
     it fits."""
-    if not state_dict:
-        return "it contains no tensors"
     expected = model.state_dict()
     if not expected.keys() & state_dict.keys():
         return f"it has none of the model's names, but {', '.join(list(state_dict)[:3])}"
@@ -387,10 +392,10 @@ def teacher_mismatch(info, args, data):
 def min_teacher_accuracy(num_classes):
     """The validation accuracy that a teacher must reach, clearly above chance level, 1 / C.
 
-    For 2 or 3 classes it is half-way between chance level and 1; up to 50 classes it is three times
+    For 2 to 4 classes it is half-way between chance level and 1; up to 50 classes it is three times
     chance level; for more, twice chance level plus 2 percentage points.
     """
-    if num_classes <= 3:
+    if num_classes <= 4:
         return 0.5 + 0.5 / num_classes
     return max(3 / num_classes, 2 / num_classes + 0.02)
 

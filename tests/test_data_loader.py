@@ -1051,6 +1051,13 @@ def test_all_pictures_that_pillow_reads_are_taken(arguments, tmp_path, capsys):
     data_loader.open_dataset(folder_args(arguments, folder))
 
 
+def test_a_file_that_is_no_picture_is_refused_under_the_name_of_one(tmp_path):
+    """Pillow would start Ghostscript for an EPS file."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.eps")
+    with pytest.raises(utils.UserError, match="a.png is not a picture"):
+        data_loader.read_image(upload((tmp_path / "a.eps").read_bytes(), "a.png"))
+
+
 def test_a_class_of_heic_pictures_alone_names_the_way_out(arguments, tmp_path):
     folder = write_pictures(tmp_path / "pictures")
     for file in (folder / "train" / "dog").iterdir():
@@ -1491,6 +1498,15 @@ def test_a_picture_far_outside_of_the_range_is_named(arguments, tmp_path, capsys
         assert "cat/hot.png" in printed()
     (folder / "test" / "cat" / "hot.png").rename(folder / "train" / "cat" / "hot.png")
     assert "cat/hot.png reaches from 0 to 65535, far outside" in printed()
+
+    # A fault of several training pictures.
+    for i in range(20):
+        values = np.asarray(Image.open(folder / "train" / "dog" / "000.png"))
+        Image.fromarray(values).save(folder / "train" / "dog" / f"more{i}.png")
+    for name in ("hot1.png", "hot2.png"):
+        Image.fromarray(hot).save(folder / "train" / "dog" / name)
+    assert "cat/hot.png reaches from 0 to 65535, far outside" in printed()
+    assert "so do 2 more" in printed()
 
 
 def test_deep_test_pictures_of_a_model_that_saw_none_are_warned_about(arguments, tmp_path, capsys):

@@ -1091,6 +1091,30 @@ def test_students_near_chance_level_are_named():
     assert len(named) == 1 and "baseline" in named[0]
 
 
+@pytest.mark.parametrize("classes, accuracy, told", [
+    (2, 0.58, True), (2, 0.65, False), (4, 0.38, True), (4, 0.58, False), (10, 0.25, True),
+    (10, 0.3, False), (1, 0.9, False)])
+def test_chance_level_depends_on_the_classes_of_the_test_images(classes, accuracy, told):
+    """58 % are near chance level with two classes, not with four. One class has no such level."""
+    labels = np.arange(1000) % classes
+    errors = round(1000 * (1 - accuracy))
+    numbers = evaluate.compare(pair_of(labels, errors, errors), labels, None)
+    texts = evaluate.weakness_texts(numbers)
+    assert any("chance level" in text for text in texts) == told
+
+
+def test_intervals_of_two_seeds_are_those_over_the_images():
+    """Over two seeds, the interval of a lead of 10 points could reach from -300 to +300."""
+    labels = np.arange(1000) % 10
+    trained = {}
+    for role, errors in (("baseline", (100, 300)), ("distilled", (50, 60)), ("teacher", (100,))):
+        trained[role] = [pair_of(labels, count, 0)["baseline"][0] for count in errors]
+    numbers = evaluate.compare(trained, labels, None)
+    for low, high in (numbers["comparison"]["teacher_lead_ci"],
+                      numbers["models"]["baseline"]["top1_ci"]):
+        assert high - low < 0.1
+
+
 @pytest.mark.parametrize("val_accuracy, told", [(0.53, False), (0.6, True)])
 def test_validation_gain_that_the_test_images_do_not_bear_out(val_accuracy, told):
     labels = np.arange(1000) % 10
@@ -1462,6 +1486,18 @@ def test_class_names_in_any_script(tmp_path):
     shares = evaluate.confusion_shares(trained, labels)
     assert np.allclose(shares["baseline"][0], [2 / 3, 1 / 3, 0, 0])
     assert np.allclose(shares["distilled"][2], [0, 0, 0, 1])
+
+
+def test_report_names_the_folder_of_the_test_images(copied, monkeypatch):
+    load_split = data_loader.load_split
+    monkeypatch.setattr(data_loader, "load_split",
+                        lambda name, part, *args: load_split("Digits", part, *args))
+    for role in ("baseline", "distilled"):
+        change_checkpoint(copied, role, dataset="ImageFolder", config={"dataset_dir": "pictures"},
+                          teacher=None)
+    (copied / "newer").mkdir()
+    results = run_evaluate(copied, "--dataset-dir", copied / "newer")
+    assert read_numbers(results)["dataset"]["name"] == "newer"
 
 
 def write_12_bit_pictures(folder):

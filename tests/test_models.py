@@ -366,6 +366,12 @@ def test_head_is_kept_where_it_has_the_same_classes(tmp_path, source, capsys):
     assert not capsys.readouterr().out
 
 
+def test_an_empty_ema_is_passed_over(tmp_path, source):
+    torch.save({"state_dict_ema": {}, "state_dict": source.state_dict()},
+               tmp_path / "weights.pth")
+    from_file(tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize("name", [
     "test_resnet", "test_vit", "test_convnext", "test_nfnet",
     pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
@@ -377,6 +383,7 @@ def test_timms_own_state_dict_fits_every_family(tmp_path, name):
 
 MISFITS = {  # state_dicts that are not test_efficientnet's, and a word of the message
     "empty": (lambda state_dict: {}, "no tensors"),
+    "unknown key": (lambda state_dict: {"weights": state_dict, "epoch": 3}, "but: weights, epoch"),
     "ten of all tensors": (lambda state_dict: dict(list(state_dict.items())[:10]), "missing"),
     "no statistics of BatchNorm": (
         lambda state_dict: {name: tensor for name, tensor in state_dict.items()
@@ -491,7 +498,7 @@ def test_image_size_that_the_model_cannot_take_is_one_sentence():
 # The teacher --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("classes, accuracy", [
-    (10, 0.3), (100, 0.04), (2, 0.75), (3, 2 / 3), (102, 2 / 102 + 0.02)])
+    (10, 0.3), (100, 0.04), (2, 0.75), (3, 2 / 3), (4, 0.625), (5, 0.6), (102, 2 / 102 + 0.02)])
 def test_min_teacher_accuracy(classes, accuracy):
     assert models.min_teacher_accuracy(classes) == pytest.approx(accuracy)
 
