@@ -1475,7 +1475,7 @@ FIGURE_MARGIN = 0.05  # inches, above a figure and below its caption
 MIN_BIN_IMAGES = 30   # predictions per point of a reliability diagram: standard error up to 9 %
 MAX_CHANGES = 30      # classes shown in class_changes
 MAX_NAMED = 50        # classes up to which a confusion matrix names all of them
-MAX_CONFUSED = 20     # beyond that: classes in the matrix of the most confused ones
+MAX_CONFUSED = 16     # beyond that: classes in the matrix of the most confused ones; "-10" fits
 MAX_ANNOTATED = 20    # classes up to which each cell shows its number
 MAX_ORDERED = 300     # classes up to which the optimal order is computed, in O(C**3)
 GALLERY_COLUMNS = 4
@@ -1546,6 +1546,7 @@ def set_figure_style():
     families = [family for family in FONT_FAMILIES if family in installed]
     seaborn.set_theme(style="whitegrid", context="paper", font=families, rc={
         "figure.constrained_layout.use": True,
+        "figure.dpi": 200,  # laid out as it is saved: the widths of text depend on the resolution
         "savefig.dpi": 200,
         "text.parse_math": False,  # a class name may contain $
         "figure.titlesize": 9,
@@ -1670,7 +1671,11 @@ def draw_gains(axis, numbers):
     comparison = numbers["comparison"]
     gain = (f"{signed_points(comparison['gain'])} points "
             f"(95 % CI {ci_text(verdict_interval(comparison))})")
-    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="gain, percentage points of top-1 accuracy",
+    xlabel = "gain, percentage points of top-1 accuracy"
+    if comparison["verdict_ci"] == "both":
+        # This is why the interval of all seeds may be the widest.
+        xlabel += "\n(95 % CI of one seed: over images only)"
+    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel,
              title=f"Distilled against baseline: {comparison['verdict']}\n{with_minus(gain)}")
 
 
@@ -1686,7 +1691,7 @@ def reliability_diagram(trained, labels, numbers):
         sharey="row", height_ratios=(3, 1))
     figure.get_layout_engine().set(wspace=0.06)
     for (above, below), (title, is_scaled) in zip(axes.T, panels.items(), strict=True):
-        above.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="perfectly calibrated")
+        above.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="Perfectly calibrated")
         for role, group in trained.items():
             key = "calibration_scaled" if is_scaled else "calibration"
             ece = numbers["models"][role][key]["ece"]
@@ -1695,10 +1700,12 @@ def reliability_diagram(trained, labels, numbers):
         above.legend(loc="best", frameon=True)
         below.set_xlabel("confidence (%)")
     axes[0, 0].set_ylabel("accuracy (%)")
-    axes[1, 0].set(ylabel="test images", ylim=(0, None))
+    ylabel = "test images"
     title = f"Reliability diagram: {CALIBRATION_BINS} bins of confidence"
     if len(trained["distilled"]) > 1:
-        title += f", {len(trained['distilled'])} seeds together"
+        ylabel = "test images\nper seed"
+        title += f", {len(trained['distilled'])} seeds together; ECE: mean over the seeds"
+    axes[1, 0].set(ylabel=ylabel, ylim=(0, None))
     figure.suptitle(f"{title}\n(neighbouring bins with few predictions are merged into points of "
                     f"{MIN_BIN_IMAGES} or more)")
     return figure
@@ -1768,6 +1775,12 @@ def plot_history(axis, group, column, scale=1, **style):
 
 
 def style_epoch_axis(axis, title, quantity):
+    """Label a panel after its curves are drawn. One without curves says so: a history may be
+    missing, and mixup leaves no training accuracy."""
+    if not axis.lines:
+        axis.text(0.5, 0.5, "not in the histories", transform=axis.transAxes, ha="center",
+                  fontsize=7)
+        axis.tick_params(labelbottom=False)
     axis.set(title=title, xlabel="epoch", ylabel=quantity)
     axis.xaxis.get_major_locator().set_params(integer=True)
 
@@ -1793,12 +1806,12 @@ def training_curves(trained):
     draw_validation_accuracy(right, trained)
     add_one_legend(figure, columns=3)
 
-    title = f"Training curves ({curves_text(trained)}marker: best epoch)"
+    title = f"Training curves ({curves_text(trained)}marker: chosen epoch)"
     smoothing = trained["baseline"][0].info["config"].get("label_smoothing")
     if smoothing:
-        title += (f"\nThe students' training cross-entropy has label smoothing {smoothing:g}; the "
-                  "teacher's and all on validation images have none.")
-    figure.suptitle(title, fontsize=8)
+        title += (f"\nLabel smoothing of {smoothing:g} is part of the students' cross-entropy on "
+                  "training images only.")
+    figure.suptitle(title)
     return figure
 
 
@@ -1866,6 +1879,7 @@ def draw_entropies(axis, trained):
         plot_history(axis, trained["distilled"], "target_entropy", color="#CC79A7",
                      linestyle="-.", label="Soft targets in the loss")
         plot_history(axis, trained["distilled"], "teacher_entropy", **STYLES["teacher"])
+    style_epoch_axis(axis, "Entropy of the predictions", "entropy (nats)")
     uniform = math.log(info["num_classes"])
     axis.axhline(uniform, color="black", linewidth=0.8)
     # The white box hides a grid line that would cross the text.
@@ -1874,7 +1888,6 @@ def draw_entropies(axis, trained):
                   textcoords="offset points",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     axis.set_ylim(0, 1.15 * uniform)
-    style_epoch_axis(axis, "Entropy of the predictions", "entropy (nats)")
 
 
 def draw_training_accuracy(axis, trained):
@@ -1883,9 +1896,10 @@ def draw_training_accuracy(axis, trained):
     info = trained["distilled"][0].info
     if info.get("teacher"):
         plot_history(axis, trained["distilled"], "teacher_accuracy", 100, **STYLES["teacher"])
-        axis.axhline(100 * info["teacher"]["val_accuracy"], color="black", linewidth=0.8,
-                     label="Teacher on validation images")
     style_epoch_axis(axis, "Accuracy", "accuracy (%)")
+    if info.get("teacher"):
+        axis.axhline(100 * info["teacher"]["val_accuracy"], linewidth=1, linestyle="-.",
+                     color=STYLES["teacher"]["color"], label="Teacher on validation images")
 
 
 # Figures: classes and pictures --------------------------------------------------------------------
@@ -1902,12 +1916,13 @@ def class_changes(numbers):
     """Accuracy of both students by class, sorted by gain: all classes, or both ends of the list."""
     changes = numbers["class_changes"]
     names = sorted(changes, key=lambda name: changes[name]["gain"])
-    title = "Accuracy of each class, sorted by gain"
+    title = f"Accuracy of each class{mean_text(numbers['seeds'])}"
     if len(names) > MAX_CHANGES:
         half = MAX_CHANGES // 2
-        title = (f"Accuracy of each class, sorted by gain: the {half} largest and the {half} "
-                 f"smallest gains of {len(names)}")
+        title += f": the {half} largest and the {half} smallest gains of {len(names)}"
         names = names[:half] + names[-half:]
+    else:
+        title += ", sorted by gain"
 
     figure, axis = plt.subplots(figsize=(FIGURE_WIDTH, 1.3 + 0.16 * len(names)))
     draw_class_changes(axis, names, numbers)
@@ -1923,7 +1938,7 @@ def class_changes(numbers):
         significant = "* and strong colour: significant"
     axis.set_title(f"{title}\n{significant} (sign test, false discovery rate 5 %)")
 
-    for color, label in ((GAIN_COLOR, "gain"), (LOSS_COLOR, "loss")):
+    for color, label in ((GAIN_COLOR, "Distilled better"), (LOSS_COLOR, "Distilled worse")):
         axis.plot([], [], color=color, linewidth=1.8, label=label)  # for the legend only
     add_one_legend(figure, columns=4)
     return figure
@@ -1977,9 +1992,9 @@ def gallery(trained, labels, test):
         draw_picture(axis, image, i, labels[i], first, is_correct[i])
 
     seed = distilled.info["config"]["seed"]
-    figure.suptitle(f"The distilled student corrects {len(corrected):,} test images (green)\n"
-                    f"and newly misclassifies {len(misclassified):,} (orange); random examples, "
-                    f"seed {seed}")
+    figure.suptitle(f"Seed {seed}: the distilled student corrects {len(corrected):,} test images "
+                    f"(green)\nand newly misclassifies {len(misclassified):,} (orange); random "
+                    "examples, with the models' confidence")
     return figure
 
 
@@ -2030,7 +2045,8 @@ SHARE_SCALE = Scale("Blues", matplotlib.colors.PowerNorm(0.5, 0, 100),
 def difference_scale(difference):
     limit = max(1, 100 * np.abs(difference).max())
     norm = matplotlib.colors.FuncNorm((signed_root, signed_square), -limit, limit)
-    ticks = [tick for tick in SCALE_TICKS if tick <= limit]
+    # Ticks close to 0 would run together. A difference of 20 points may be 19.999999.
+    ticks = [tick for tick in SCALE_TICKS if limit / 40 <= tick <= limit + 1e-9]
     return Scale("PuOr_r", norm, "difference in percentage points\nsquare-root scale",
                  [-tick for tick in ticks] + [0] + ticks)
 
@@ -2101,7 +2117,7 @@ def confusion_matrix(title, matrix, names, order, most_confused, scale):
         part = matrix[np.ix_(most_confused, most_confused)]
         part_names = [names[i] for i in most_confused]
         draw_matrix(right, part, part_names, np.arange(len(part)), scale)
-        right.set_title(f"The {len(most_confused)} most confused classes")
+        right.set_title(f"The {len(most_confused)} classes that the models confuse most")
         right.set_anchor("N")
     figure.suptitle(title)
     return figure
