@@ -496,7 +496,9 @@ def list_pictures(folder):
     Links to folders are not followed, since they could lead in a circle.
     """
     check_layout(folder)
-    class_folders = sorted(entry for entry in folder.glob("[!.]*") if entry.is_dir())
+    # Sorted by name: on Windows, paths themselves are sorted without regard to case.
+    class_folders = [entry for entry in folder.glob("[!.]*") if entry.is_dir()]
+    class_folders.sort(key=lambda entry: entry.name)
     files = []
     labels = []
     all_passed_over = collections.Counter()
@@ -552,7 +554,7 @@ def find_pictures(class_folder, folder):
                 passed_over[reason] += 1
             else:
                 pictures.append(path)
-    return sorted(pictures), passed_over
+    return sorted(pictures, key=lambda path: path.parts), passed_over
 
 
 def reason_to_pass_over(path, folder):
