@@ -326,15 +326,15 @@ def duplicates_of_training_images(test, data):
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_SIDE = 32             # px
 LETTER_COUNTS = {"train": 90, "test": 120}   # images of each class
-# Typefaces that come with matplotlib. It has more, but they lack some of these letters, or have
-# symbols or unusual shapes in their place.
+# Typefaces that come with matplotlib since 3.8 at the latest. It has more, but they lack some of
+# these letters, or have symbols or unusual shapes in their place.
 TYPEFACES = [
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique",
     "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique",
     "DejaVuSansMono-BoldOblique",
     "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
     "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
-    "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10",
+    "cmr10", "cmb10", "cmss10", "cmtt10",
 ]
 
 
