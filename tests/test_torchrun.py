@@ -254,7 +254,7 @@ def test_fewer_gpus_than_processes_are_wrong_use(arguments, monkeypatch, device,
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(utils, "WORLD_SIZE", 2)
     monkeypatch.setattr(utils, "TORCHRUN", {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"})
-    with pytest.raises(utils.UsageError, match=f"{device} here for each process"):
+    with pytest.raises(utils.UsageError, match=f"{device} for each process"):
         utils.setup(arguments("baseline", "--device", device))
 
 

@@ -859,6 +859,8 @@ def fake_training(args, names, device, mode, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests marked cuda do it in earnest")
+@pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch 2.9, at least, asks for a driver "
+                    "even for tensors that have no values")
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning",
                             "ignore:.*CUDA is not available:UserWarning")
 @pytest.mark.parametrize("flags", KINDS)
