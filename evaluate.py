@@ -1021,8 +1021,8 @@ def warning_texts(numbers):
         texts.append("This is not a fair pair: " + "; ".join(notes["unfair"]))
     texts += weakness_texts(numbers)
     if notes["missing_classes"]:
-        texts.append(f"{len(notes['missing_classes'])} classes have no test images and are not "
-                     f"scored: {shorten_list(notes['missing_classes'])}")
+        texts.append("There are no test images of some classes, which are not scored: "
+                     f"{len(notes['missing_classes'])} ({shorten_list(notes['missing_classes'])})")
     if notes["no_teacher"]:
         texts.append(f"The teacher is not evaluated: {notes['no_teacher']}")
     if notes["trained_on"]:

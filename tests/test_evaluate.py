@@ -388,7 +388,7 @@ def test_classes_without_test_images_are_named_and_left_out(copied, monkeypatch,
     results = run_evaluate(copied, figures=figures)
     numbers = read_numbers(results)
     assert numbers["notes"]["missing_classes"] == ["0", "4"]
-    assert "2 classes have no test images" in read_report(results)
+    assert "not scored: 2 (0, 4)" in read_report(results)
 
     saved = np.load(results / "predictions.npz")
     labels = saved["labels"]
