@@ -1475,6 +1475,7 @@ FIGURE_MARGIN = 0.05  # inches, above a figure and below its caption
 MIN_BIN_IMAGES = 30   # predictions per point of a reliability diagram: standard error up to 9 %
 MAX_CHANGES = 30      # classes shown in class_changes
 MAX_NAMED = 50        # classes up to which a confusion matrix names all of them
+MAX_CELLS = 250       # cells a side of the matrix without names; smaller ones are lost in a PNG
 MAX_CONFUSED = 16     # beyond that: classes in the matrix of the most confused ones; "-10" fits
 MAX_ANNOTATED = 20    # classes up to which each cell shows its number
 MAX_ORDERED = 300     # classes up to which the optimal order is computed, in O(C**3)
@@ -2108,8 +2109,13 @@ def confusion_matrix(title, matrix, names, order, most_confused, scale):
     else:
         figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 4.9),
                                              width_ratios=(1, 1.7))
-        mesh = draw_matrix(left, matrix, None, order, scale)
-        left.set_title(f"All {len(names)} classes, similar ones adjacent")
+        block_side = math.ceil(len(names) / MAX_CELLS)
+        cells = strongest_of_blocks(matrix[np.ix_(order, order)], block_side)
+        mesh = draw_matrix(left, cells, None, np.arange(len(cells)), scale)
+        left_title = f"All {len(names)} classes, similar ones adjacent"
+        if block_side > 1:
+            left_title += f"\n(each point: the strongest of {block_side} × {block_side} cells)"
+        left.set_title(left_title)
         left.set_anchor("N")  # below it is room for the colour bar
         figure.colorbar(mesh, cax=left.inset_axes([0, -0.25, 1, 0.05]), ticks=scale.ticks,
                         label=scale.label, orientation="horizontal")
@@ -2121,6 +2127,18 @@ def confusion_matrix(title, matrix, names, order, most_confused, scale):
         right.set_anchor("N")
     figure.suptitle(title)
     return figure
+
+
+def strongest_of_blocks(matrix, block_side):
+    """`matrix` (C, C) reduced to one value for each block of block_side x block_side cells: the one
+    furthest from 0. A mean would hide the thin diagonal of many classes."""
+    padding = -len(matrix) % block_side
+    padded = np.pad(matrix, (0, padding))
+    num_blocks = len(padded) // block_side
+    blocks = padded.reshape(num_blocks, block_side, num_blocks, block_side).swapaxes(1, 2)
+    blocks = blocks.reshape(num_blocks, num_blocks, block_side**2)
+    strongest = np.abs(blocks).argmax(2)[..., None]
+    return np.take_along_axis(blocks, strongest, axis=2)[..., 0]
 
 
 def draw_matrix(axis, matrix, names, order, scale):

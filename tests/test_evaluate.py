@@ -1467,6 +1467,17 @@ def test_most_confused_classes_by_hand():
     assert evaluate.most_confused_classes(confusion, 9) == list(range(6))
 
 
+def test_large_matrices_show_the_strongest_cell_of_each_block():
+    rng = np.random.default_rng(0)
+    matrix = rng.normal(size=(7, 7))
+    reduced = evaluate.strongest_of_blocks(matrix, 3)
+    assert reduced.shape == (3, 3)
+    for row, column in np.ndindex(3, 3):
+        block = matrix[3 * row:3 * row + 3, 3 * column:3 * column + 3]
+        assert reduced[row, column] == max(block.flat, key=abs)
+    assert np.array_equal(evaluate.strongest_of_blocks(matrix, 1), matrix)
+
+
 @pytest.mark.slow
 def test_class_names_in_any_script(tmp_path):
     """Names that no installed font has, or that look like a formula, draw without a warning."""
