@@ -1169,14 +1169,16 @@ def cost_lines(numbers):
     if inference["distilled_to_baseline"]:
         lines.append(f"Inference on {inference['device']}:")
         lines.append(speed_text(inference, "latency", f"Latency at batch {LATENCY_BATCH}",
-                                "latency_ms", "ms"))
+                                "latency_ms", ",.2f", "ms"))
         lines.append(speed_text(inference, "throughput", f"Throughput at batch {THROUGHPUT_BATCH}",
-                                "images_per_second", "images/s"))
+                                "images_per_second", ",.0f", "images/s"))
     return lines
 
 
-def speed_text(inference, kind, name, key, unit):
+def speed_text(inference, kind, name, key, spec, unit):
     """One measurement of both students, and whether their times differ by more than noise."""
+    baseline = format(inference["baseline"][key], spec)
+    distilled = format(inference["distilled"][key], spec)
     times = inference["distilled_to_baseline"][kind]
     low, high = times["range"]
     if times["differ"] is None:
@@ -1185,10 +1187,9 @@ def speed_text(inference, kind, name, key, unit):
         conclusion = "the difference exceeds the noise between rounds"
     else:
         conclusion = "no difference beyond the noise between rounds"
-    return (f"{name}: baseline {inference['baseline'][key]:.4g} {unit}, distilled "
-            f"{inference['distilled'][key]:.4g} {unit}. The distilled student takes "
-            f"{times['ratio']:.3f} times as long (5th to 95th percentile {low:.3f} to {high:.3f}): "
-            f"{conclusion}.")
+    return (f"{name}: baseline {baseline} {unit}, distilled {distilled} {unit}. The distilled "
+            f"student takes {times['ratio']:.3f} times as long (5th to 95th percentile {low:.3f} "
+            f"to {high:.3f}): {conclusion}.")
 
 
 # Report: the tables -------------------------------------------------------------------------------
@@ -1284,9 +1285,9 @@ def inference_table(numbers):
         lines.append(table_row("  5th to 95th percentile",
                                spread_cells(costs, "latency_ms", ".2f")))
         lines.append(table_row(f"throughput, batch {THROUGHPUT_BATCH} (images/s)",
-                               number_cells(costs, "images_per_second", ".0f")))
+                               number_cells(costs, "images_per_second", ",.0f")))
         lines.append(table_row("  5th to 95th percentile",
-                               spread_cells(costs, "images_per_second", ".0f")))
+                               spread_cells(costs, "images_per_second", ",.0f")))
     if costs[0]["peak_memory_mb"] is not None:
         lines.append(table_row(f"GPU memory, batch {THROUGHPUT_BATCH} (MB)",
                                number_cells(costs, "peak_memory_mb", ".0f")))
