@@ -14,6 +14,7 @@ import platform
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -26,6 +27,10 @@ import filelock
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+# tqdm's own lock is shared with forked processes, by a semaphore that Python 3.14 reports as leaked
+# after an abrupt end. Only the main process draws bars.
+tqdm.set_lock(threading.RLock())
 
 FORMAT_VERSION = 4  # of checkpoints; goes up when older code could misread a newer file
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of --amp-dtype
@@ -64,7 +69,7 @@ def run_script(main, args):
     SIGTERM. Unless it is 0, there is one message on stderr. A bug keeps its traceback.
     """
     if RANK != 0:
-        silence_stdout()  # only process 0 prints
+        silence(sys.stdout)  # only process 0 prints
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # no crash on characters the terminal cannot show
     signal.signal(signal.SIGTERM, raise_terminated)
@@ -100,7 +105,7 @@ def call_and_report(main, args):
                 raise
             message = traceback.format_exc()  # if raised, run_script would not reach os._exit
         if isinstance(error, BrokenPipeError):
-            silence_stdout()  # or Python would complain again at the interpreter's shutdown
+            silence(sys.stdout)  # or Python would complain again at the interpreter's shutdown
         if RANK != 0 or find_known(error) is LOST_CONNECTION:
             # This may only be the consequence of an error in another process. Then torchrun sends
             # SIGTERM during the sleep, and the message below, which would mislead, is not printed.
@@ -109,13 +114,15 @@ def call_and_report(main, args):
         return exit_status(error)
 
 
-def silence_stdout():
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def silence(stream):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def print_error(message):
-    with contextlib.suppress(OSError):  # stderr may be closed
+    try:
         tqdm.write(message, file=sys.stderr)  # below a progress bar, not in its line
+    except OSError:  # nobody reads stderr any more; at its shutdown Python would try once more
+        silence(sys.stderr)
 
 
 def stop_message(args):

@@ -723,11 +723,10 @@ def small_disk(tmp_path):
 def fill(folder):
     """Write until the filesystem of `folder` is full; return the file."""
     filler = folder / "filler"
-    with open(filler, "wb") as file:
+    with open(filler, "wb", buffering=0) as file:  # a buffer would fail again when it is closed
         try:
             while True:
                 file.write(bytes(2**14))
-                file.flush()
         except OSError:
             return filler
 
