@@ -10,6 +10,7 @@ Each model normalises them itself. Datasets of small square images (CIFAR, lette
 memory as one uint8 tensor and augmented on the device, a whole batch at a time. Photographs are
 decoded and cropped by worker processes, and so are small images with the augmentation resized_crop.
 """
+import atexit
 import collections
 import contextlib
 import functools
@@ -1066,6 +1067,9 @@ def init_worker(worker_id):
     # SIGTERM may also reach all processes (systemd, Slurm). If it killed a worker, torch would
     # raise an error in the parent and disturb its shutdown. An exit with status 0 is ignored.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    # A started (not forked) worker would shut its interpreter down, which can abort a thread that is
+    # handing over images.
+    atexit.register(os._exit, 0)
     # If the parent ends first, a thread that was handing over images fails. Its traceback would
     # only be confusing.
     sys.excepthook = lambda *_: None

@@ -77,6 +77,7 @@ def run_script(main, args):
     try:
         status = call_and_report(main, args)
     except KeyboardInterrupt as stop:
+        let_data_workers_end()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would disturb the shutdown
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if RANK == 0:
@@ -99,6 +100,7 @@ def call_and_report(main, args):
         sys.stdout.flush()  # a broken pipe shows here, not at the interpreter's shutdown
         return 0
     except Exception as error:
+        let_data_workers_end()
         message = user_message(error)
         if message is None:  # a bug
             if WORLD_SIZE == 1:
@@ -112,6 +114,13 @@ def call_and_report(main, args):
             time.sleep(3)
         print_error(f"error: {message}")
         return exit_status(error)
+
+
+def let_data_workers_end():
+    """Remove torch's handler for the end of a data worker. It raises an error, which would disturb
+    the report of an earlier one, or the shutdown."""
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def silence(stream):
