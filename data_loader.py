@@ -1067,8 +1067,8 @@ def init_worker(worker_id):
     # SIGTERM may also reach all processes (systemd, Slurm). If it killed a worker, torch would
     # raise an error in the parent and disturb its shutdown. An exit with status 0 is ignored.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    # A started (not forked) worker would shut its interpreter down, which can abort a thread that is
-    # handing over images.
+    # Unless it was forked, a worker would shut its interpreter down, which can abort a thread that
+    # is handing over images.
     atexit.register(os._exit, 0)
     # If the parent ends first, a thread that was handing over images fails. Its traceback would
     # only be confusing.
