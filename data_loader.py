@@ -40,7 +40,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm.contrib.concurrent import thread_map
 
 import utils
-from utils import UsageError, UserError
+from utils import UsageError, UserError, print_once
 
 SMALL_SIDE = 96              # px, the largest side of images that are kept in memory as pixels
 CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in He et al. 2015
@@ -87,12 +87,6 @@ class Dataset(NamedTuple):
     split_fingerprint: str  # SHA-256, see the function of this name
     augmentation: str       # none, crop, flip_crop or resized_crop
     value_range: tuple | None = None  # as in Images
-
-
-@functools.cache
-def print_once(line):
-    """Print `line`, but only the first time: a run loads the same images more than once."""
-    print(line)
 
 
 # Datasets -----------------------------------------------------------------------------------------

@@ -1866,8 +1866,9 @@ def draw_loss_parts(axis, distilled):
     info = distilled[0].info
     if info.get("teacher"):  # --distilled-checkpoint may be a student without a teacher
         alpha = info["config"]["alpha"]
+        loss = info["config"]["distillation_loss"]
         plot_history(axis, distilled, "distill_loss", alpha, color=GAIN_COLOR, linestyle="-",
-                     label=f"{alpha:g} × distillation loss ({info['config']['distillation_loss']})")
+                     label=f"{alpha:g} × distillation loss ({loss})")
         plot_history(axis, distilled, "ce_loss", 1 - alpha, color="#56B4E9", linestyle="--",
                      label=f"{1 - alpha:.3g} × cross-entropy")
     style_epoch_axis(axis, "Terms of the distilled student's loss", "weighted loss term")

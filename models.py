@@ -6,7 +6,6 @@ over the images of the batch, except for DIST's intra term, which is a mean over
 """
 import argparse
 import copy
-import functools
 import gc
 import itertools
 import json
@@ -140,7 +139,7 @@ def build_model(name, num_classes, pretrained=False, weights=None):
         about_head = "the head is new"
         if has_head:
             about_head = f"including the head, which also has {num_classes} classes"
-        print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {about_head}")
+        utils.print_once(f"{name}: {num_tensors} tensors loaded from {weights}; {about_head}")
     elif pretrained:
         model = download_model(name, num_classes)
     else:
@@ -152,9 +151,6 @@ def build_model(name, num_classes, pretrained=False, weights=None):
             # In-place SiLU makes autograd clone the input first, at the cost of an extra kernel.
             module.inplace = False
     return model.to(memory_format=torch.channels_last)
-
-
-print_once = functools.cache(print)  # with several seeds the same line would be printed for each
 
 
 def set_normalisation(model, mean, std):
@@ -420,7 +416,7 @@ def load_teacher_model(path, name, num_classes):
     if not has_head:
         raise utils.UserError(f"{path} cannot be the teacher: it does not have a classifier with "
                               f"the {num_classes} classes of this dataset")
-    print_once(f"{name}: {num_tensors} tensors loaded from {path}, including the head")
+    utils.print_once(f"{name}: {num_tensors} tensors loaded from {path}, including the head")
     return model.eval(), None
 
 

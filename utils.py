@@ -4,6 +4,7 @@ import contextlib
 import csv
 import ctypes
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -132,6 +133,13 @@ def print_error(message):
         tqdm.write(message, file=sys.stderr)  # below a progress bar, not in its line
     except OSError:  # nobody reads stderr any more; at its shutdown Python would try once more
         silence(sys.stderr)
+
+
+@functools.cache
+def print_once(line):
+    """Print `line`, but only the first time: a run loads the same images for each of its loaders,
+    and the same weights for each seed."""
+    print(line)
 
 
 def stop_message(args):

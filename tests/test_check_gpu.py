@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+import benchmark_training
 import check_gpu
 from conftest import ROOT, live_processes, wait_until
 
@@ -117,3 +119,43 @@ def test_without_a_gpu_it_names_the_dry_run(tmp_path):
     assert done.returncode == 1
     assert "--dry-run" in done.stderr
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_benchmark_times_all_four_loops(tmp_path):
+    numbers = tmp_path / "numbers.json"
+    command = [sys.executable, ROOT / "tests" / "benchmark_training.py", "--model",
+               "test_efficientnet", "--teacher", "test_resnet", "--image-size", 32,
+               "--batch-size", 8, "--steps", 2, "--rounds", 1, "--workers", 0, "--json", numbers]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads(numbers.read_text())["rows"]}
+    for what in ("CE", "KD"):
+        assert all(rows[what][loop] > 0 for loop in ("plain", "project", "ceiling", "timm"))
+        assert rows[what]["project / timm"] == rows[what]["project"] / rows[what]["timm"]
+
+
+@pytest.mark.parametrize("distill", [False, True])
+def test_the_loop_of_timms_parts_trains(distill):
+    """So that its speed is that of a training step, and the teacher is not trained."""
+    args = argparse.Namespace(model="test_efficientnet", teacher="test_resnet", image_size=32,
+                              batch_size=4, amp_dtype="fp32")
+    built = []
+    build_model = benchmark_training.models.build_model
+
+    def recording_build(name, num_classes):
+        built.append(build_model(name, num_classes))
+        return built[-1]
+
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark_training.models, "build_model", recording_build)
+        run = benchmark_training.timm_loop(args, torch.device("cpu"), pixels, labels, 0, distill)
+    before = [[weight.clone() for weight in model.parameters()] for model in built]
+    assert run() > 0
+    changed = [any(not torch.equal(old, new)
+                   for old, new in zip(weights, model.parameters(), strict=True))
+               for weights, model in zip(before, built, strict=True)]
+    assert changed == [True, False][:len(built)]
+    assert len(built) == 1 + distill

@@ -405,7 +405,7 @@ def test_images_that_do_not_fit_stay_in_host_memory(monkeypatch, capsys, free, e
     monkeypatch.setattr(torch.cuda, "empty_cache", cached.clear)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0 if cached else free, 2**33))
     pixels = torch.zeros(100, 3, 32, 32, dtype=torch.uint8)
-    data_loader.print_once.cache_clear()
+    utils.print_once.cache_clear()
     for _ in range(2):
         assert data_loader.storage_device(pixels, torch.device("cuda")).type == expected
     assert capsys.readouterr().out.count("host memory") == (expected == "cpu")
@@ -618,6 +618,39 @@ def test_photographs_do_not_depend_on_workers(arguments, tmp_path, start_method)
     assert images.shape == (4, 3, 32, 32)
     assert images.min() >= 0 and images.max() <= 1
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+SPAWNED_WORKER = """
+import multiprocessing, os, sys
+import torch
+from PIL import Image
+import data_loader
+
+class Witness:
+    def __del__(self, write=os.write):  # by then `os` may be gone
+        write(2, b"an interpreter was shut down")
+
+def make_views(i, seed):
+    sys.witness = Witness() if i == 0 else sys.witness
+    return [Image.new("RGB", (32, 32))]
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    source = data_loader.WorkerSource(torch.zeros(4).long(), make_views, torch.device("cpu"), 1)
+    print(len(list(source.batches(torch.arange(4), 2, torch.Generator()))))
+    del source  # an orderly end of the worker
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_ends_without_shutting_its_interpreter_down(tmp_path):
+    """Or it could be aborted (std::terminate), if a thread was handing over a tensor."""
+    script = tmp_path / "training.py"
+    script.write_text(SPAWNED_WORKER)
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2\n"
+    assert done.stderr == ""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows starts workers without a fork")
@@ -1017,7 +1050,7 @@ def test_what_is_no_picture_is_passed_over_and_counted(arguments, tmp_path, caps
     (cat / "circle").symlink_to(folder / "train")
 
     capsys.readouterr()
-    data_loader.print_once.cache_clear()
+    utils.print_once.cache_clear()
     after = data_loader.open_dataset(folder_args(arguments, folder))
     assert after.split_fingerprint == before.split_fingerprint
     out = capsys.readouterr().out
@@ -1041,7 +1074,7 @@ def test_all_pictures_that_pillow_reads_are_taken(arguments, tmp_path, capsys):
     for name in ("a.heic", "b.heic", "a.mpg", "README"):
         (cat / name).write_bytes(b"no picture to Pillow")
 
-    data_loader.print_once.cache_clear()
+    utils.print_once.cache_clear()
     class_names, files, _ = data_loader.list_pictures(folder / "train")
     assert class_names == ["cat", "dog", "eel"]
     assert {file.name for file in files if file.stem == "a"} == {f"a.{name}" for name in taken}
@@ -1082,7 +1115,7 @@ def test_names_that_are_not_utf_8_are_written_with_their_bytes(arguments, tmp_pa
     folder.rename(odd_folder)
     (odd_folder / "train" / "cat" / os.fsdecode(b"a.\xfc")).write_bytes(b"")
 
-    data_loader.print_once.cache_clear()
+    utils.print_once.cache_clear()
     args = folder_args(arguments, odd_folder)
     data = data_loader.open_dataset(args)
     test = load_test(args)
@@ -1110,7 +1143,7 @@ def test_test_images_may_lack_classes(arguments, tmp_path, capsys, size):
     folder = write_pictures(tmp_path / "pictures", sizes=(size,))
     shutil.rmtree(folder / "test" / "dog")
     args = folder_args(arguments, folder)
-    data_loader.print_once.cache_clear()
+    utils.print_once.cache_clear()
     data = data_loader.open_dataset(args)
     assert "1 of 3 classes: dog" in capsys.readouterr().out
 
@@ -1484,7 +1517,7 @@ def test_a_picture_far_outside_of_the_range_is_named(arguments, tmp_path, capsys
     args = folder_args(arguments, folder)
 
     def printed():
-        data_loader.print_once.cache_clear()
+        utils.print_once.cache_clear()
         capsys.readouterr()
         data_loader.open_dataset(args)
         return capsys.readouterr().out
@@ -1512,7 +1545,7 @@ def test_a_picture_far_outside_of_the_range_is_named(arguments, tmp_path, capsys
 def test_deep_test_pictures_of_a_model_that_saw_none_are_warned_about(arguments, tmp_path, capsys):
     folder = write_pictures(tmp_path / "pictures")
     Image.fromarray(np.full((40, 60), 30000, np.uint16)).save(folder / "test" / "cat" / "deep.png")
-    data_loader.print_once.cache_clear()
+    utils.print_once.cache_clear()
     data = data_loader.open_dataset(folder_args(arguments, folder))
     assert data.value_range is None
     assert "1 of 10 pictures have more than 8 bits" in capsys.readouterr().out
@@ -1528,7 +1561,7 @@ def test_colours_of_16_bits_are_said_to_be_cut(tmp_path, capsys):
     head = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
                                      + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-    data_loader.print_once.cache_clear()
+    utils.print_once.cache_clear()
     image = data_loader.read_image(tmp_path / "a.png")
     assert np.asarray(image)[0, 0].tolist() == [0, 2, 4]
     assert "16 bits per channel" in capsys.readouterr().out
