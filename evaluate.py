@@ -113,10 +113,7 @@ def main(args):
 
     # Numbers
     labels = test.labels.numpy()
-    numbers = compare(trained, labels, len(data.val.labels) if data else None)
-    if args.dataset_dir and reference["dataset"] == "ImageFolder":
-        # The given folder may hold other test images than the one that was trained on.
-        numbers["dataset"]["name"] = printable(Path(args.dataset_dir).resolve().name)
+    numbers = compare(trained, labels, len(data.val.labels) if data else None, args.dataset_dir)
     numbers["inference"] = measure_inference(trained, device, timed=not args.no_timing)
     numbers["timings"] = {"training_hours": training_hours(trained)}
     numbers["notes"] = {
@@ -374,20 +371,23 @@ def find_differences(trained):
 
 # Metrics ------------------------------------------------------------------------------------------
 
-def compare(trained, labels, validation_images):
+def compare(trained, labels, validation_images, dataset_dir=None):
     """All numbers computed from the predictions; results/README.md explains every key.
 
     `trained` is {role: [TrainedModel per seed]}, `labels` (N,) are the true classes,
-    `validation_images` is the number of validation images or None. Accuracies are fractions,
-    losses are in nats.
+    `validation_images` is the number of validation images or None, `dataset_dir` the folder of the
+    test images, if it is not the one that was trained on. Accuracies are fractions, losses are in
+    nats.
     """
     first = trained["baseline"][0].info
-    # An ImageFolder is called by its folder's name; the other datasets have no dataset_dir.
-    folder = Path(first["config"]["dataset_dir"] or first["dataset"])
+    name = first["dataset"]
+    if name == "ImageFolder":  # it is called by its folder's name
+        folder = Path(dataset_dir or first["config"]["dataset_dir"])
+        name = printable(folder.resolve().name)
     class_sizes = np.bincount(labels, minlength=first["num_classes"])
     numbers = {
         "dataset": {
-            "name": printable(folder.resolve().name),
+            "name": name,
             "num_classes": first["num_classes"],
             "test_images": len(labels),
             "validation_images": validation_images,

@@ -501,6 +501,7 @@ def test_photographs_are_cropped_by_torchvisions_rule(tmp_path):
     assert whole.tobytes() == image.resize((64, 64), Image.Resampling.BICUBIC).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_large_jpegs_are_decoded_in_part_and_look_the_same(tmp_path, monkeypatch, orientation):
     """Turned by EXIF or not; never below the size that the crop needs, whatever the teacher's."""
@@ -653,6 +654,7 @@ def test_a_worker_ends_without_shutting_its_interpreter_down(tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows starts workers without a fork")
 @pytest.mark.parametrize("is_worker", [True, False])
 def test_worker_prints_nothing_about_a_parent_that_ended(is_worker, capfd):
@@ -981,6 +983,7 @@ def test_a_fault_of_the_disk_is_not_taken_for_the_network(arguments, monkeypatch
         data_loader.open_dataset(arguments("baseline", "--dataset-name", "CIFAR100"))
 
 
+@pytest.mark.slow
 def test_flowers102_keeps_its_own_split(arguments, tmp_path, monkeypatch, serve):
     """The real download of small files in the real layout: 306 JPEG pictures, a third a part."""
     server = tmp_path / "server"
@@ -1693,6 +1696,7 @@ def test_any_upload_ends_in_a_picture_or_a_user_error(extension):
 
 # Letters that are drawn ---------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_letters_are_as_many_of_each_class(part):
     images, class_names = data_loader.load_split("Letters", part, None)
@@ -1704,6 +1708,7 @@ def test_letters_are_as_many_of_each_class(part):
     assert torch.equal(images.pixels[:, 0], images.pixels[:, 2])  # grey
 
 
+@pytest.mark.slow
 def test_letters_train_on_crops_without_their_test_images(arguments):
     args = arguments("baseline", "--dataset-name", "Letters")
     data = data_loader.open_dataset(args)
@@ -1739,6 +1744,7 @@ def test_letters_are_those_of_every_machine():
     np.testing.assert_allclose(torch.stack([rows, columns], 1), centers, atol=0.5)
 
 
+@pytest.mark.slow
 def test_fingerprint_of_letters_does_not_depend_on_pixels(arguments, monkeypatch):
     args = arguments("baseline", "--dataset-name", "Letters")
     fingerprint = data_loader.open_dataset(args).split_fingerprint

@@ -222,6 +222,7 @@ def test_figures_are_written_and_a_second_run_writes_the_same_files(trained, tmp
         assert (second / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_figure_that_fails_costs_no_number(copied, monkeypatch):
     monkeypatch.setattr(evaluate, "training_curves", lambda trained: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -278,6 +279,7 @@ def test_last_pth_is_no_model(copied):
         run_evaluate(copied, "--baseline-checkpoint", last_path)
 
 
+@pytest.mark.slow
 def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
     load_split = data_loader.load_split
 
@@ -298,6 +300,7 @@ def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
     assert names[4] in report and names[5] not in report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, found, word", [
     ("gone", False, "is gone"), ("other", False, "SHA-256"), ("moved", True, ""),
     ("none", True, "")])
@@ -331,6 +334,7 @@ def test_unfair_pair_is_named(copied):
         assert phrase in report
 
 
+@pytest.mark.slow
 def test_unfinished_run_is_named(copied):
     last_path = checkpoint_path(copied, "distilled").with_name("last.pth")
     content = utils.load_checkpoint(last_path)
@@ -1354,6 +1358,7 @@ def test_statistics_and_figures_are_bounded(tmp_path, num_classes):
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_figures_fit_the_page(tmp_path):
     """7 inches wide at 200 dpi, so that nothing is scaled down on the page; no text below 6 pt, and
     none outside the saved area. Caption: dataset, models, loss, epochs, seeds."""

@@ -464,6 +464,7 @@ def test_infer_keeps_the_order_and_evaluates():
     torch.testing.assert_close(logits[8:], models.forward(model, batches[1][0]).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size, layer", [
     ("efficientnet_b0", 224, "conv_head"), ("tf_efficientnet_lite0", 224, "conv_head"),
     ("efficientnet_b0", 32, "blocks.3.0.conv_pw"), ("resnet18", 128, "layer4.1.conv2"),
@@ -724,6 +725,7 @@ def pretended_capture(replays, fault=None):
     return make_graphed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, training):
     """In the precision of training; in the other mode it runs as before, in float32."""
@@ -748,6 +750,7 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
     assert replays == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [RuntimeError("operation not permitted\nmore"),
                                    AssertionError("Torch not compiled with CUDA enabled")])
 def test_failed_capture_is_one_sentence(arguments, monkeypatch, fault):
@@ -766,6 +769,7 @@ def gradient_nodes(model):
             for parameter in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "flatten"])
 def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch, head):
     """torch's graph keeps its logits for as long as the model lives. Their autograd nodes, of the
@@ -897,6 +901,7 @@ def spoil(kind, good, folder):
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, word", [
     ("folder", "no file"), ("picture", "damaged"), ("whole model", "code"),
     ("other model", "test_resnet"), ("other class count", "does not fit"),

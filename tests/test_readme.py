@@ -211,6 +211,7 @@ def broken_uploads():
     yield "empty", b""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, _ in uploads()])
 def test_any_picture_gets_a_prediction(folder, name):
     model, info = models.load_model(folder / "checkpoints" / "best_model.pth")

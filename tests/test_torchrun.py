@@ -265,6 +265,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     assert utils.select_device("auto") == torch.device("cuda:1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photographs", [False, True])
 @pytest.mark.parametrize("num_processes, flags", [
     (1, []), (2, []), (3, ["--mixup-alpha", "0.5"]), (4, ["--cutmix-alpha", "1"]), (24, [])])
@@ -344,6 +345,7 @@ def test_synchronised_batchnorms_keep_names_optimizer_and_ema(arguments, monkeyp
     assert sources == {tensor.data_ptr() for tensor in after.values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["baseline", "distillation"])
 def test_gradients_are_synchronised_once_an_update(train, monkeypatch, script):
     """What DistributedDataParallel goes by in each forward pass, with --accumulate-steps 2."""

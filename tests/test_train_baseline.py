@@ -173,6 +173,7 @@ def test_ema_is_timms_to_the_bit():
     assert not torch.equal(ours.module.conv_stem.weight, model.conv_stem.weight)
 
 
+@pytest.mark.slow
 def test_counters_of_batchnorm_are_timms_in_checkpoints(train):
     """`num_batches_tracked` counts the steps of the run up to the saved epoch."""
     folder = train("baseline", "--ema-decay", "0.9") / "baseline"
@@ -224,6 +225,7 @@ def test_weight_decay_stays_off_biases_and_norms(arguments):
         assert decays[parameter] == expected, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_mixed_precision_learns_in_float32_weights(arguments, precision, device):
@@ -240,6 +242,7 @@ def test_mixed_precision_learns_in_float32_weights(arguments, precision, device)
         assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_skipped_fp16_steps_are_no_divergence(arguments, device):
     """A scale so large that the first gradients overflow; then it settles."""
@@ -359,6 +362,7 @@ def test_diverging_run_keeps_what_was_saved(arguments, tmp_path, capsys):
             assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["baseline", "distillation"])
 def test_diverged_run_does_not_continue_for_hours(train, monkeypatch, script):
     """The step after which a loss is not finite is noticed at the next reading of the metrics, not
@@ -449,6 +453,7 @@ def test_best_epoch_is_remembered_when_a_run_resumes(arguments, monkeypatch):
     assert utils.load_checkpoint(best_path)["epoch"] == 1
 
 
+@pytest.mark.slow
 def test_kill_between_two_files_of_an_epoch(train, tmp_path):
     """Where best_model.pth or last.pth is an epoch ahead of the rest, the outcome is the same."""
     folder = quick_folder(tmp_path)
@@ -573,6 +578,7 @@ def test_several_seeds(train, tmp_path, capsys):
     assert (tmp_path / "results" / "quick" / "seed_4" / "distilled_history.csv").is_file()
 
 
+@pytest.mark.slow
 def test_finished_seeds_are_skipped_and_left_in_place(train, capsys):
     flags = ["--num-epochs", "1"]
     folder = train("baseline", "--seeds", "3", *flags) / "baseline"
@@ -796,6 +802,7 @@ KINDS = [["--distillation-loss", "kd", "--clip-grad", "0"],
          ["--kl-direction", "reverse", "--teacher-image-size", "48", "--mixup-alpha", "0.2"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [*KINDS, ["--ema-decay", "0.9"]])
 def test_nothing_in_the_loop_would_wait(arguments, flags):
     """An epoch of eight steps reads as many values as one of four: none of them in a step."""
@@ -858,6 +865,7 @@ def fake_training(args, names, device, mode, monkeypatch):
     return frames["train"]["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests marked cuda do it in earnest")
 @pytest.mark.skipif(torch.__version__ < (2, 14), reason="torch 2.9, at least, asks for a driver "
                     "even for tensors that have no values")

@@ -317,6 +317,7 @@ def test_teacher_is_reused_where_it_fits(train, capsys):
     assert (folder / "distilled.1" / "distilled_history.csv").is_file()
 
 
+@pytest.mark.slow
 def test_teacher_of_another_split_is_moved_aside(train, capsys):
     folder = train("distillation", *SHORT)
     teacher = utils.sha256(folder / "teacher" / "best_model.pth")
@@ -328,6 +329,7 @@ def test_teacher_of_another_split_is_moved_aside(train, capsys):
     assert utils.sha256(folder / "teacher.1" / "best_model.pth") == teacher
 
 
+@pytest.mark.slow
 def test_fresh_teacher_alone_trains_it_again(train, capsys):
     folder = train("distillation", *SHORT)
     teacher_path = folder / "teacher" / "best_model.pth"
@@ -345,6 +347,7 @@ def test_fresh_teacher_alone_trains_it_again(train, capsys):
     assert (folder / "teacher.1" / "best_model.pth").is_file()
 
 
+@pytest.mark.slow
 def test_student_of_another_teacher_is_trained_again(train, capsys):
     """Though its own settings are the same."""
     folder = train("distillation", *SHORT)
@@ -359,6 +362,7 @@ def test_student_of_another_teacher_is_trained_again(train, capsys):
     assert (folder / "distilled.1" / "best_model.pth").is_file()
 
 
+@pytest.mark.slow
 def test_unfinished_teacher_is_trained_to_its_end(train, capsys):
     """Its best_model.pth of the first epochs is there, and does not teach yet."""
     folder = train("distillation", "--teacher-epochs", "3", "--num-epochs", "1")
@@ -391,6 +395,7 @@ def test_teacher_that_knows_nothing_is_refused(train, monkeypatch, tmp_path):
     assert not (tmp_path / "checkpoints" / "quick" / "distilled").exists()
 
 
+@pytest.mark.slow
 def test_baseline_above_its_teacher_is_warned_about(train, capsys):
     folder = train("baseline", "--num-epochs", "1")
     best_path = folder / "baseline" / "best_model.pth"
@@ -400,6 +405,7 @@ def test_baseline_above_its_teacher_is_warned_about(train, capsys):
     assert f"warning: {best_path} reaches 100.00%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_given_teacher_must_fit(train, tmp_path):
     folder = train("distillation", *SHORT)
     given = tmp_path / "given.pth"
@@ -421,6 +427,7 @@ def test_teacher_has_an_image_size_of_its_own(train):
     assert utils.load_checkpoint(folder / "distilled" / "best_model.pth")["image_size"] == 32
 
 
+@pytest.mark.slow
 def test_teacher_has_epochs_seed_and_learning_rate_of_its_own(train):
     folder = train("distillation", "--teacher-learning-rate", "0.002", "--learning-rate", "0.001",
                    "--teacher-epochs", "3", "--seed", "5", "--warmup-epochs", "0")

@@ -201,6 +201,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGCHLD")
 @pytest.mark.parametrize("end, status, word", [("error", 1, "first fault"), ("stop", 130, "stop")])
 def test_a_worker_that_ends_disturbs_neither_report_nor_shutdown(end, status, word):
@@ -446,6 +447,7 @@ def test_history_that_is_open_elsewhere_costs_no_epoch(train, tmp_path, monkeypa
     assert len(table.read_text(encoding="utf-8").splitlines()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_images")
 @pytest.mark.parametrize("seconds, status", [(1, 0), (math.inf, 1)])
 def test_checkpoint_that_is_open_elsewhere_is_tried_again(
