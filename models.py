@@ -521,7 +521,7 @@ def fold_batch_norms(model, image_size):
 # CUDA graphs and DDP ------------------------------------------------------------------------------
 
 def capture_cuda_graph(model, size, args):
-    """With --cuda-graph, make `model` replay CUDA graphs of its forward and backward pass.
+    """If args.cuda_graph, make `model` replay CUDA graphs of its forward and backward pass.
 
     With small batches a GPU waits for Python: one graph replaces hundreds of kernel launches.
     Graphs are replayed only in the model's current mode (train or eval). They need full batches
@@ -539,37 +539,42 @@ def capture_cuda_graph(model, size, args):
     captured_mode = model.training
     # The capture runs the model, which updates BatchNorm's running statistics.
     original_state = copy.deepcopy(model.state_dict())
-    captured_logits = None
+    latest_logits = torch.empty(0)
 
     def forward(images):
-        nonlocal captured_logits
+        nonlocal latest_logits
         # torch calls this for the capture and, from then on, in the other mode: in evaluation,
         # which has no autocast.
         if model.training != captured_mode:
             return eager_forward(images)
+        # The logits keep the parameters' autograd nodes, which belong to the stream of this call.
+        # If the next call reused them, each would synchronise streams. torch keeps the logits of
+        # its last trial and of the capture, so we take the nodes from them.
+        latest_logits.detach_()
         # Autocast must be inside what is captured (pytorch #71631, #120930).
         with utils.autocast(images.device, args):
             logits = eager_forward(images)
         if logits._is_view():
             logits = logits.clone()  # of a head that ends in Flatten: detach_ below refuses views
-        captured_logits = logits
+        latest_logits = logits
         return logits
 
     model.forward = forward
     images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
     images = images.to(memory_format=torch.channels_last)
+    # cuBLAS would warn if it came first in autograd's thread, which then has no CUDA context yet.
+    torch.ones(1, device=images.device, requires_grad=True).exp().backward()
     try:
         torch.cuda.make_graphed_callables(model, (images,))
     except torch.OutOfMemoryError:
         raise  # utils.user_message has advice on it
     except (RuntimeError, AssertionError) as error:
         # A failed capture may leave CUDA unusable, so there is no falling back to eager mode.
-        raise utils.UserError(f"--cuda-graph failed: {utils.first_line(error)}") from None
+        reason = utils.first_line(error)
+        raise utils.UserError("this model cannot run as a CUDA graph; add --no-cuda-graph "
+                              f"({reason})") from None
 
-    # The graph keeps its logits, and they keep the parameters' autograd nodes, which belong to the
-    # stream of the capture. If training reused them, each would synchronise streams in every step.
-    captured_logits.detach_()
-    captured_logits = None
+    latest_logits.detach_()
     model.load_state_dict(original_state)
 
 

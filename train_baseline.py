@@ -80,7 +80,7 @@ def train(model, info, data, args):
     run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(model)
 
-    # With --cuda-graph, a graph is captured. It only runs in the mode it was captured in.
+    # On a GPU, a CUDA graph is captured. It only runs in the mode it was captured in.
     model.train()
     models.capture_cuda_graph(model, args.image_size, args)
     ddp_model = models.wrap_ddp(model)

@@ -258,8 +258,9 @@ def main_process_first():
 def setup(args):
     """Select and prepare the device, and return it. Raises UsageError if it is not available.
 
-    For training it also sets precision (args.amp_dtype "auto" is replaced by what was chosen),
-    determinism and torchrun's process group. Evaluation has no such settings: it stays in float32.
+    For training it also sets precision (args.amp_dtype "auto" is replaced by what was chosen), CUDA
+    graphs (args.cuda_graph becomes False where they are impossible), determinism and torchrun's
+    process group. Evaluation has no such settings: it stays in float32.
     """
     device = select_device(args.device)
     if device.index is not None:
@@ -276,17 +277,18 @@ def setup(args):
     if is_training:
         precision = select_precision(args.amp_dtype, device)
         args.amp_dtype = precision
-        if args.cuda_graph and device.type != "cuda":
-            raise UsageError("argument --cuda-graph: needs an NVIDIA GPU")
+        args.cuda_graph = args.cuda_graph and can_use_cuda_graphs(args, device)
         if args.deterministic:
             use_deterministic_algorithms(device)
         if WORLD_SIZE > 1:
             join_process_group(device)
 
-    hint = ""
+    line = f"device: {device_name(device)}, {precision}"
+    if is_training and args.cuda_graph:
+        line += ", CUDA graphs"
     if device.type == "cpu":
-        hint = "; large images are slow without a GPU (see README.md)"
-    print(f"device: {device_name(device)}, {precision}{hint}")
+        line += "; large images are slow without a GPU (see README.md)"
+    print(line)
     return device
 
 
@@ -317,6 +319,12 @@ def select_device(wanted):
     if WORLD_SIZE > 1 and device.type == "cuda":
         device = torch.device("cuda", int(TORCHRUN["LOCAL_RANK"]))
     return device
+
+
+def can_use_cuda_graphs(args, device):
+    """Only on NVIDIA GPUs. A replay overwrites the gradients of the one before, so they cannot
+    accumulate. DDP must see each gradient as it is computed, which a replay does not show."""
+    return device.type == "cuda" and args.accumulate_steps == 1 and WORLD_SIZE == 1
 
 
 def prepare_memory(device):

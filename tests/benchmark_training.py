@@ -72,8 +72,7 @@ def parse_settings(args, distill, folder="."):
     flags = ["--student-model", args.model, "--no-pretrained", "--image-size", args.image_size,
              "--batch-size", args.batch_size, "--learning-rate", "1e-4", "--num-epochs", "2",
              "--checkpoint-dir", folder, "--results-dir", folder]
-    if args.cuda_graph:
-        flags += ["--cuda-graph"]
+    flags.append("--cuda-graph" if args.cuda_graph else "--no-cuda-graph")
     script = "baseline"
     if distill:
         flags += ["--teacher-model", args.teacher]
@@ -398,9 +397,10 @@ def parse():
     parser.add_argument("--amp-dtype", default="auto", help="auto, bf16, fp16 or fp32")
     parser.add_argument("--deterministic", action="store_true",
                         help="use only deterministic algorithms")
-    parser.add_argument("--cuda-graph", action="store_true",
-                        help="use CUDA graphs in (b)")
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
+                        help="on a GPU, use CUDA graphs in (b) (default: yes)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.set_defaults(accumulate_steps=1)
     return parser.parse_args()
 
 

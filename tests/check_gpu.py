@@ -54,19 +54,19 @@ SHARES = {  # of the minutes, as parts of their sum
     "facts": 2,
     "tests": 6,      # those marked cuda
     "same_bits": 4,  # what --deterministic promises
-    "agreement": 3,  # of losses with --cuda-graph and without
-    "eager": 4,      # speed and peak memory of the project's loops
-    "graph": 4,      # the same with --cuda-graph
+    "agreement": 3,  # of losses with CUDA graphs and without
+    "graph": 4,      # speed and peak memory of the project's loops
+    "eager": 4,      # the same with --no-cuda-graph
     "limits": 4,     # the ceiling and the plain loop of benchmark_training.py
     "profile": 3,    # share of the time in which the GPU computes
 }
 MEMORY_LIMITS = {"baseline": "1.5", "distillation": "2.5", "teacher": "4 to 5"}  # GB, smaller batch
 
-EAGER = "eager"
-GRAPH = "--cuda-graph"
+GRAPH = "default"
+EAGER = "--no-cuda-graph"
 CEILING = "ceiling"
 PLAIN = "plain loop"
-COLUMNS = (EAGER, GRAPH, CEILING, PLAIN)
+COLUMNS = (GRAPH, EAGER, CEILING, PLAIN)
 ABOVE = "above the table"
 
 
@@ -89,10 +89,10 @@ def plan(args):
              ("baseline", large), ("distillation", large)]
 
     measurements = [Measurement("facts", ["facts"], ABOVE, facts),
-                    Measurement("tests", ["tests marked cuda"], EAGER, cuda_tests)]
+                    Measurement("tests", ["tests marked cuda"], GRAPH, cuda_tests)]
 
     promises = ["two deterministic runs", "interrupted and resumed", "alpha 0 and baseline"]
-    for column in (EAGER, GRAPH):
+    for column in (GRAPH, EAGER):
         measurements.append(Measurement("same_bits", promises, column, same_bits, (column,)))
 
     for loop in ("baseline", "distillation"):
@@ -104,7 +104,7 @@ def plan(args):
         memory_row = f"{loop}, batch {batch}: peak GB"
         if batch == small:
             memory_row += f", limit {MEMORY_LIMITS[loop]}"
-        for stage, column in (("eager", EAGER), ("graph", GRAPH)):
+        for stage, column in (("graph", GRAPH), ("eager", EAGER)):
             measurements.append(Measurement(stage, [speed_row, memory_row], column,
                                             speed_and_memory, (loop, batch, column)))
         if loop != "teacher":
@@ -114,7 +114,7 @@ def plan(args):
 
     for loop in ("baseline", "distillation"):
         row = f"{loop}, batch {small}: GPU busy"
-        for column in (EAGER, GRAPH):
+        for column in (GRAPH, EAGER):
             measurements.append(Measurement("profile", [row], column, busy_share, (loop, column)))
     return measurements
 
@@ -154,7 +154,7 @@ def cuda_tests(args):
 
 def same_bits(args, column):
     batch = args.batches[0]
-    flags = ["--deterministic", *graph_flags(args, column)]
+    flags = ["--deterministic", *graph_flags(column)]
     first = train(args, "baseline", batch, *flags)
     second = train(args, "baseline", batch, *flags)
     resumed = interrupt_and_resume(args, batch, *flags)
@@ -195,17 +195,17 @@ def compare_weights(one, other):
 
 def agreement(args, loop):
     """CUDA graphs against an eager run, and beside it the noise between two eager runs."""
-    eager = losses_of_run(args, loop)
-    noise = largest_difference(eager, losses_of_run(args, loop))
-    difference = largest_difference(eager, losses_of_run(args, loop, *graph_flags(args, GRAPH)))
+    eager = losses_of_run(args, loop, EAGER)
+    noise = largest_difference(eager, losses_of_run(args, loop, EAGER))
+    difference = largest_difference(eager, losses_of_run(args, loop, GRAPH))
     verdict = "agrees" if difference <= max(TOLERANCE, 5 * noise) else "DIFFERS"
     return [f"{verdict}: {difference:.1e}, between two eager runs {noise:.1e}"]
 
 
-def losses_of_run(args, loop, *flags):
+def losses_of_run(args, loop, column):
     """The loss of every step, and last that of the EMA weights on validation images."""
     losses = []
-    last = train(args, loop, args.batches[0], *flags,
+    last = train(args, loop, args.batches[0], *graph_flags(column),
                  on_step=lambda loss: losses.append(loss.clone()))
     return torch.tensor([*losses, last["history"][-1]["val_loss"]])
 
@@ -215,7 +215,7 @@ def largest_difference(losses, other_losses):
 
 
 def speed_and_memory(args, loop, batch, column):
-    history = train(args, loop, batch, *graph_flags(args, column))["history"]
+    history = train(args, loop, batch, *graph_flags(column))["history"]
     speed = f"{history[1]['images_per_second']:.0f}"  # in the first epoch cuDNN tries algorithms
     if args.device == "cpu":
         return [speed, "not measured on CPUs"]
@@ -245,7 +245,8 @@ def benchmark_settings(args, batch):
     settings = argparse.Namespace(
         model=args.model, teacher=args.teacher, image_size=args.image_size, batch_size=batch,
         steps=args.images // batch, device=args.device, amp_dtype="auto", cuda_graph=False,
-        deterministic=False)
+        deterministic=False,
+        accumulate_steps=1)
     return settings, utils.setup(settings)
 
 
@@ -268,7 +269,7 @@ def busy_share(args, loop, column):
             profiler.step()
 
     with torch.profiler.profile(activities=activities, schedule=schedule) as profiler:
-        history = train(args, loop, batch, *graph_flags(args, column), on_step=advance)["history"]
+        history = train(args, loop, batch, *graph_flags(column), on_step=advance)["history"]
 
     events = profiler.key_averages()
     print(events.table(sort_by="self_device_time_total", row_limit=20))
@@ -331,9 +332,9 @@ def parse_settings(args, loop, batch, folder, flags):
     return config.parse_args(script, "", [str(word) for word in words])
 
 
-def graph_flags(args, column):
-    """The flags of a column. CPUs have no CUDA graphs, so a dry run does without."""
-    return ["--cuda-graph"] if column == GRAPH and args.device == "cuda" else []
+def graph_flags(column):
+    """The flags of a column: --no-cuda-graph, or none. CPUs do without CUDA graphs in any case."""
+    return [EAGER] if column == EAGER else []
 
 
 def synthetic_images(count):

@@ -330,7 +330,6 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
      ["--teacher-weights", "no effect", "--teacher-checkpoint"]),
     ("distillation", "--teacher-model tf_efficientnet_b0_nss", ["closest: tf_efficientnet_b0"]),
     ("baseline", "--batch-size None", ["whole number", "'None'"]),
-    ("baseline", "--cuda-graph --accumulate-steps 2", ["--cuda-graph", "--accumulate-steps"]),
 ])
 def test_wrong_use_is_one_sentence_and_status_2(script, flags, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)

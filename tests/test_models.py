@@ -731,7 +731,7 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
     """In the precision of training; in the other mode it runs as before, in float32."""
     replays = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture(replays))
-    args = arguments("baseline", "--cuda-graph", "--amp-dtype", "bf16", "--batch-size", "4")
+    args = arguments("baseline", "--amp-dtype", "bf16", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10)
     images = torch.rand(4, 3, 32, 32)
     state = copy.deepcopy(model.train(training).state_dict())
@@ -756,8 +756,8 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
 def test_failed_capture_is_one_sentence(arguments, monkeypatch, fault):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
     model = models.build_model("test_efficientnet", 10)
-    args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
-    with pytest.raises(utils.UserError, match="--cuda-graph") as error:
+    args = arguments("baseline", "--batch-size", "4")
+    with pytest.raises(utils.UserError, match="--no-cuda-graph") as error:
         models.capture_cuda_graph(model.train(), 32, args)
     assert "\n" not in str(error.value)
     assert str(fault).splitlines()[0] in str(error.value)
@@ -769,34 +769,40 @@ def gradient_nodes(model):
             for parameter in model.parameters()]
 
 
+def mark_new_gradient_nodes(model):
+    for node in gradient_nodes(model):
+        assert "seen" not in node.metadata
+        node.metadata["seen"] = True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "flatten"])
 def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch, head):
-    """torch's graph keeps its logits for as long as the model lives. Their autograd nodes, of the
-    stream of the capture, must not be those that training uses."""
+    """torch keeps the logits of its last trial during the capture, and those of the capture for as
+    long as the model lives. Their autograd nodes, of other streams, must not be used again."""
     kept = []
 
     def make_graphed(model, sample):
-        kept.append(model(*sample))
-        for node in gradient_nodes(model):
-            node.metadata["of the capture"] = True
+        for _ in range(2):  # a trial and the capture, whose streams differ
+            kept.append(model(*sample))
+            mark_new_gradient_nodes(model)
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed)
-    args = arguments("baseline", "--cuda-graph", "--amp-dtype", "fp32", "--batch-size", "4")
+    args = arguments("baseline", "--amp-dtype", "fp32", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10).train()
     if head == "flatten":  # its output is a view
         model.classifier = torch.nn.Sequential(
             model.classifier, torch.nn.Unflatten(1, (10, 1, 1)), torch.nn.Flatten())
     models.capture_cuda_graph(model, 32, args)
 
-    assert kept[0].grad_fn is None
-    assert not any("of the capture" in node.metadata for node in gradient_nodes(model))
+    assert [logits.grad_fn for logits in kept] == [None, None]
+    mark_new_gradient_nodes(model)
 
 
 def test_memory_that_ends_in_a_capture_keeps_its_advice(arguments, monkeypatch):
     fault = torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
-    args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
+    args = arguments("baseline", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10).train()
     with pytest.raises(torch.OutOfMemoryError) as error:
         models.capture_cuda_graph(model, 32, args)

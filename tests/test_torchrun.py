@@ -226,7 +226,6 @@ def test_fault_of_one_process_is_one_message_and_ends_all(tmp_path):
 @pytest.mark.parametrize("script, flags, word", [
     ("baseline", "--batch-size 25", "multiple of 2"),
     ("baseline", "--batch-size 26 --mixup-alpha 1", "multiple of 4"),
-    ("baseline", "--cuda-graph", "torchrun"),
     ("distillation", "--distillation-loss dist", "dist")])
 def test_settings_that_processes_cannot_share_are_wrong_use(
         arguments, monkeypatch, capsys, script, flags, word):

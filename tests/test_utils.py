@@ -245,13 +245,6 @@ def test_durations_are_readable(seconds, text):
 
 # Device -------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what is missing")
-@pytest.mark.parametrize("device", ["cpu", "auto"])
-def test_cuda_graphs_without_a_gpu_are_wrong_use(arguments, device):
-    with pytest.raises(utils.UsageError, match="--cuda-graph"):
-        utils.setup(arguments("baseline", "--cuda-graph", "--device", device))
-
-
 @pytest.mark.parametrize("wanted, chosen, selected", [
     ("auto", "cuda", []), ("cuda", "cuda", []), ("cuda:1", "cuda:1", [1])])
 def test_any_gpu_can_be_chosen(arguments, monkeypatch, capsys, wanted, chosen, selected):
@@ -267,9 +260,25 @@ def test_any_gpu_can_be_chosen(arguments, monkeypatch, capsys, wanted, chosen, s
     assert utils.setup(args) == torch.device(chosen)
     assert calls == selected
     assert args.amp_dtype == "bf16"
-    assert "a GPU, bf16" in capsys.readouterr().out
+    assert args.cuda_graph
+    assert "a GPU, bf16, CUDA graphs" in capsys.readouterr().out
     with pytest.raises(utils.UsageError, match="cuda:2"):
         utils.setup(arguments("baseline", "--device", "cuda:2"))
+
+
+def test_cuda_graphs_only_where_a_replay_is_right(arguments, monkeypatch, capsys):
+    cuda = torch.device("cuda")
+    assert utils.can_use_cuda_graphs(arguments("baseline"), cuda)
+    assert not utils.can_use_cuda_graphs(arguments("baseline", "--accumulate-steps", "2"), cuda)
+    monkeypatch.setattr(utils, "WORLD_SIZE", 2)
+    assert not utils.can_use_cuda_graphs(arguments("baseline", "--batch-size", "16"), cuda)
+
+    monkeypatch.setattr(utils, "WORLD_SIZE", 1)
+    args = arguments("baseline")  # on a CPU
+    assert args.cuda_graph
+    utils.setup(args)
+    assert not args.cuda_graph
+    assert "graphs" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wanted, device, native_bf16, chosen", [
