@@ -84,6 +84,7 @@ def train(model, info, data, args):
     model.train()
     models.capture_cuda_graph(model, args.image_size, args)
     ddp_model = models.wrap_ddp(model)
+    parameters = list(model.parameters())  # made once, since it walks through all modules
 
     # Training loop
     for epoch in range(len(run.history), args.num_epochs):
@@ -104,7 +105,7 @@ def train(model, info, data, args):
 
             learning_rate = optimizer.param_groups[0]["lr"]  # of this step; update() changes it
             if is_update_step:
-                update(model, optimizer, scheduler, scaler, ema, args)
+                update(parameters, optimizer, scheduler, scaler, ema, args)
 
             metrics.add(train_loss=loss, ce_loss=loss,
                         train_accuracy=models.accuracy(logits, labels))
@@ -136,11 +137,11 @@ def seed_dropout(args, epoch):
     torch.manual_seed(seed + utils.RANK)
 
 
-def update(model, optimizer, scheduler, scaler, ema, args):
+def update(parameters, optimizer, scheduler, scaler, ema, args):
     """One optimizer step on the accumulated gradients, then the steps of schedule and EMA."""
     scaler.unscale_(optimizer)
     if args.clip_grad:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
     scaler.step(optimizer)  # skipped if a gradient overflowed in fp16; schedule and EMA are not
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -88,6 +88,7 @@ def train(student, teacher, info, data, args):
     models.capture_cuda_graph(student, args.image_size, args)
     models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)
     ddp_student = models.wrap_ddp(student)
+    parameters = list(student.parameters())  # made once, since it walks through all modules
 
     # Training loop
     for epoch in range(len(run.history), args.num_epochs):
@@ -114,7 +115,7 @@ def train(student, teacher, info, data, args):
 
             learning_rate = optimizer.param_groups[0]["lr"]  # of this step; update() changes it
             if is_update_step:
-                train_baseline.update(student, optimizer, scheduler, scaler, ema, args)
+                train_baseline.update(parameters, optimizer, scheduler, scaler, ema, args)
 
             metrics.add(train_loss=loss, ce_loss=ce_loss, distill_loss=distill_loss,
                         train_accuracy=models.accuracy(logits, labels))

@@ -731,7 +731,7 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
     """In the precision of training; in the other mode it runs as before, in float32."""
     replays = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture(replays))
-    args = arguments("baseline", "--amp-dtype", "bf16", "--batch-size", "4")
+    args = arguments("baseline", "--cuda-graph", "--amp-dtype", "bf16", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10)
     images = torch.rand(4, 3, 32, 32)
     state = copy.deepcopy(model.train(training).state_dict())
@@ -756,7 +756,7 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
 def test_failed_capture_is_one_sentence(arguments, monkeypatch, fault):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
     model = models.build_model("test_efficientnet", 10)
-    args = arguments("baseline", "--batch-size", "4")
+    args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
     with pytest.raises(utils.UserError, match="--no-cuda-graph") as error:
         models.capture_cuda_graph(model.train(), 32, args)
     assert "\n" not in str(error.value)
@@ -788,7 +788,7 @@ def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch, head):
             mark_new_gradient_nodes(model)
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed)
-    args = arguments("baseline", "--amp-dtype", "fp32", "--batch-size", "4")
+    args = arguments("baseline", "--cuda-graph", "--amp-dtype", "fp32", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10).train()
     if head == "flatten":  # its output is a view
         model.classifier = torch.nn.Sequential(
@@ -802,7 +802,7 @@ def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch, head):
 def test_memory_that_ends_in_a_capture_keeps_its_advice(arguments, monkeypatch):
     fault = torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
-    args = arguments("baseline", "--batch-size", "4")
+    args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10).train()
     with pytest.raises(torch.OutOfMemoryError) as error:
         models.capture_cuda_graph(model, 32, args)

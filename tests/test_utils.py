@@ -52,6 +52,8 @@ BUS_ERROR = ("DataLoader worker (pid 7) is killed by signal: Bus error. It is po
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--batch-size"),
     (RuntimeError("GET was unable to find an engine to execute this"), 1, "--amp-dtype"),
+    (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore"), 1,
+     "nvidia-smi"),
     (RuntimeError("NCCL error: unhandled system error"), 1, "NCCL error"),
     (RuntimeError(BUS_ERROR), 1, "--num-workers"),
     (ConnectionResetError("Connection reset by peer"), 1, "--num-workers"),
@@ -254,7 +256,7 @@ def test_any_gpu_can_be_chosen(arguments, monkeypatch, capsys, wanted, chosen, s
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch._C, "_cuda_setDevice", calls.append, raising=False)
-    args = arguments("baseline", "--device", wanted)
+    args = arguments("baseline", "--device", wanted, "--cuda-graph")
     args.amp_dtype = "auto"
 
     assert utils.setup(args) == torch.device(chosen)
@@ -274,8 +276,7 @@ def test_cuda_graphs_only_where_a_replay_is_right(arguments, monkeypatch, capsys
     assert not utils.can_use_cuda_graphs(arguments("baseline", "--batch-size", "16"), cuda)
 
     monkeypatch.setattr(utils, "WORLD_SIZE", 1)
-    args = arguments("baseline")  # on a CPU
-    assert args.cuda_graph
+    args = arguments("baseline", "--cuda-graph", "--device", "cpu")
     utils.setup(args)
     assert not args.cuda_graph
     assert "graphs" not in capsys.readouterr().out
