@@ -49,10 +49,10 @@ def test_dry_run_ends_every_stage_and_fills_the_table(tmp_path):
 def test_cells_that_were_not_measured_are_missing(tmp_path):
     args = dry_args(tmp_path)
     check_gpu.record(args, "baseline, batch 4: images/s", check_gpu.EAGER, "123")
-    check_gpu.record(args, "stage eager", check_gpu.ABOVE, "CUT OFF, 60 s")
+    check_gpu.record(args, "stage speed", check_gpu.ABOVE, "CUT OFF, 60 s")
     lines = check_gpu.table(args).splitlines()
     assert "| baseline, batch 4: images/s | MISSING | 123 | MISSING | MISSING |" in lines
-    assert "- stage eager: CUT OFF, 60 s" in lines
+    assert "- stage speed: CUT OFF, 60 s" in lines
 
     rows = [line for line in lines if line.startswith("|")]
     assert {row.count("|") for row in rows} == {6}
@@ -62,11 +62,11 @@ def test_a_failure_costs_its_own_measurement_alone(tmp_path, monkeypatch):
     def fail(args):
         raise RuntimeError("no memory")
 
-    measurements = [check_gpu.Measurement("eager", ["a", "b"], check_gpu.EAGER, fail),
-                    check_gpu.Measurement("graph", ["c"], check_gpu.EAGER, fail),
-                    check_gpu.Measurement("eager", ["d"], check_gpu.EAGER, lambda args: ["1"])]
+    measurements = [check_gpu.Measurement("speed", ["a", "b"], check_gpu.EAGER, fail),
+                    check_gpu.Measurement("agreement", ["c"], check_gpu.EAGER, fail),
+                    check_gpu.Measurement("speed", ["d"], check_gpu.EAGER, lambda args: ["1"])]
     monkeypatch.setattr(check_gpu, "plan", lambda args: measurements)
-    args = argparse.Namespace(out=tmp_path, stage="eager")
+    args = argparse.Namespace(out=tmp_path, stage="speed")
     check_gpu.run_measurements(args)
     lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
     texts = {cell["row"]: cell["text"] for cell in map(json.loads, lines)}
