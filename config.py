@@ -65,7 +65,7 @@ SEED = 42                     # seed of the new classifier, image order, augment
 DEVICE = "auto"               # cuda, cuda:1, mps, cpu; auto: the first available of cuda, mps, cpu
 DETERMINISTIC = False         # bit-identical CUDA runs (slower); CPU runs are, with equal threads
 AMP_DTYPE = "auto"            # bf16, fp16, fp32; auto: bf16 on CUDA (fp16 on older GPUs), else fp32
-CUDA_GRAPH = True             # run models as CUDA graphs, which is faster; NVIDIA GPUs only
+CUDA_GRAPH = True             # run models as CUDA graphs, faster: NVIDIA GPUs, ACCUMULATE_STEPS 1
 CHECKPOINT_DIR = "checkpoints"   # folder for checkpoints
 RESULTS_DIR = "results"       # folder for histories, report and figures
 
@@ -310,9 +310,10 @@ SETTINGS_OF_SCRIPT = {
 #
 # A student's teacher is compared by the hash of its file instead.
 TEACHER_ONLY = {name.lower() for name in TEACHER_SETTINGS}
-# The device may change, but not the precision that AMP_DTYPE "auto" selects for it.
+# The device may change, and with it the use of CUDA graphs, which compute the same. The precision
+# that AMP_DTYPE "auto" selects for the device may not.
 MAY_CHANGE_ON_RESUME = {name.lower() for name in COMMON_SETTINGS}
-MAY_CHANGE_ON_RESUME |= {"argv", "quick", "fresh", "fresh_teacher", "seeds"}
+MAY_CHANGE_ON_RESUME |= {"argv", "cuda_graph", "quick", "fresh", "fresh_teacher", "seeds"}
 
 
 # Command line -------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import atexit
 import collections
 import contextlib
 import functools
+import gc
 import json
 import math
 import multiprocessing
@@ -882,7 +883,9 @@ def storage_device(pixels, device):
     if device.type != "cuda":
         return device
 
-    # Memory that torch has cached for a previous model would not count as free.
+    # Memory of a previous model would not count as free: its graphs, which only the garbage
+    # collector frees, and what torch has cached.
+    gc.collect()
     torch.cuda.empty_cache()
     size = pixels.numel()
     free, _ = torch.cuda.mem_get_info(device)

@@ -562,13 +562,14 @@ def capture_cuda_graph(model, size, args):
     model.forward = forward
     images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
     images = images.to(memory_format=torch.channels_last)
-    # cuBLAS would warn if it came first in autograd's thread, which then has no CUDA context yet.
+    # Gives autograd's thread a CUDA context. cuBLAS would warn if it had to do so.
     torch.ones(1, device=images.device, requires_grad=True).exp().backward()
     try:
         torch.cuda.make_graphed_callables(model, (images,))
-    except torch.OutOfMemoryError:
-        raise  # utils.user_message has advice on it
     except (RuntimeError, AssertionError) as error:
+        # The model may have failed in the trials before the capture: memory may have run out.
+        if utils.find_known(error) is not None:
+            raise
         # A failed capture may leave CUDA unusable, so there is no falling back to eager mode.
         reason = utils.first_line(error)
         raise utils.UserError("this model cannot run as a CUDA graph; add --no-cuda-graph "

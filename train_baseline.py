@@ -80,7 +80,7 @@ def train(model, info, data, args):
     run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(model)
 
-    # On a GPU, a CUDA graph is captured. It only runs in the mode it was captured in.
+    # With args.cuda_graph, a graph is captured. It only runs in the mode it was captured in.
     model.train()
     models.capture_cuda_graph(model, args.image_size, args)
     ddp_model = models.wrap_ddp(model)
@@ -157,7 +157,7 @@ def validate(model, loader):
         return {}
 
     # torch caches freed GPU memory. Unless it is released, the caches of training and evaluation
-    # add up.
+    # add up. (The memory of CUDA graphs stays.)
     torch.cuda.empty_cache()
     logits, labels = models.infer(model, loader)
     torch.cuda.empty_cache()

@@ -82,8 +82,8 @@ def train(student, teacher, info, data, args):
     run.restore(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(student)
 
-    # On a GPU, CUDA graphs are captured. A graph only runs in the mode it was captured in: the
-    # student's in train mode, the teacher's in eval mode, since a frozen teacher is always in it.
+    # With args.cuda_graph, graphs are captured. A graph only runs in the mode it was captured in:
+    # the student's in train mode, the teacher's in eval mode, in which a frozen teacher always is.
     student.train()
     models.capture_cuda_graph(student, args.image_size, args)
     models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)

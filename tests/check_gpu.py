@@ -96,23 +96,21 @@ def plan(args):
         row = f"{loop}: largest difference of a loss"
         measurements.append(Measurement("agreement", [row], GRAPH, agreement, (loop,)))
 
-    # All in one process: on an H200, cuDNN's trials of algorithms take 20 to 50 s in each.
-    for loop, batch in loops:
-        speed_row = f"{loop}, batch {batch}: images/s"
-        memory_row = f"{loop}, batch {batch}: peak GB"
-        if batch == small:
-            memory_row += f", limit {MEMORY_LIMITS[loop]}"
-        for column in (GRAPH, EAGER):
+    # All speeds in one process: on an H200, cuDNN's trials of algorithms take 20 to 50 s in each.
+    # First without graphs, since a failed capture may leave CUDA unusable.
+    for column, peer, peer_speed in [(EAGER, PLAIN, plain_speed), (GRAPH, CEILING, ceiling_speed)]:
+        for loop, batch in loops:
+            speed_row = f"{loop}, batch {batch}: images/s"
+            memory_row = f"{loop}, batch {batch}: peak GB"
+            if batch == small:
+                memory_row += f", limit {MEMORY_LIMITS[loop]}"
             measurements.append(Measurement("speed", [speed_row, memory_row], column,
                                             speed_and_memory, (loop, batch, column)))
-        if loop != "teacher":
-            for column, function in ((CEILING, ceiling_speed), (PLAIN, plain_speed)):
-                measurements.append(Measurement("speed", [speed_row], column, function,
+            if loop != "teacher":
+                measurements.append(Measurement("speed", [speed_row], peer, peer_speed,
                                                 (loop, batch)))
-
-    for loop in ("baseline", "distillation"):
-        row = f"{loop}, batch {small}: GPU busy"
-        for column in (GRAPH, EAGER):
+        for loop in ("baseline", "distillation"):
+            row = f"{loop}, batch {small}: GPU busy"
             measurements.append(Measurement("speed", [row], column, busy_share, (loop, column)))
     return measurements
 
@@ -243,8 +241,7 @@ def benchmark_settings(args, batch):
     settings = argparse.Namespace(
         model=args.model, teacher=args.teacher, image_size=args.image_size, batch_size=batch,
         steps=args.images // batch, device=args.device, amp_dtype="auto", cuda_graph=False,
-        deterministic=False,
-        accumulate_steps=1)
+        deterministic=False)
     return settings, utils.setup(settings)
 
 

@@ -81,7 +81,7 @@ def arguments(tmp_path):
     """A function that parses flags for a script, with all folders below a temporary one."""
     def parse(script, *flags):
         args = config.parse_args(script, "", small_flags(script, tmp_path, *flags))
-        if script != "evaluate":  # what utils.setup would choose on a CPU, unless a flag says more
+        if script != "evaluate":  # as utils.setup would choose on a CPU, and tests on a GPU want it
             args.cuda_graph = "--cuda-graph" in flags
             if args.amp_dtype == "auto":
                 args.amp_dtype = "fp32"

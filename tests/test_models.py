@@ -799,14 +799,17 @@ def test_capture_leaves_no_autograd_nodes_behind(arguments, monkeypatch, head):
     mark_new_gradient_nodes(model)
 
 
-def test_memory_that_ends_in_a_capture_keeps_its_advice(arguments, monkeypatch):
-    fault = torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("fault, word", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+    (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "--batch-size"),
+    (RuntimeError("x does not have a deterministic implementation"), "--deterministic")])
+def test_known_errors_of_a_capture_keep_their_advice(arguments, monkeypatch, fault, word):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", pretended_capture([], fault))
     args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
     model = models.build_model("test_efficientnet", 10).train()
-    with pytest.raises(torch.OutOfMemoryError) as error:
+    with pytest.raises(type(fault)) as error:
         models.capture_cuda_graph(model, 32, args)
-    assert "--batch-size" in utils.user_message(error.value)
+    assert word in utils.user_message(error.value)
 
 
 # Checkpoints --------------------------------------------------------------------------------------

@@ -995,7 +995,8 @@ def test_accumulation_saves_memory(arguments, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("storage", ["device", "host", "files"])
 @pytest.mark.parametrize("precision, flags", [
-    ("fp32", ["--ema-decay", "0.9"]), ("bf16", ["--teacher-image-size", "64"]),
+    ("fp32", ["--ema-decay", "0.9", "--cuda-graph"]),
+    ("bf16", ["--teacher-image-size", "64", "--cuda-graph"]),
     ("fp16", ["--distillation-loss", "lskd", "--accumulate-steps", "2"])])
 def test_loop_never_waits_for_the_device(
         arguments, storage, precision, flags, monkeypatch, tmp_path):
@@ -1038,7 +1039,7 @@ def test_peak_memory_at_the_default_batch(arguments, names, limit, monkeypatch):
     """GB reserved in an epoch at 224 px, batch 16, mixed precision, as the history has it."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as the scripts have it
     args = arguments("distillation", "--batch-size", "16", "--image-size", "224", "--num-epochs",
-                     "2", "--amp-dtype", "bf16", "--val-fraction", "0.8")
+                     "2", "--amp-dtype", "bf16", "--val-fraction", "0.8", "--cuda-graph")
     student, info, data = prepare(args, names[0])
     if len(names) == 2:
         teacher = models.build_model(names[1], 10)
@@ -1055,14 +1056,15 @@ def test_peak_memory_at_the_default_batch(arguments, names, limit, monkeypatch):
 @pytest.mark.parametrize("script", ["baseline", "distillation"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.filterwarnings("error")
-def test_graphs_train_as_single_kernels_do(train, script, precision):
-    """Two epochs with and without --no-cuda-graph, from the same weights on the same batches. What
+def test_graphs_train_as_single_kernels_do(train, script, precision, capsys):
+    """Two epochs with and without CUDA graphs, from the same weights on the same batches. What
     torch warns of, the scripts' users would see."""
     run = "baseline" if script == "baseline" else "distilled"
     histories = []
-    for flags in (["--no-cuda-graph"], ["--fresh"]):
+    for flags in ([], ["--cuda-graph", "--fresh"]):
         folder = train(script, "--device", "cuda", "--amp-dtype", precision, "--learning-rate",
                        "1e-4", "--seeds", "0", "1", *flags)  # the second seed captures again
+        assert ("CUDA graphs" in capsys.readouterr().out) == ("--cuda-graph" in flags)
         histories.append(history_of(folder / run / "seed_1"))
     for eager, graphed in zip(*histories, strict=True):
         assert eager["train_loss"] == pytest.approx(graphed["train_loss"], rel=0.01)

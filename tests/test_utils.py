@@ -22,6 +22,7 @@ import filelock
 import pytest
 import torch
 
+import config
 import models
 import train_baseline
 import utils
@@ -142,6 +143,7 @@ def test_flags_of_what_is_saved_are_left_out_after_a_signal(arguments, flags):
 WAITING_SCRIPT = """
 import argparse, multiprocessing, sys, time
 multiprocessing.set_start_method("forkserver")
+import config
 import utils
 
 def main(args):
@@ -182,6 +184,7 @@ def test_signal_ends_a_script_whose_reader_or_torchrun_is_gone(monkeypatch, gone
 
 DYING_WORKER_SCRIPT = """
 import argparse, os, signal, sys, time
+import config
 import utils
 
 def raise_error(*_):  # as the handler that torch's DataLoader installs
@@ -270,6 +273,7 @@ def test_any_gpu_can_be_chosen(arguments, monkeypatch, capsys, wanted, chosen, s
 
 def test_cuda_graphs_only_where_a_replay_is_right(arguments, monkeypatch, capsys):
     cuda = torch.device("cuda")
+    assert config.CUDA_GRAPH
     assert utils.can_use_cuda_graphs(arguments("baseline"), cuda)
     assert not utils.can_use_cuda_graphs(arguments("baseline", "--accumulate-steps", "2"), cuda)
     monkeypatch.setattr(utils, "WORLD_SIZE", 2)
