@@ -271,6 +271,15 @@ def test_any_gpu_can_be_chosen(arguments, monkeypatch, capsys, wanted, chosen, s
         utils.setup(arguments("baseline", "--device", "cuda:2"))
 
 
+def test_only_training_tries_algorithms(arguments, monkeypatch):
+    before = torch.backends.cudnn.benchmark
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)  # to be restored
+    utils.setup(arguments("baseline", "--device", "cpu"))
+    assert torch.backends.cudnn.benchmark is True
+    utils.setup(arguments("evaluate", "--device", "cpu"))
+    assert torch.backends.cudnn.benchmark is False
+
+
 def test_cuda_graphs_only_where_a_replay_is_right(arguments, monkeypatch, capsys):
     cuda = torch.device("cuda")
     assert config.CUDA_GRAPH
