@@ -16,6 +16,9 @@ compare() {
     python evaluate.py $(in_folder "$1")
 }
 
+# The default comparison
+python evaluate.py $(in_folder default)
+
 # The table
 python evaluate.py $(in_folder plain_lskd)
 python evaluate.py $(in_folder kd)
