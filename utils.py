@@ -187,8 +187,8 @@ KNOWN_ERRORS = [  # the first match counts
                               "WinError 1455"), MEMORY_ADVICE),  # Windows' paging file
     LOST_CONNECTION,
     KnownError((RuntimeError,), ("busy or unavailable",),
-               "the GPU is busy or unavailable; nvidia-smi shows which programs use it, and "
-               "--device cpu does without it"),
+               "the GPU is busy or unavailable; nvidia-smi shows which programs use it; --device "
+               "cpu trains without it"),
     KnownError((RuntimeError,), ("deterministic",),
                "--deterministic is not possible with this model: {reason}"),
     KnownError((ValueError,), ("more than 1 value per channel",),  # BatchNorm's
