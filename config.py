@@ -65,7 +65,7 @@ SEED = 42                     # seed of the new classifier, image order, augment
 DEVICE = "auto"               # cuda, cuda:1, mps, cpu; auto: the first available of cuda, mps, cpu
 DETERMINISTIC = False         # bit-identical CUDA runs (slower); CPU runs are, with equal threads
 AMP_DTYPE = "auto"            # bf16, fp16, fp32; auto: bf16 on CUDA (fp16 on older GPUs), else fp32
-CUDA_GRAPH = True             # run models as CUDA graphs: faster; one GPU, ACCUMULATE_STEPS 1
+CUDA_GRAPH = True             # where possible, run models as CUDA graphs (faster; NVIDIA GPU only)
 CHECKPOINT_DIR = "checkpoints"   # folder for checkpoints
 RESULTS_DIR = "results"       # folder for histories, report and figures
 

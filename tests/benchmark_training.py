@@ -400,7 +400,7 @@ def parse():
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True,
                         help="on a GPU, use CUDA graphs in (b) (default: yes)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    parser.set_defaults(accumulate_steps=1)
+    parser.set_defaults(accumulate_steps=1)  # which utils.setup reads
     return parser.parse_args()
 
 

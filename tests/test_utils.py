@@ -143,7 +143,6 @@ def test_flags_of_what_is_saved_are_left_out_after_a_signal(arguments, flags):
 WAITING_SCRIPT = """
 import argparse, multiprocessing, sys, time
 multiprocessing.set_start_method("forkserver")
-import config
 import utils
 
 def main(args):
@@ -184,7 +183,6 @@ def test_signal_ends_a_script_whose_reader_or_torchrun_is_gone(monkeypatch, gone
 
 DYING_WORKER_SCRIPT = """
 import argparse, os, signal, sys, time
-import config
 import utils
 
 def raise_error(*_):  # as the handler that torch's DataLoader installs
