@@ -262,33 +262,53 @@ def record_graph(step):
 def timm_loop(args, device, pixels, labels, num_workers, distill):
     """A function that trains an epoch with timm's own parts and returns its images/s."""
     student = models.build_model(args.model, NUM_CLASSES).to(device)
-    criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
-    if distill:
-        teacher = models.build_model(args.teacher, NUM_CLASSES).to(device)
-        task = timm.task.LogitDistillationTask(
-            student, teacher, criterion, distill_loss_weight=0.7, task_loss_weight=0.3,
-            temperature=4.0, device=device, verbose=False)
-    else:
-        task = timm.task.ClassificationTask(student, criterion, device=device, verbose=False)
-
+    teacher = models.build_model(args.teacher, NUM_CLASSES).to(device) if distill else None
     loader = timm.data.create_loader(
         PilImages(pixels, labels), args.image_size, args.batch_size, is_training=True,
         color_jitter=0.0, interpolation="bicubic", mean=MEAN, std=STD, num_workers=num_workers,
         persistent_workers=num_workers > 0, pin_memory=device.type == "cuda", device=device)
-    optimizer = timm.optim.create_optimizer_v2(student, "adamw", lr=1e-4, weight_decay=0.05)
-    scheduler = timm.scheduler.CosineLRScheduler(optimizer, 100 * len(loader), t_in_epochs=False)
-    scaler = timm.utils.NativeScaler(device.type) if args.amp_dtype == "fp16" else None
+    run_epoch, _ = timm_trainer(student, teacher, loader, device, args.amp_dtype,
+                                num_epochs=100, learning_rate=1e-4)
+
+    def run():
+        start = time.perf_counter()
+        run_epoch()
+        return len(loader) * args.batch_size / (time.perf_counter() - start)
+    return run
+
+
+def timm_trainer(student, teacher, loader, device, amp_dtype, num_epochs, learning_rate):
+    """timm's parts, put together as in its train.py, with the defaults of this project's config.py.
+
+    Returns a function that trains `student` for an epoch of timm's `loader` and returns the mean
+    loss and the last learning rate, and the EMA of the weights. `teacher` is None for cross-entropy
+    alone.
+    """
+    criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
+    if teacher is None:
+        task = timm.task.ClassificationTask(student, criterion, device=device, verbose=False)
+    else:
+        task = timm.task.LogitDistillationTask(
+            student, teacher, criterion, distill_loss_weight=0.7, task_loss_weight=0.3,
+            temperature=4.0, device=device, verbose=False)
+
+    steps = len(loader)
+    optimizer = timm.optim.create_optimizer_v2(student, "adamw", lr=learning_rate,
+                                               weight_decay=0.05)
+    scheduler = timm.scheduler.CosineLRScheduler(
+        optimizer, num_epochs * steps, warmup_t=steps, warmup_lr_init=learning_rate / steps,
+        t_in_epochs=False)
+    scaler = timm.utils.NativeScaler(device.type) if amp_dtype == "fp16" else None
     ema = timm.utils.ModelEmaV3(student, decay=0.999, use_warmup=True)
     num_updates = 0
 
-    def run():
+    def run_epoch():
         nonlocal num_updates
         student.train()
         losses = timm.utils.AverageMeter()
-        start = time.perf_counter()
         for images, targets in loader:
             images = images.contiguous(memory_format=torch.channels_last)
-            with utils.autocast(device, args):
+            with utils.autocast(device, argparse.Namespace(amp_dtype=amp_dtype)):
                 loss = task(images, targets)["loss"]
 
             if scaler:
@@ -302,8 +322,8 @@ def timm_loop(args, device, pixels, labels, num_workers, distill):
             ema.update(student, num_updates)
             scheduler.step_update(num_updates)
             losses.update(loss.item(), len(images))
-        return len(loader) * args.batch_size / (time.perf_counter() - start)
-    return run
+        return losses.avg, optimizer.param_groups[0]["lr"]
+    return run_epoch, ema
 
 
 # Evaluation ---------------------------------------------------------------------------------------

@@ -288,8 +288,8 @@ def busy_share(args, loop, column):
 def train(args, loop, batch, *flags, on_step=None, folder=None):
     """Train two epochs as the scripts do, from fixed weights; return the content of last.pth.
 
-    `flags` override the settings, such as --num-epochs. `on_step` is called with the loss of each step, a 0-d tensor on the device. A previous run in
-    `folder` is resumed.
+    `flags` override the settings, such as --num-epochs. `on_step` is called with the loss of each
+    step, a 0-d tensor on the device. A previous run in `folder` is resumed.
     """
     folder = folder or tempfile.mkdtemp(dir=args.work)
     run_args = parse_settings(args, loop, batch, folder, flags)

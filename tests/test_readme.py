@@ -25,6 +25,8 @@ import config
 import data_loader
 import evaluate
 import models
+import train_baseline
+import train_distillation
 import utils
 from conftest import ROOT, STUDENT, TEACHER, save_best
 
@@ -405,14 +407,36 @@ def test_cifar_folder_is_always_the_same_choice(tmp_path, monkeypatch):
             assert colours == [(i // 2, green, blue) for i in indices]
 
 
+@pytest.mark.slow
+def test_timm_loop_trains_both_students(arguments, monkeypatch):
+    timm_loop = load_script("timm_loop")
+    for script in (train_baseline, train_distillation):
+        monkeypatch.setattr(script, "train", script.train)  # timm_loop replaces both
+    flags = ("--num-epochs", "4", "--learning-rate", "3e-3")
+    args = arguments("baseline", *flags)
+    timm_loop.main(args)
+    baseline = utils.run_folder("baseline", args) / "best_model.pth"
+    args = arguments("distillation", *flags, "--teacher-checkpoint", str(baseline))
+    timm_loop.main(args)
+
+    for run in ("baseline", "distilled"):
+        model, info = models.load_model(utils.run_folder(run, args) / "best_model.pth")
+        assert info["run"] == run
+        assert info["val_accuracy"] > 0.4  # by chance: 0.1
+        data = data_loader.open_dataset(args)
+        loader = data_loader.EvaluationLoader(data.val, info, args, torch.device("cpu"))
+        assert train_baseline.validate(model, loader)["val_accuracy"] == info["val_accuracy"]
+
+
 # Commands -----------------------------------------------------------------------------------------
 
 SCRIPTS = {
     "train_baseline.py": "baseline",
     "train_distillation.py": "distillation",
     "evaluate.py": "evaluate",
-    "results/example/search.py": "distillation",   # these two pass their flags on
+    "results/example/search.py": "distillation",   # these three pass their flags on
     "results/example/control.py": "distillation",
+    "results/example/timm_loop.py": "distillation",
 }
 WITHOUT_FLAGS = ("tests/check_gpu.py", "results/example/length.py",
                  "results/example/cifar_folder.py")
