@@ -19,6 +19,9 @@ compare() {
 # The default comparison
 python evaluate.py $(in_folder default)
 
+# At 224 px
+python evaluate.py $(in_folder large)
+
 # The table
 python evaluate.py $(in_folder plain_lskd)
 python evaluate.py $(in_folder kd)
