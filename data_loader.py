@@ -87,7 +87,6 @@ class Dataset(NamedTuple):
     val: Images
     split_fingerprint: str  # SHA-256, see the function of this name
     augmentation: str       # none, crop, flip_crop or resized_crop
-    value_range: tuple | None = None  # as in Images
 
 
 # Datasets -----------------------------------------------------------------------------------------
@@ -124,11 +123,12 @@ def open_dataset(args):
         remedy = "a larger --val-fraction" if own_val is None else "more validation images"
         print("warning: the choice of the best epoch is unreliable, since one validation image "
               f"counts for {100 / len(val.labels):.1f} points of accuracy; {remedy} would help")
-    return Dataset(name, class_names, train, val, fingerprint, augmentation, images.value_range)
+    return Dataset(name, class_names, train, val, fingerprint, augmentation)
 
 
 def load_split(name, part, args, value_range=None):
-    """Load the `part` (train, val or test) of the dataset `name`: (Images, class names).
+    """Load the `part` of the dataset `name`: (Images, class names). `part` is train, test or, for
+    the datasets that have one of their own (ImageFolder, Flowers102), val.
 
     Labels are indices into these class names. `value_range` (see Images) is that of the training
     pictures; it is not needed for "train", which determines it.
@@ -488,7 +488,7 @@ def save_cache(content, cache):
 def list_pictures(folder):
     """Find the pictures in `folder`/<class>/ and below: (sorted class names, paths, labels (N,)).
 
-    Hidden files and files that Pillow cannot read are passed over, and counted in a printed line.
+    Hidden files and files that Pillow cannot read are skipped, and counted in a printed line.
     Links to folders are not followed, since they could lead in a circle.
     """
     check_layout(folder)
@@ -497,15 +497,15 @@ def list_pictures(folder):
     class_folders.sort(key=lambda entry: entry.name)
     files = []
     labels = []
-    all_passed_over = collections.Counter()
+    all_skipped = collections.Counter()
     for label, class_folder in enumerate(class_folders):
-        pictures, passed_over = find_pictures(class_folder, folder)
+        pictures, skipped = find_pictures(class_folder, folder)
         if not pictures:
             raise UserError(f"the class folder {printable(class_folder)} has no picture"
-                            + describe_passed_over(passed_over))
+                            + describe_skipped(skipped))
         files += pictures
         labels += [label] * len(pictures)
-        all_passed_over += passed_over
+        all_skipped += skipped
 
     # Test pictures may all be of one class, but a model cannot be trained on one.
     min_classes = 1 if folder.name == "test" else 2
@@ -513,8 +513,8 @@ def list_pictures(folder):
         number = "one" if min_classes == 1 else "two"
         raise UsageError(f"{printable(folder)} must contain {number} or more folders with "
                          "pictures, one folder per class")
-    if all_passed_over:
-        print_once(printable(folder) + describe_passed_over(all_passed_over))
+    if all_skipped:
+        print_once(printable(folder) + describe_skipped(all_skipped))
     class_names = [printable(entry.name) for entry in class_folders]
     return class_names, files, torch.tensor(labels)
 
@@ -539,21 +539,21 @@ def check_layout(folder):
 
 def find_pictures(class_folder, folder):
     """The pictures in `class_folder` and below: (sorted paths, Counter of why other files were
-    passed over). `folder` is the folder of all classes."""
+    skipped). `folder` is the folder of all classes."""
     pictures = []
-    passed_over = collections.Counter()
+    skipped = collections.Counter()
     for parent, _, names in os.walk(class_folder):
         for name in names:
             path = Path(parent, name)
-            reason = reason_to_pass_over(path, folder)
+            reason = reason_to_skip(path, folder)
             if reason:
-                passed_over[reason] += 1
+                skipped[reason] += 1
             else:
                 pictures.append(path)
-    return sorted(pictures, key=lambda path: path.parts), passed_over
+    return sorted(pictures, key=lambda path: path.parts), skipped
 
 
-def reason_to_pass_over(path, folder):
+def reason_to_skip(path, folder):
     """Why a file in `folder` is not used as a picture, in a word or two; "" if it is used."""
     if "/." in path.relative_to(folder).as_posix():  # the file, or a folder above it
         return "hidden"
@@ -573,12 +573,12 @@ def picture_extensions():
             if name in Image.OPEN and name not in NON_PICTURE_FORMATS}
 
 
-def describe_passed_over(counts):
-    """How many files were passed over and why, as the end of a sentence; "" if there are none."""
+def describe_skipped(counts):
+    """How many files were skipped and why, as the end of a sentence; "" if there are none."""
     if not counts:
         return ""
     kinds = [f"{count} {kind}" for kind, count in sorted(counts.items())]
-    text = f": {sum(counts.values())} files were passed over ({', '.join(kinds)})"
+    text = f": {sum(counts.values())} files were skipped ({', '.join(kinds)})"
     if counts.keys() & HEIC_EXTENSIONS:
         text += f"; {HEIC_HINT}"
     return text
@@ -813,7 +813,7 @@ def crop_to_size(info):
     size = info["image_size"]
     shorter_side = math.floor(size / info["crop_pct"])
     return transforms.Compose([
-        functools.partial(to_rgb, value_range=info.get("value_range")),
+        functools.partial(to_rgb, value_range=info["value_range"]),
         limit_aspect_ratio,
         transforms.Resize(shorter_side, transforms.InterpolationMode(info["interpolation"])),
         transforms.CenterCrop(size),
@@ -1097,7 +1097,7 @@ class TrainingLoader:
         self.batch_size = args.batch_size
         self.accumulate_steps = args.accumulate_steps
         self.rank_batch_size = self.batch_size // utils.WORLD_SIZE
-        self.rank_places = places_of_this_rank(self.batch_size, self.rank_batch_size)
+        self.rank_positions = positions_of_this_rank(self.batch_size, self.rank_batch_size)
 
         # If student and teacher have the same size, they share one tensor.
         sizes = [info["image_size"]]
@@ -1137,12 +1137,13 @@ class TrainingLoader:
         order = torch.randperm(self.num_images, generator=generator)
         order = order[:len(self) * self.batch_size]
 
-        # Rows of `order` that belong to this process, the same places of each batch.
+        # Rows of `order` that belong to this process, the same positions in each batch.
         rows = torch.arange(len(order)).view(-1, self.batch_size)
-        rank_rows = rows[:, self.rank_places].flatten()
+        rank_rows = rows[:, self.rank_positions].flatten()
 
         batches = self.source.batches(order, self.rank_batch_size, generator, rank_rows)
-        for batch_number, (views, labels) in enumerate(batches):
+        # From 1, since derive_seed takes (seed, epoch, 0) for (seed, epoch).
+        for batch_number, (views, labels) in enumerate(batches, start=1):
             if self.mixup:
                 views, labels = self.mix(
                     views, labels, derive_seed(self.seed, epoch, batch_number))
@@ -1161,8 +1162,8 @@ class TrainingLoader:
         return mixed_views, mixed_labels
 
 
-def places_of_this_rank(batch_size, rank_batch_size):
-    """Which places of a batch belong to this process of torchrun, as indices (rank_batch_size,).
+def positions_of_this_rank(batch_size, rank_batch_size):
+    """Which positions of a batch belong to this process of torchrun: (rank_batch_size,) int64.
 
     Mixup mixes image i with image B-1-i, so both belong to the same process.
     """
@@ -1175,7 +1176,8 @@ def places_of_this_rank(batch_size, rank_batch_size):
 
 
 def derive_seed(*numbers):
-    """A 32-bit seed made of several numbers. Similar numbers give unrelated seeds."""
+    """A 32-bit seed made of up to four numbers. Similar numbers give unrelated seeds, but zeros at
+    the end do not count."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

@@ -122,7 +122,7 @@ def main(args):
         "left_out": left_out,
         "trained_on": data_loader.duplicates_of_training_images(test, data) if data else [],
         "no_validation": no_validation,
-        "missing_classes": [printable(name) for name in missing_classes],
+        "missing_classes": missing_classes,
     }
 
     # Numbers are written before the figures, so that an error in a figure loses none of them.
@@ -239,7 +239,7 @@ def open_images(info, args):
                         "give its new location with --dataset-dir DIR")
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings,
-                                               info.get("value_range"))
+                                               info["value_range"])
     test = data_loader.align_classes(test, class_names, info["class_names"])
     missing_classes = [name for name in info["class_names"] if name not in class_names]
 
@@ -251,25 +251,6 @@ def open_images(info, args):
         no_validation = "the training images have changed since the checkpoints were made"
         return test, None, missing_classes, no_validation
     return test, data, missing_classes, None
-
-
-def printable(text):
-    """`text` with U+FFFD for each lone surrogate, Python's stand-in for a byte of a file name that
-    is not UTF-8."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
-
-
-def printable_names(class_names):
-    """The class names in printable form, with a number added to those that would be equal."""
-    names = []
-    for name in map(printable, class_names):
-        unique_name = name
-        count = 1
-        while unique_name in names:
-            count += 1
-            unique_name = f"{name} ({count})"
-        names.append(unique_name)
-    return names
 
 
 def load_trained(path, reference, test, data, args, device, is_teacher=False):
@@ -301,7 +282,6 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
     is_foreign = is_teacher and "info" in reference["teacher"]
     history = [] if is_foreign else training_history(path)
     log_probs = infer_log_probs(model, info, test, args, device)
-    info["class_names"] = printable_names(info["class_names"])
     return TrainedModel(path, model, info, log_probs, temperature, history)
 
 
@@ -352,7 +332,8 @@ def find_differences(trained):
     for student in students:
         settings = student.info["config"]
         reference_settings = reference["config"]
-        for name in sorted(settings.keys() & reference_settings.keys() - may_differ):
+        common = settings.keys() & reference_settings.keys()
+        for name in sorted(common - may_differ):
             value = settings[name]
             reference_value = reference_settings[name]
             if value != reference_value:
@@ -383,7 +364,7 @@ def compare(trained, labels, validation_images, dataset_dir=None):
     name = first["dataset"]
     if name == "ImageFolder":  # it is called by its folder's name
         folder = Path(dataset_dir or first["config"]["dataset_dir"])
-        name = printable(folder.resolve().name)
+        name = data_loader.printable(folder.resolve().name)
     class_sizes = np.bincount(labels, minlength=first["num_classes"])
     numbers = {
         "dataset": {
@@ -667,7 +648,7 @@ def compare_students(trained, labels):
     only_distilled = (gains > 0).sum(1).tolist()
     mcnemar_p = []
     for counts in zip(only_baseline, only_distilled, strict=True):
-        mcnemar_p.append(exact_mcnemar(*counts))
+        mcnemar_p.append(sign_test(*counts))
 
     gain_by_seed = gains.mean(1).tolist()
     ci_over_seeds, t_test_p = t_test(gain_by_seed)
@@ -737,7 +718,7 @@ def gains_by_class(trained, labels):
     p_values = []
     for label in present:
         sums = gains[:, labels == label].sum(0)
-        p_values.append(exact_mcnemar(int((sums < 0).sum()), int((sums > 0).sum())))
+        p_values.append(sign_test(int((sums < 0).sum()), int((sums > 0).sum())))
     adjusted = stats.false_discovery_control(p_values)
 
     changes = {}
@@ -795,13 +776,13 @@ def usable_interval(gains):
     return confidence_interval(gains)
 
 
-def exact_mcnemar(only_baseline, only_distilled):
-    """Two-sided p of McNemar's exact test: a binomial test on the images, given as two counts,
-    that only one of the students classifies correctly."""
-    discordant = only_baseline + only_distilled
-    if discordant == 0:
+def sign_test(losses, gains):
+    """Two-sided p of the exact sign test of two counts. If these are the images that only the
+    baseline and only the distilled student classifies correctly, it is McNemar's exact test."""
+    changes = losses + gains
+    if changes == 0:
         return 1.0
-    return float(stats.binomtest(only_baseline, discordant).pvalue)
+    return float(stats.binomtest(losses, changes).pvalue)
 
 
 def t_test(gain_by_seed):
@@ -1217,9 +1198,9 @@ def number_cells(dicts, key, spec):
 def score_table(numbers):
     roles = list(numbers["models"])
     scores = list(numbers["models"].values())
-    label = "Scores on the test images"
+    label = "Scores (test images if not stated)"
     if scores[0]["sd"]:
-        label = "Scores on test images (± SD of seeds)"
+        label = "Scores (mean ± SD of seeds)"
     lines = [table_row(label, map(str.capitalize, roles), indent="")]
     for key, label in SCORES.items():
         if key in scores[0]:
@@ -1360,7 +1341,7 @@ def write_numbers(trained, labels, numbers, report, results_dir):
 
 def write_text(path, text):
     with utils.atomic_write(path) as file:
-        file.write(printable(text))
+        file.write(text)
 
 
 def setting_parts(numbers):
@@ -1481,7 +1462,7 @@ MAX_CONFUSED = 16     # beyond that: classes in the matrix of the most confused 
 MAX_ANNOTATED = 20    # classes up to which each cell shows its number
 MAX_ORDERED = 300     # classes up to which the optimal order is computed, in O(C**3)
 GALLERY_COLUMNS = 4
-GALLERY_MOST = 8      # images corrected, and images newly misclassified
+MAX_GALLERY = 8       # images corrected, and images newly misclassified
 
 # Okabe and Ito's colours, safe for the colour-blind. In greyscale, lines and markers still differ.
 STYLES = {
@@ -1567,8 +1548,9 @@ def figure_caption(numbers, width):
     parts = setting_parts(numbers)
     unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
     text = "\N{NO-BREAK SPACE}· ".join(unbroken)
-    lines = math.ceil(len(text) / (20 * width))  # 22 characters of 6 pt take an inch
-    wrapped = textwrap.wrap(text, len(text) // lines + 12)  # lines of similar length
+    lines = math.ceil(len(text) / (20 * width))  # in 6 pt, an inch holds some 22 characters
+    # Lines of similar length, with some slack, since no phrase is broken.
+    wrapped = textwrap.wrap(text, len(text) // lines + 12)
     return "\n".join(line.removesuffix("\N{NO-BREAK SPACE}·") for line in wrapped)
 
 
@@ -1936,10 +1918,10 @@ def class_changes(numbers):
                       xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=6.5,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
 
-    significant = "no change is significant"
+    significance_note = "no change is significant"
     if any(changes[name]["p"] < 0.05 for name in names):
-        significant = "* and strong colour: significant"
-    axis.set_title(f"{title}\n{significant} (sign test, false discovery rate 5 %)")
+        significance_note = "* and strong colour: significant"
+    axis.set_title(f"{title}\n{significance_note} (sign test, false discovery rate 5 %)")
 
     for color, label in ((GAIN_COLOR, "Distilled better"), (LOSS_COLOR, "Distilled worse")):
         axis.plot([], [], color=color, linewidth=1.8, label=label)  # for the legend only
@@ -1982,7 +1964,7 @@ def gallery(trained, labels, test):
     is_correct = distilled.predictions == labels
     corrected = np.flatnonzero(~was_correct & is_correct)
     misclassified = np.flatnonzero(was_correct & ~is_correct)
-    shown = choose_pictures(corrected, misclassified)
+    shown = choose_gallery_images(corrected, misclassified)
 
     columns = min(GALLERY_COLUMNS, max(1, len(shown)))
     rows = max(1, len(shown) // columns)
@@ -1992,7 +1974,7 @@ def gallery(trained, labels, test):
     for position, i in enumerate(shown, start=1):
         axis = figure.add_subplot(rows, columns, position)
         image = crop(data_loader.load_image(test, i))
-        draw_picture(axis, image, i, labels[i], first, is_correct[i])
+        draw_gallery_image(axis, image, i, labels[i], first, is_correct[i])
 
     seed = distilled.info["config"]["seed"]
     figure.suptitle(f"Seed {seed}: the distilled student corrects {len(corrected):,} test images "
@@ -2001,11 +1983,11 @@ def gallery(trained, labels, test):
     return figure
 
 
-def choose_pictures(corrected, misclassified):
-    """Random indices of up to GALLERY_MOST images of each kind, the corrected ones first. If they
+def choose_gallery_images(corrected, misclassified):
+    """Random indices of up to MAX_GALLERY images of each kind, the corrected ones first. If they
     need more than one row, the larger kind loses some so that all rows are full."""
     random = np.random.default_rng(0)
-    chosen = [random.permutation(images)[:GALLERY_MOST].tolist()
+    chosen = [random.permutation(images)[:MAX_GALLERY].tolist()
               for images in (corrected, misclassified)]
     total = len(chosen[0]) + len(chosen[1])
     if total > GALLERY_COLUMNS:
@@ -2014,7 +1996,7 @@ def choose_pictures(corrected, misclassified):
     return chosen[0] + chosen[1]
 
 
-def draw_picture(axis, image, i, label, model_by_role, is_corrected):
+def draw_gallery_image(axis, image, i, label, model_by_role, is_corrected):
     """Draw an image as cropped for the model, titled with its class and each prediction."""
     names = model_by_role["baseline"].info["class_names"]
     lines = [f"Class: {short_name(names[label], 22)}"]

@@ -490,7 +490,7 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
 
 def fold_batch_norms(model, image_size):
     """A copy of `model` (in eval mode, on the CPU) with each BatchNorm folded into the convolution
-    before it, which halves the number of operations in a forward pass.
+    before it, which saves a GPU an operation for each of them.
 
     Adjacent children need not be adjacent in the forward pass (RepViT). So the copy is tested on
     random images; if its logits differ, `model` itself is returned.
@@ -649,7 +649,7 @@ def build_info(run, model, name, data, args, **more):
         "interpolation": interpolation,
         "mean": [float(value) for value in cfg["mean"]],
         "std": [float(value) for value in cfg["std"]],
-        "value_range": list(data.value_range) if data.value_range else None,
+        "value_range": list(data.train.value_range) if data.train.value_range else None,
         "dataset": data.name,
         "split_fingerprint": data.split_fingerprint,
         "config": dict(vars(args)),

@@ -65,7 +65,7 @@ def train(model, info, data, args):
         return run.best_path
 
     # Data
-    device = model.pixel_scale.device  # of a buffer, and so of the whole model
+    device = next(model.parameters()).device
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 

@@ -34,7 +34,7 @@ def main(args):
     teacher_path = args.teacher_checkpoint
     if teacher_path is None:
         teacher_path = find_or_train_teacher(args, data, device)
-    teacher, teacher_record = load_teacher(teacher_path, args, data, device)
+    teacher, teacher_record = prepare_teacher(teacher_path, args, data, device)
 
     for run_args in train_baseline.args_of_each_seed(args):
         # Seeded right before building, as in train_baseline.main: both students start from the
@@ -67,7 +67,7 @@ def train(student, teacher, info, data, args):
         return run.best_path
 
     # Data
-    device = student.pixel_scale.device  # of a buffer, and so of the whole model
+    device = next(student.parameters()).device
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 
@@ -143,13 +143,15 @@ def train(student, teacher, info, data, args):
 
 def teacher_args(args):
     """The settings of the teacher's fine-tuning, in the form that train_baseline.train expects."""
-    # If these were included, changing one of them would make an unfinished teacher start over.
+    # The teacher does not depend on these. If they were included, changing one would make an
+    # unfinished teacher start over.
     not_used = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
                 "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
     settings = {name: value for name, value in vars(args).items() if name not in not_used}
     settings["num_epochs"] = args.teacher_epochs
     settings["learning_rate"] = args.teacher_learning_rate
     settings["image_size"] = args.teacher_image_size or args.image_size
+    settings["weights"] = args.teacher_weights
     settings["seeds"] = None
     settings["fresh"] = args.fresh_teacher
     # Not the student's seed: with it the student would see the very crops that the teacher was
@@ -185,7 +187,7 @@ def find_or_train_teacher(args, data, device):
     return train_baseline.train(teacher, info, data, run_args)
 
 
-def load_teacher(path, args, data, device):
+def prepare_teacher(path, args, data, device):
     """Load, check and freeze the teacher of `path`. Return it, on `device`, and a record of it for
     the student's checkpoint. Raises UserError if it does not match the data or is too inaccurate.
     """

@@ -78,7 +78,7 @@ def run_script(main, args):
     try:
         status = call_and_report(main, args)
     except KeyboardInterrupt as stop:
-        let_data_workers_end()
+        ignore_ends_of_data_workers()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would disturb the shutdown
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if RANK == 0:
@@ -101,7 +101,7 @@ def call_and_report(main, args):
         sys.stdout.flush()  # a broken pipe shows here, not at the interpreter's shutdown
         return 0
     except Exception as error:
-        let_data_workers_end()
+        ignore_ends_of_data_workers()
         message = user_message(error)
         if message is None:  # a bug
             if WORLD_SIZE == 1:
@@ -117,9 +117,9 @@ def call_and_report(main, args):
         return exit_status(error)
 
 
-def let_data_workers_end():
+def ignore_ends_of_data_workers():
     """Remove torch's handler for the end of a data worker. It raises an error, which would disturb
-    the report of an earlier one, or the shutdown."""
+    the report of an earlier error, or the shutdown."""
     if hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -422,7 +422,7 @@ def atomic_write(target, mode="w"):
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # one per process
     text_options = {}
     if "b" not in mode:
-        # Class names from folders that are not UTF-8 get replacement characters.
+        # Paths that are not UTF-8 get replacement characters.
         text_options = {"encoding": "utf-8", "errors": "replace", "newline": ""}
     try:
         with open(unfinished, mode, **text_options) as file:
@@ -696,7 +696,8 @@ class Run:
                   "the next start")
 
     def print_estimate(self, metrics, steps_per_epoch):
-        """Print an estimate of the run's duration, once: after 15 s or at the first epoch's end."""
+        """Print once how long this seed and the later ones will still take: at the first reading of
+        the metrics after 15 s, or at the end of the first epoch."""
         if self.has_printed_estimate:
             return
         is_last_step = metrics.num_steps == steps_per_epoch
@@ -710,8 +711,9 @@ class Run:
         epochs_to_go = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
         steps_to_go = epochs_to_go * steps_per_epoch - metrics.num_steps
         duration = format_duration(steps_to_go * metrics.seconds_per_step())
+        scope = " for all seeds" if self.epochs_of_later_seeds else ""
         tqdm.write(f"{self.title}: {epochs_text} of {steps_per_epoch} steps, "
-                   f"about {duration} to go")
+                   f"about {duration} to go{scope}")
 
     def print_epoch(self, row, is_best):
         """Print the epoch in one line, with a star if it is the best so far, and the time to go."""

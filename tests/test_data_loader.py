@@ -1039,7 +1039,7 @@ def test_training_only_learns_whether_test_pictures_can_be_decoded(arguments, tm
         data_loader.open_dataset(args)
 
 
-def test_what_is_no_picture_is_passed_over_and_counted(arguments, tmp_path, capsys):
+def test_what_is_no_picture_is_skipped_and_counted(arguments, tmp_path, capsys):
     """Hidden files and folders, texts, a pipe, a dangling link, a link that leads in a circle."""
     folder = write_pictures(tmp_path / "pictures")
     before = data_loader.open_dataset(folder_args(arguments, folder))
@@ -1057,7 +1057,7 @@ def test_what_is_no_picture_is_passed_over_and_counted(arguments, tmp_path, caps
     after = data_loader.open_dataset(folder_args(arguments, folder))
     assert after.split_fingerprint == before.split_fingerprint
     out = capsys.readouterr().out
-    assert out.count("passed over") == 1
+    assert out.count("skipped") == 1
     assert "5 files" in out and "1 .txt" in out and "2 hidden" in out
     assert "3 classes, 18 training images, 6 validation images" in out
 
@@ -1450,14 +1450,14 @@ def test_pictures_of_many_bits_share_the_range_of_the_training_pictures(
     offset = options.get("offset", 0)
     low = darkest * options["scale"] + offset
     high = brightest * options["scale"] + offset
-    assert data.value_range == pytest.approx((low, high))
+    assert data.train.value_range == pytest.approx((low, high))
     out = capsys.readouterr().out
     assert "24 of 24 training pictures" in out
     assert f"from {low:g} to {high:g}" in out
 
-    test, _ = data_loader.load_split("ImageFolder", "test", args, data.value_range)
+    test, _ = data_loader.load_split("ImageFolder", "test", args, data.train.value_range)
     for part in (data.train, data.val, test):
-        assert part.value_range == data.value_range
+        assert part.value_range == data.train.value_range
         for i in range(len(part.labels)):
             pixels = np.asarray(data_loader.load_image(part, i))
             assert (pixels == pixels[..., :1]).all()
@@ -1469,7 +1469,8 @@ def test_pictures_of_many_bits_share_the_range_of_the_training_pictures(
 
     images, _ = next(make_loader(data, args).epoch(0))  # what training sees, crops of the same
     assert 0.2 < images.mean() < 0.8
-    assert data_loader.open_dataset(args).value_range == data.value_range  # from the cache
+    from_cache = data_loader.open_dataset(args)
+    assert from_cache.train.value_range == data.train.value_range
 
 
 @pytest.mark.parametrize("sizes", DEEP_SIZES)
@@ -1482,7 +1483,7 @@ def test_own_validation_pictures_have_the_range_of_the_training_pictures(
         Image.fromarray(2 * np.asarray(Image.open(file))).save(file)
 
     data = data_loader.open_dataset(folder_args(arguments, folder))
-    low, high = data.value_range
+    low, high = data.train.value_range
     assert high == max(np.asarray(Image.open(file)).max() for file in folder.glob("train/*/*"))
     for i, file in enumerate(sorted(folder.glob("val/*/*"))):
         values = np.asarray(Image.open(file)).astype(float)
@@ -1550,7 +1551,7 @@ def test_deep_test_pictures_of_a_model_that_saw_none_are_warned_about(arguments,
     Image.fromarray(np.full((40, 60), 30000, np.uint16)).save(folder / "test" / "cat" / "deep.png")
     utils.print_once.cache_clear()
     data = data_loader.open_dataset(folder_args(arguments, folder))
-    assert data.value_range is None
+    assert data.train.value_range is None
     assert "1 of 10 pictures have more than 8 bits" in capsys.readouterr().out
 
 

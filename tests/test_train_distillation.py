@@ -376,6 +376,18 @@ def test_unfinished_teacher_is_trained_to_its_end(train, capsys):
     assert "teacher epoch   3/3" in out
     assert "teacher epoch   1/3" not in out
 
+    # From other initial weights it is another teacher.
+    last["history"] = last["history"][:2]
+    torch.save(last, last_path)
+    flags = ["--pretrained"]
+    for flag, run in (("--teacher-weights", "teacher"), ("--student-weights", "distilled")):
+        flags += [flag, folder / f"{run}.pth"]
+        torch.save(best_weights(folder / run), flags[-1])
+    train("distillation", "--teacher-epochs", "3", "--num-epochs", "1", *flags)
+    out = capsys.readouterr().out
+    assert "teacher.1 (different pretrained, weights)" in out
+    assert "teacher epoch   1/3" in out
+
 
 def test_stop_after_the_teacher_does_not_train_it_again(train, capsys, monkeypatch):
     """As by a kill between the two trainings."""

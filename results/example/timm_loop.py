@@ -32,7 +32,7 @@ def train_with_timm(student, teacher, info, data, args):
         return run.best_path
     run.history = []
 
-    device = student.pixel_scale.device
+    device = next(student.parameters()).device
     loader = build_loader(data.train, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
     train_epoch, ema = benchmark_training.timm_trainer(
