@@ -813,7 +813,7 @@ def crop_to_size(info):
     size = info["image_size"]
     shorter_side = math.floor(size / info["crop_pct"])
     return transforms.Compose([
-        functools.partial(to_rgb, value_range=info["value_range"]),
+        functools.partial(to_rgb, value_range=info.get("value_range")),
         limit_aspect_ratio,
         transforms.Resize(shorter_side, transforms.InterpolationMode(info["interpolation"])),
         transforms.CenterCrop(size),

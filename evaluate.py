@@ -239,7 +239,7 @@ def open_images(info, args):
                         "give its new location with --dataset-dir DIR")
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings,
-                                               info["value_range"])
+                                               info.get("value_range"))
     test = data_loader.align_classes(test, class_names, info["class_names"])
     missing_classes = [name for name in info["class_names"] if name not in class_names]
 
