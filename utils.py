@@ -716,14 +716,17 @@ class Run:
                    f"about {duration} to go{scope}")
 
     def print_epoch(self, row, is_best):
-        """Print the epoch in one line, with a star if it is the best so far, and the time to go."""
+        """Print the epoch in one line, with a star if it is the best so far, and the time to go for
+        this seed and the later ones."""
         train_accuracy = ""
         if row["train_accuracy"] is not None:
             train_accuracy = f"train {row['train_accuracy']:6.2%}  "
         star = "*" if is_best else " "
         epochs_to_go = self.num_epochs - row["epoch"] + self.epochs_of_later_seeds
         to_go = ""
-        if epochs_to_go:
+        # Not in the first line: print_estimate has just printed it, and on a GPU this epoch took 20
+        # to 50 s longer than the next ones will, for CUDA graphs and cuDNN's trials.
+        if epochs_to_go and row["epoch"] > self.first_epoch:
             to_go = f", {format_duration(row['seconds'] * epochs_to_go)} to go"
         print(f"{self.title} epoch {row['epoch']:>3}/{self.num_epochs}"
               f"  loss {row['train_loss']:.4f}"

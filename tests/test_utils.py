@@ -951,21 +951,23 @@ def test_estimate_counts_later_seeds(arguments, clock, capsys):
 
 
 def test_line_of_an_epoch(arguments, clock, capsys):
-    """It names run, seed and epoch; a star marks the best so far; later seeds count."""
-    args = arguments("baseline", "--num-epochs", "2", "--seeds", "3", "4")
+    """It names run, seed and epoch; a star marks the best so far; later seeds count. The time to go
+    is not told from the first epoch, which has the start in it."""
+    args = arguments("baseline", "--num-epochs", "3", "--seeds", "3", "4")
     run, model = open_run(args)
     lines = []
-    for accuracy in (0.5, 0.4):
+    for accuracy in (0.5, 0.4, 0.3):
         clock["now"] += 10
         run.finish_epoch(row_of(accuracy), model)
         lines.append(capsys.readouterr().out)
     assert "baseline, seed 3" in lines[0]
-    assert "1/2" in lines[0]
+    assert "1/3" in lines[0]
     assert "50.00% *" in lines[0]
-    assert "30 s to go" in lines[0]  # of three epochs
-    assert "2/2" in lines[1]
+    assert "to go" not in lines[0]
+    assert "2/3" in lines[1]
     assert "*" not in lines[1]
-    assert "20 s to go" in lines[1]
+    assert "40 s to go" in lines[1]  # of four epochs
+    assert "30 s to go" in lines[2]
 
 
 def test_last_epoch_has_no_time_to_go(arguments, capsys):
