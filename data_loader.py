@@ -1142,7 +1142,7 @@ class TrainingLoader:
         rank_rows = rows[:, self.rank_positions].flatten()
 
         batches = self.source.batches(order, self.rank_batch_size, generator, rank_rows)
-        # From 1, since derive_seed takes (seed, epoch, 0) for (seed, epoch).
+        # From 1, since to derive_seed (seed, epoch, 0) is the same as (seed, epoch).
         for batch_number, (views, labels) in enumerate(batches, start=1):
             if self.mixup:
                 views, labels = self.mix(

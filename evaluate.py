@@ -1198,9 +1198,9 @@ def number_cells(dicts, key, spec):
 def score_table(numbers):
     roles = list(numbers["models"])
     scores = list(numbers["models"].values())
-    label = "Scores (test images if not stated)"
+    label = "Test scores"
     if scores[0]["sd"]:
-        label = "Scores (mean ± SD of seeds)"
+        label = "Test scores (mean ± SD of seeds)"
     lines = [table_row(label, map(str.capitalize, roles), indent="")]
     for key, label in SCORES.items():
         if key in scores[0]:

@@ -143,8 +143,9 @@ def train(student, teacher, info, data, args):
 
 def teacher_args(args):
     """The settings of the teacher's fine-tuning, in the form that train_baseline.train expects."""
-    # The teacher does not depend on these. If they were included, changing one would make an
-    # unfinished teacher start over.
+    # Left out are what the teacher does not depend on, since changing it would make an unfinished
+    # teacher start over, and its own settings, which are entered under the names that
+    # train_baseline.train reads.
     not_used = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
                 "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
     settings = {name: value for name, value in vars(args).items() if name not in not_used}

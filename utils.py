@@ -711,7 +711,7 @@ class Run:
         epochs_to_go = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
         steps_to_go = epochs_to_go * steps_per_epoch - metrics.num_steps
         duration = format_duration(steps_to_go * metrics.seconds_per_step())
-        scope = " for all seeds" if self.epochs_of_later_seeds else ""
+        scope = " for this and the later seeds" if self.epochs_of_later_seeds else ""
         tqdm.write(f"{self.title}: {epochs_text} of {steps_per_epoch} steps, "
                    f"about {duration} to go{scope}")
 
@@ -724,8 +724,8 @@ class Run:
         star = "*" if is_best else " "
         epochs_to_go = self.num_epochs - row["epoch"] + self.epochs_of_later_seeds
         to_go = ""
-        # Not in the first line: print_estimate has just printed it, and on a GPU this epoch took 20
-        # to 50 s longer than the next ones will, for CUDA graphs and cuDNN's trials.
+        # Not in the first line: print_estimate has printed it already, and the start belongs to
+        # this epoch: on a GPU 20 to 50 s, for CUDA graphs and cuDNN's trials.
         if epochs_to_go and row["epoch"] > self.first_epoch:
             to_go = f", {format_duration(row['seconds'] * epochs_to_go)} to go"
         print(f"{self.title} epoch {row['epoch']:>3}/{self.num_epochs}"

@@ -267,8 +267,8 @@ def timm_loop(args, device, pixels, labels, num_workers, distill):
         PilImages(pixels, labels), args.image_size, args.batch_size, is_training=True,
         color_jitter=0.0, interpolation="bicubic", mean=MEAN, std=STD, num_workers=num_workers,
         persistent_workers=num_workers > 0, pin_memory=device.type == "cuda", device=device)
-    run_epoch, _ = timm_trainer(student, teacher, loader, device, args.amp_dtype,
-                                num_epochs=100, learning_rate=1e-4)
+    settings = parse_settings(args, distill)
+    run_epoch, _ = timm_trainer(student, teacher, loader, device, settings)
 
     def run():
         start = time.perf_counter()
@@ -277,29 +277,32 @@ def timm_loop(args, device, pixels, labels, num_workers, distill):
     return run
 
 
-def timm_trainer(student, teacher, loader, device, amp_dtype, num_epochs, learning_rate):
-    """timm's parts, put together as in its train.py, with the defaults of this project's config.py.
+def timm_trainer(student, teacher, loader, device, args):
+    """timm's parts, put together as in its train.py. `args` are this project's settings.
 
     Returns a function that trains `student` for an epoch of timm's `loader` and returns the mean
     loss and the last learning rate, and the EMA of the weights. `teacher` is None for cross-entropy
     alone.
     """
-    criterion = timm.loss.LabelSmoothingCrossEntropy(0.1)
+    criterion = timm.loss.LabelSmoothingCrossEntropy(args.label_smoothing)
     if teacher is None:
         task = timm.task.ClassificationTask(student, criterion, device=device, verbose=False)
     else:
         task = timm.task.LogitDistillationTask(
-            student, teacher, criterion, distill_loss_weight=0.7, task_loss_weight=0.3,
-            temperature=4.0, device=device, verbose=False)
+            student, teacher, criterion, distill_loss_weight=args.alpha,
+            task_loss_weight=1 - args.alpha, temperature=args.temperature, device=device,
+            verbose=False)
 
     steps = len(loader)
-    optimizer = timm.optim.create_optimizer_v2(student, "adamw", lr=learning_rate,
-                                               weight_decay=0.05)
+    warmup = max(1, round(args.warmup_epochs * steps))
+    optimizer = timm.optim.create_optimizer_v2(student, "adamw", lr=args.learning_rate,
+                                               weight_decay=args.weight_decay)
     scheduler = timm.scheduler.CosineLRScheduler(
-        optimizer, num_epochs * steps, warmup_t=steps, warmup_lr_init=learning_rate / steps,
-        t_in_epochs=False)
-    scaler = timm.utils.NativeScaler(device.type) if amp_dtype == "fp16" else None
-    ema = timm.utils.ModelEmaV3(student, decay=0.999, use_warmup=True)
+        optimizer, max(1, args.num_epochs * steps - warmup), warmup_t=warmup,
+        warmup_lr_init=args.learning_rate / warmup, warmup_prefix=True, t_in_epochs=False)
+    scaler = timm.utils.NativeScaler(device.type) if args.amp_dtype == "fp16" else None
+    ema = timm.utils.ModelEmaV3(student, decay=args.ema_decay, use_warmup=True)
+    clip_grad = args.clip_grad or None
     num_updates = 0
 
     def run_epoch():
@@ -308,21 +311,23 @@ def timm_trainer(student, teacher, loader, device, amp_dtype, num_epochs, learni
         losses = timm.utils.AverageMeter()
         for images, targets in loader:
             images = images.contiguous(memory_format=torch.channels_last)
-            with utils.autocast(device, argparse.Namespace(amp_dtype=amp_dtype)):
+            with utils.autocast(device, args):
                 loss = task(images, targets)["loss"]
 
+            learning_rate = optimizer.param_groups[0]["lr"]  # of this step
             if scaler:
-                scaler(loss, optimizer, clip_grad=1.0, parameters=student.parameters())
+                scaler(loss, optimizer, clip_grad=clip_grad, parameters=student.parameters())
             else:
                 loss.backward()
-                timm.utils.dispatch_clip_grad(student.parameters(), 1.0)
+                if clip_grad:
+                    timm.utils.dispatch_clip_grad(student.parameters(), clip_grad)
                 optimizer.step()
             optimizer.zero_grad()
             num_updates += 1
             ema.update(student, num_updates)
             scheduler.step_update(num_updates)
             losses.update(loss.item(), len(images))
-        return losses.avg, optimizer.param_groups[0]["lr"]
+        return losses.avg, learning_rate
     return run_epoch, ema
 
 

@@ -244,6 +244,23 @@ def test_no_two_seeds_share_an_epoch(arguments):
     assert len(orders) == 9
 
 
+def test_no_seed_is_used_twice(arguments, monkeypatch):
+    """Neither that of an epoch nor that of a mixed batch."""
+    seeds = []
+
+    def noting(*numbers):
+        seeds.append(derive_seed(*numbers))
+        return seeds[-1]
+
+    derive_seed = data_loader.derive_seed
+    monkeypatch.setattr(data_loader, "derive_seed", noting)
+    args = arguments("baseline", "--mixup-alpha", "0.8")
+    loader = make_loader(data_loader.open_dataset(args), args)
+    for epoch in range(2):
+        assert len(list(loader.epoch(epoch))) > 2
+    assert len(seeds) == len(set(seeds)) == 2 * (1 + len(loader))
+
+
 @pytest.mark.parametrize("mixing", [["--mixup-alpha", "0.8"], ["--cutmix-alpha", "1"], []])
 @pytest.mark.parametrize("augmentation", ["none", "crop", "flip_crop", "resized_crop"])
 def test_epoch_does_not_depend_on_what_was_drawn_before(arguments, augmentation, mixing):

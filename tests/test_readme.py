@@ -412,12 +412,22 @@ def test_timm_loop_trains_both_students(arguments, monkeypatch):
     timm_loop = load_script("timm_loop")
     for script in (train_baseline, train_distillation):
         monkeypatch.setattr(script, "train", script.train)  # timm_loop replaces both
-    flags = ("--num-epochs", "4", "--learning-rate", "3e-3")
+    have_teacher = []
+    timm_trainer = timm_loop.benchmark_training.timm_trainer
+
+    def noting_trainer(student, teacher, *rest):
+        have_teacher.append(teacher is not None)
+        return timm_trainer(student, teacher, *rest)
+
+    monkeypatch.setattr(timm_loop.benchmark_training, "timm_trainer", noting_trainer)
+    flags = ["--num-epochs", "4", "--learning-rate", "3e-3", "--augmentation", "flip_crop"]
     args = arguments("baseline", *flags)
     timm_loop.main(args)
     baseline = utils.run_folder("baseline", args) / "best_model.pth"
-    args = arguments("distillation", *flags, "--teacher-checkpoint", str(baseline))
+    flags += ["--teacher-checkpoint", str(baseline)]
+    args = arguments("distillation", *flags)
     timm_loop.main(args)
+    assert have_teacher == [False, True]
 
     for run in ("baseline", "distilled"):
         model, info = models.load_model(utils.run_folder(run, args) / "best_model.pth")
@@ -426,6 +436,9 @@ def test_timm_loop_trains_both_students(arguments, monkeypatch):
         data = data_loader.open_dataset(args)
         loader = data_loader.EvaluationLoader(data.val, info, args, torch.device("cpu"))
         assert train_baseline.validate(model, loader)["val_accuracy"] == info["val_accuracy"]
+
+    with pytest.raises(utils.UsageError, match="--distillation-loss"):
+        timm_loop.main(arguments("distillation", *flags, "--distillation-loss", "lskd"))
 
 
 # Commands -----------------------------------------------------------------------------------------

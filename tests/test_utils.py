@@ -948,11 +948,12 @@ def test_estimate_counts_later_seeds(arguments, clock, capsys):
     (_, line), = estimate(run, clock, capsys)
     assert "seed 4" in line
     assert utils.format_duration((2 * 10 * 100 - 4) * 2) in line
+    assert "later seeds" in line
 
 
 def test_line_of_an_epoch(arguments, clock, capsys):
-    """It names run, seed and epoch; a star marks the best so far; later seeds count. The time to go
-    is not told from the first epoch, which has the start in it."""
+    """It names run, seed and epoch; a star marks the best so far; later seeds count. The first line
+    of a process has no time to go, since that epoch includes the start."""
     args = arguments("baseline", "--num-epochs", "3", "--seeds", "3", "4")
     run, model = open_run(args)
     lines = []
@@ -968,6 +969,18 @@ def test_line_of_an_epoch(arguments, clock, capsys):
     assert "*" not in lines[1]
     assert "40 s to go" in lines[1]  # of four epochs
     assert "30 s to go" in lines[2]
+
+
+def test_first_epoch_after_resuming_has_no_time_to_go(arguments, capsys):
+    args = arguments("baseline", "--num-epochs", "4")
+    run, model = open_run(args)
+    run.finish_epoch(row_of(0.5), model)
+    del run  # and its lock
+    capsys.readouterr()
+    run, model = open_run(args)
+    for expected in (False, True):
+        run.finish_epoch(row_of(0.5), model)
+        assert ("to go" in capsys.readouterr().out) == expected
 
 
 def test_last_epoch_has_no_time_to_go(arguments, capsys):

@@ -4,9 +4,11 @@ weights, with the same images, crops, length, learning rate and teacher.
     python results/example/timm_loop.py ...                              # the baseline
     python results/example/timm_loop.py --teacher-checkpoint FILE ...    # the distilled student
 
-It takes the flags of train_baseline.py or, with a teacher, of train_distillation.py, but the
-student always has the default losses and weight decay. An interrupted run starts over.
+It takes the flags of train_baseline.py or, with a teacher, of train_distillation.py, and refuses
+those that the loop does not follow. It never resumes: a previous run is moved aside. Give it
+folders of its own (--checkpoint-dir, --results-dir).
 """
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -23,29 +25,42 @@ import train_baseline  # noqa: E402
 import train_distillation  # noqa: E402
 import utils  # noqa: E402
 
+# What the loop does not do otherwise.
+FIXED = {"augmentation": "flip_crop", "distillation_loss": "kd", "kl_direction": "forward",
+         "mixup_alpha": 0, "cutmix_alpha": 0, "accumulate_steps": 1}
+
+
+def check(args, data):
+    settings = vars(args) | {"augmentation": data.augmentation}
+    for name, value in FIXED.items():
+        if settings.get(name, value) != value:
+            raise utils.UsageError(f"--{name.replace('_', '-')} must be {value} for timm's loop")
+    if settings.get("teacher_image_size") not in (None, args.image_size):
+        raise utils.UsageError("timm's loop shows teacher and student the same images, so "
+                               "--teacher-image-size must be that of the student")
+    if utils.WORLD_SIZE > 1:
+        raise utils.UsageError("timm's loop runs in one process")
+
 
 def train_with_timm(student, teacher, info, data, args):
     """As train_distillation.train; without a teacher, as train_baseline.train."""
-    run = utils.Run(info, train_baseline.run_identity(info), args)
-    if run.finished:
-        print(f"{run.title}: already trained")
-        return run.best_path
-    run.history = []
+    check(args, data)
+    identity = train_baseline.run_identity(info) | {"loop": "timm"}
+    run = utils.Run(info, identity, argparse.Namespace(**vars(args) | {"fresh": True}))
 
     device = next(student.parameters()).device
     loader = build_loader(data.train, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
-    train_epoch, ema = benchmark_training.timm_trainer(
-        student, teacher, loader, device, args.amp_dtype, args.num_epochs, args.learning_rate)
+    train_epoch, ema = benchmark_training.timm_trainer(student, teacher, loader, device, args)
 
     for _ in range(args.num_epochs):
         start = time.perf_counter()
         train_loss, learning_rate = train_epoch()
         speed = len(loader) * args.batch_size / (time.perf_counter() - start)
-        row = dict.fromkeys(utils.HISTORY_COLUMNS)
-        row |= {"train_loss": train_loss, "learning_rate": learning_rate,
-                "images_per_second": speed}
-        run.finish_epoch(row | train_baseline.validate(ema.module, val_loader), ema.module)
+        row = {"train_loss": train_loss, "learning_rate": learning_rate, "train_accuracy": None,
+               "images_per_second": speed, **train_baseline.validate(ema.module, val_loader)}
+        run.finish_epoch(row, ema.module)
+        utils.Run.progress = ""  # after Ctrl-C nothing could be resumed
     return run.best_path
 
 
