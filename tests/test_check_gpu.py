@@ -14,6 +14,8 @@ import torch
 
 import benchmark_training
 import check_gpu
+import models
+import train_baseline
 from conftest import ROOT, live_processes, wait_until
 
 HANG = """
@@ -139,7 +141,7 @@ def test_benchmark_times_all_four_loops(tmp_path):
 def test_the_loop_of_timms_parts_trains(distill):
     """So that its speed is that of a training step, and the teacher is not trained."""
     args = argparse.Namespace(model="test_efficientnet", teacher="test_resnet", image_size=32,
-                              batch_size=4, amp_dtype="fp32")
+                              batch_size=4, amp_dtype="fp32", cuda_graph=False)
     built = []
     build_model = benchmark_training.models.build_model
 
@@ -159,3 +161,21 @@ def test_the_loop_of_timms_parts_trains(distill):
                for weights, model in zip(before, built, strict=True)]
     assert changed == [True, False][:len(built)]
     assert len(built) == 1 + distill
+
+
+def test_the_loop_of_timms_parts_has_the_projects_learning_rates(arguments):
+    args = arguments("baseline", "--num-epochs", "4", "--warmup-epochs", "1.5")
+    model = models.build_model("test_efficientnet", 10)
+    batches = [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))] * 2
+    train_epoch, _ = benchmark_training.timm_trainer(model, None, batches, torch.device("cpu"),
+                                                     args)
+    timm_rates = [train_epoch()[1] for _ in range(4)]
+
+    optimizer = train_baseline.build_optimizer(model, args)
+    scheduler = train_baseline.build_scheduler(optimizer, len(batches), args)
+    rates = []
+    for _ in range(4 * len(batches)):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert timm_rates == pytest.approx(rates[1::2], rel=1e-6)
