@@ -19,9 +19,6 @@ compare() {
 # The default comparison
 python evaluate.py $(in_folder default)
 
-# At 224 px
-python evaluate.py $(in_folder large)
-
 # The table
 python evaluate.py $(in_folder plain_lskd)
 python evaluate.py $(in_folder kd)
@@ -53,3 +50,6 @@ compare longer length_10/baseline length_50/baseline
 compare longer_lskd length_50/baseline length_10/distilled
 compare lskd_teacher length_50/distilled plain_lskd/teacher
 python results/example/length.py
+
+# At 224 px, last, since its trainings need a GPU
+python evaluate.py $(in_folder large)
