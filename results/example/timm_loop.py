@@ -31,6 +31,8 @@ FIXED = {"augmentation": "flip_crop", "distillation_loss": "kd", "kl_direction":
 
 
 def check(args, data):
+    if data.train.pixels is None:
+        raise utils.UsageError("timm's loop here is for small images, not for photographs")
     settings = vars(args) | {"augmentation": data.augmentation}
     for name, value in FIXED.items():
         if settings.get(name, value) != value:
