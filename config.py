@@ -210,7 +210,7 @@ def or_none(parse):
 
 
 def parse_device(text):
-    is_valid = re.fullmatch(r"auto|cuda(:\d+)?|mps|cpu", text)
+    is_valid = re.fullmatch(r"auto|cuda(:(0|[1-9]\d?))?|mps|cpu", text)
     require(is_valid, text, "one of auto, cuda, cuda:1, mps, cpu")
     return text
 

@@ -1042,8 +1042,9 @@ def random_views(images, sizes, interpolation, augmentation, i, seed):
 def random_crop(width, height, seed):
     """A random resized crop (Szegedy et al. 2015): its box (left, top, right, bottom), and whether
     it is mirrored."""
-    with torch.random.fork_rng(devices=[]):  # torchvision uses the global generator
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # torchvision uses the CPU's global generator
+        # torch.manual_seed would also reset the GPU's generator, and with it the dropout.
+        torch.default_generator.manual_seed(seed)
         top, left, crop_height, crop_width = transforms.RandomResizedCrop.get_params(
             torch.empty(0, height, width), CROP_SCALE, CROP_RATIO)
         is_mirrored = torch.rand(()).item() < 0.5
@@ -1189,7 +1190,8 @@ class EvaluationLoader:
         size = info["image_size"]
         self.num_images = len(images.labels)
         self.batch_size = min(512, max(16, EVAL_PIXELS // size**2))
-        if images.pixels is None:
+        # Models of photographs crop small images too: crop_pct belongs to the training images.
+        if images.pixels is None or info["crop_pct"] != 1:
             make_views = functools.partial(evaluation_views, images, info)
             # A worker without a batch would only cost the time to start it.
             num_batches = math.ceil(self.num_images / self.batch_size)

@@ -113,7 +113,7 @@ def main(args):
 
     # Numbers
     labels = test.labels.numpy()
-    numbers = compare(trained, labels, len(data.val.labels) if data else None, args.dataset_dir)
+    numbers = compare(trained, labels, data, args.dataset_dir)
     numbers["inference"] = measure_inference(trained, device, timed=not args.no_timing)
     numbers["timings"] = {"training_hours": training_hours(trained)}
     numbers["notes"] = {
@@ -145,7 +145,7 @@ class TrainedModel:
     model: torch.nn.Module
     info: dict                 # the checkpoint without the weights
     log_probs: np.ndarray      # (N, C) float64, log-probabilities on the test images
-    temperature: float | None  # fitted on the validation images; None if they are unavailable
+    temperature: float | None  # fitted on the validation images; None if that is impossible
     history: list              # one dict per training epoch; [] if there is no last.pth
 
     @cached_property
@@ -266,12 +266,13 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
     else:
         model, info = models.load_model(path, device)
     mismatch = data_loader.describe_class_mismatch(info["class_names"], reference["class_names"])
-    if mismatch or info["dataset"] != reference["dataset"]:
-        message = (f"{path} cannot be compared with the distilled student: it was trained "
-                   f"on {info['dataset']}, the student on {reference['dataset']}")
-        if mismatch:
-            message += f"; classes: {mismatch}"
-        raise UserError(message)
+    reason = ""
+    if info["dataset"] != reference["dataset"]:
+        reason = f"it was trained on {info['dataset']}, the student on {reference['dataset']}"
+    elif mismatch:
+        reason = f"classes: {mismatch}"
+    if reason:
+        raise UserError(f"{path} cannot be compared with the distilled student: {reason}")
 
     # A model with another split has been trained on some of these validation images.
     temperature = None
@@ -291,7 +292,7 @@ def training_history(path):
     last_path = path.with_name("last.pth")
     if path.name != "best_model.pth" or not last_path.is_file():
         return []
-    return utils.load_checkpoint(last_path)["history"]
+    return utils.load_checkpoint(last_path).get("history", [])
 
 
 def infer_log_probs(model, info, images, args, device):
@@ -352,11 +353,12 @@ def find_differences(trained):
 
 # Metrics ------------------------------------------------------------------------------------------
 
-def compare(trained, labels, validation_images, dataset_dir=None):
-    """All numbers computed from the predictions; results/README.md explains every key.
+def compare(trained, labels, data=None, dataset_dir=None):
+    """What was compared, and all numbers that follow from the predictions; results/README.md
+    explains every key.
 
-    `trained` is {role: [TrainedModel per seed]}, `labels` (N,) are the true classes,
-    `validation_images` is the number of validation images or None, `dataset_dir` the folder of the
+    `trained` is {role: [TrainedModel per seed]}, `labels` (N,) are the true classes, `data` is the
+    dataset that was trained on, or None if it is unavailable, and `dataset_dir` the folder of the
     test images, if it is not the one that was trained on. Accuracies are fractions, losses are in
     nats.
     """
@@ -370,13 +372,14 @@ def compare(trained, labels, validation_images, dataset_dir=None):
         "dataset": {
             "name": name,
             "num_classes": first["num_classes"],
+            "training_images": len(data.train.labels) if data else None,
+            "validation_images": len(data.val.labels) if data else None,
             "test_images": len(labels),
-            "validation_images": validation_images,
             "images_per_class": dict(zip(first["class_names"], class_sizes.tolist(), strict=True)),
         },
         "seeds": [student.info["config"]["seed"] for student in trained["distilled"]],
         "training": training_settings(trained["distilled"][0].info),
-        "versions": first["versions"],
+        "versions": training_versions(trained),
         "models": {role: score_role(group, labels) for role, group in trained.items()},
         "comparison": compare_students(trained, labels),
         "class_changes": gains_by_class(trained, labels),
@@ -406,6 +409,17 @@ def training_settings(info):
     }
 
 
+def training_versions(trained):
+    """Device and versions that the students were trained with; if they differ, all of them."""
+    found = {}
+    for student in trained["baseline"] + trained["distilled"]:
+        for name, version in student.info["versions"].items():
+            values = found.setdefault(name, [])
+            if version and version not in values:
+                values.append(version)
+    return {name: " / ".join(values) for name, values in found.items()}
+
+
 def score_role(group, labels):
     """Scores of one role: means over its seeds; for those in SCORES also `by_seed` and the sd."""
     by_seed = [score_model(model, labels) for model in group]
@@ -422,7 +436,8 @@ def score_role(group, labels):
         "image_size": group[0].info["image_size"],
         "epochs": [model.info["epoch"] for model in group],  # the best epoch of each seed
         **mean_over_seeds(by_seed),
-        "top1_ci": usable_interval(correct_answers(group, labels)),
+        # The t interval may exceed 100 %.
+        "top1_ci": np.clip(usable_interval(correct_answers(group, labels)), 0, 1).tolist(),
         "by_seed": main_scores,
         "sd": sd,
     }
@@ -459,7 +474,7 @@ def score_model(model, labels):
         "per_class_accuracy": dict(zip(class_names, recalls.tolist(), strict=True)),
     }
     if model.info["num_classes"] >= MIN_CLASSES_TOP5:
-        top5 = np.argsort(model.log_probs, axis=1, kind="stable")[:, -5:]  # (N, 5)
+        top5 = np.argsort(-model.log_probs, axis=1, kind="stable")[:, :5]  # (N, 5)
         scores["top5"] = float((top5 == labels[:, None]).any(1).mean())
     if model.temperature:
         scaled = log_softmax(model.log_probs / model.temperature, axis=1)
@@ -501,7 +516,10 @@ def reliability(confidence, correct):
 
 
 def best_temperature(log_probs, labels):
-    """The temperature between 0.05 and 20 that minimises the NLL (Guo et al. 2017)."""
+    """The temperature between 0.05 and 20 that minimises the NLL (Guo et al. 2017). None if all
+    predictions are correct: then the NLL falls as long as the temperature does."""
+    if (log_probs.argmax(1) == labels).all():
+        return None
     rows = np.arange(len(labels))
 
     def nll(temperature):
@@ -657,12 +675,11 @@ def compare_students(trained, labels):
     if len(gain_by_seed) > 1:
         ci_over_both = confidence_interval(gains)
 
+    verdict_ci = "images"
+    ci = ci_over_images
     if len(gain_by_seed) >= MIN_SEEDS:
         verdict_ci = "both"
         ci = ci_over_both
-    else:
-        verdict_ci = "images"
-        ci = ci_over_images
     discordant = int((gains != 0).any(0).sum())  # in at least one seed
     verdict_word, reason = verdict(ci, discordant, mcnemar_p)
     return {
@@ -708,7 +725,9 @@ def gains_by_class(trained, labels):
 
     A sign test for each class asks whether more of its images gain than lose, summed over the seeds
     (with one seed this is McNemar's exact test). `p` is adjusted for the number of classes
-    (Benjamini, Hochberg 1995): at most 5 % of the classes with p < 0.05 are expected to be noise.
+    (Benjamini, Hochberg 1995): of the classes with p < 0.05, at most 5 % are expected to change
+    only by the choice of test images. The tests are for the trained students: students of other
+    seeds may change in other classes.
     """
     gains = (correct_answers(trained["distilled"], labels).astype(float)
              - correct_answers(trained["baseline"], labels))
@@ -739,12 +758,14 @@ def confidence_interval(gains):
         E[ms_residual] = var_residual,
 
     so the variance of the mean, var_seeds / S + var_images / N + var_residual / (S * N), is
-    estimated by (ms_seeds + ms_images - ms_residual) / (S * N). If ms_seeds <= ms_residual, then
-    var_seeds is taken as 0. For S = 1 this is the t interval over the images.
+    estimated by (ms_seeds + ms_images - ms_residual) / (S * N). Its degrees of freedom are those of
+    Satterthwaite (Biometrics Bulletin 2, 1946): near S - 1 if the seeds contribute most of it, near
+    N - 1 if the images do. If ms_seeds <= ms_residual, then var_seeds is taken as 0, and the
+    interval is that over the images. For S = 1 it is their t interval.
 
-    With S - 1 degrees of freedom the interval is only approximate. For normal effects and large N
-    it covers the true mean with a probability of at least 94 % from four seeds on, 92.5 % with
-    three (numerical integration over the variance ratios); it is too wide if var_images dominates.
+    The interval is approximate. For normal effects, at the least favourable variance ratio, it
+    covers the true mean with a probability of 92 % with three seeds, 93.5 % with four, 94 % with
+    five and 95 % with ten; at the most favourable, 97 % (simulated).
     """
     S, N = gains.shape
     mean = gains.mean()
@@ -755,12 +776,14 @@ def confidence_interval(gains):
     scaled_variance = ms_images  # S * N times the variance of the mean
     degrees_of_freedom = N - 1
     if S > 1:
+        residual_df = (S - 1) * (N - 1)
         residuals = gains - image_means - seed_means + mean
-        ms_residual = (residuals**2).sum() / ((S - 1) * (N - 1))
+        ms_residual = (residuals**2).sum() / residual_df
         ms_seeds = N * seed_means.var(ddof=1)
         if ms_seeds > ms_residual:
             scaled_variance = ms_images + (ms_seeds - ms_residual)
-            degrees_of_freedom = S - 1  # of ms_seeds, the least precise term
+            degrees_of_freedom = scaled_variance**2 / (
+                ms_seeds**2 / (S - 1) + ms_images**2 / (N - 1) + ms_residual**2 / residual_df)
 
     standard_error = math.sqrt(scaled_variance / (S * N))
     half_width = stats.t.ppf(0.975, degrees_of_freedom) * standard_error
@@ -795,8 +818,8 @@ def t_test(gain_by_seed):
 
 
 def compare_with_teacher(trained, labels):
-    """The teacher's lead over the baseline with its interval, and the fraction of it that the
-    distilled student gains: None if the lead may be noise, as the ratio is then meaningless."""
+    """The lead of this one teacher over the baseline with its interval, and the fraction of it that
+    the distilled student gains: None if the lead may be noise, as the ratio is then meaningless."""
     baseline_correct = correct_answers(trained["baseline"], labels)
     distilled_correct = correct_answers(trained["distilled"], labels)
     teacher_correct = correct_answers(trained["teacher"], labels)  # (1, N)
@@ -807,7 +830,6 @@ def compare_with_teacher(trained, labels):
     return {
         "teacher_lead": lead,
         "teacher_lead_ci": lead_ci,
-        "teacher_beats_baseline": lead > 0,
         "advantage_recovered": gain / lead if lead_ci[0] > 0 else None,
     }
 
@@ -936,7 +958,7 @@ REPORT_WIDTH = 100
 
 
 def report_text(numbers):
-    """The whole report, wrapped at REPORT_WIDTH: the verdict first, the tables last."""
+    """The whole report, wrapped at REPORT_WIDTH: warnings and verdict first, the tables last."""
     sections = [heading_lines(numbers)]
     for warning in warning_texts(numbers):
         sections.append([f"WARNING: {warning}."])
@@ -981,11 +1003,15 @@ def heading_lines(numbers):
     scores = numbers["models"]
     teacher = scores["teacher"]["model_name"] if "teacher" in scores else "not available"
     dataset = numbers["dataset"]
+    images = f"{dataset['test_images']:,} test images"
+    if dataset["training_images"]:
+        images = (f"{dataset['training_images']:,} training, {dataset['validation_images']:,} "
+                  f"validation and {images}")
     return [
         f"Baseline {scores['baseline']['model_name']} against distilled "
         f"{scores['distilled']['model_name']} (teacher: {teacher})",
-        f"{dataset['name']}: {dataset['test_images']:,} test images, {dataset['num_classes']} "
-        f"classes, {seeds_text(numbers)}",
+        f"{dataset['name']}: {dataset['num_classes']} classes, {images}",
+        ", ".join(training_parts(numbers)),
     ]
 
 
@@ -1017,25 +1043,25 @@ def warning_texts(numbers):
 
 
 def weakness_texts(numbers):
-    """Warnings of a teacher no better than the baseline and of students near chance level."""
+    """Warnings of a teacher not clearly better than the baseline, of students near chance level."""
     texts = []
     comparison = numbers["comparison"]
     if "teacher_lead" in comparison:
         lead = (f"{signed_points(comparison['teacher_lead'])} percentage points, 95 % CI "
                 f"{ci_text(comparison['teacher_lead_ci'])}")
-        if not comparison["teacher_beats_baseline"]:
-            texts.append(f"The teacher is no better than the baseline on the test images ({lead})")
-        elif comparison["teacher_lead_ci"][0] <= 0:
-            texts.append(f"The teacher's lead over the baseline ({lead}) may be noise")
+        low, high = comparison["teacher_lead_ci"]
+        if high < 0:
+            texts.append(f"The teacher is worse than the baseline on the test images ({lead})")
+        elif low <= 0:
+            texts.append("It is undecided whether the teacher is better than the baseline on the "
+                         f"test images ({lead})")
 
     class_sizes = numbers["dataset"]["images_per_class"].values()
     chance = max(class_sizes) / sum(class_sizes)  # accuracy of always predicting the largest class
-    # Less than three times chance level, and less than a fifth of the way from there to 100 %.
-    close_to_chance = min(3 * chance, chance + (1 - chance) / 5)
     has_one_class = chance == 1  # of the test images; then there is no chance level
     for role in STUDENTS:
         accuracy = numbers["models"][role]["top1"]
-        if accuracy <= close_to_chance and not has_one_class:
+        if accuracy <= models.close_to_chance(chance) and not has_one_class:
             texts.append(f"The {role} student's accuracy, {accuracy:.2%}, is close to chance level "
                          f"({chance:.2%}); train it longer or on more images")
     return texts
@@ -1082,7 +1108,7 @@ def verdict_lines(numbers):
     scores = numbers["models"]
     val_gain = scores["distilled"]["val_accuracy"] - scores["baseline"]["val_accuracy"]
     _, high = verdict_interval(comparison)
-    if val_gain > 0 and val_gain > high:
+    if comparison["verdict"] != "better" and val_gain > max(0, high):
         lines.append("The test images do not confirm the gain on the validation images, "
                      f"{signed_points(val_gain)} percentage points. Validation accuracy is "
                      "optimistic, because it was used to choose the best epochs.")
@@ -1100,7 +1126,10 @@ def verdict_lines(numbers):
     lines.append(f"95 % CI over the test images only: {ci_text(comparison['ci_over_images'])}; "
                  f"over the seeds only: {over_seeds}. McNemar's exact test for each seed: p = "
                  f"{p_values}.")
-    if np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
+    if comparison["verdict_ci"] == "images":
+        lines.append("The verdict does not cover the variation between seeds; that takes "
+                     f"{MIN_SEEDS} seeds or more.")
+    elif np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
         lines.append("The seeds differ by no more than the noise of the test images, so the "
                      "interval over seeds and images equals that over the images only.")
     return lines
@@ -1117,34 +1146,28 @@ def gain_source_lines(numbers):
 
     effect = numbers.get("teacher_effect")
     if effect:
+        change = {}
         for word in ("right", "wrong"):
-            errors = effect[f"teacher_{word}_baseline_wrong"]
-            correct = effect[f"teacher_{word}_baseline_right"]
-            net = errors["gain_in_images"] + correct["gain_in_images"]
-            corrected = count_text(errors["gain_in_images"])
-            lost = count_text(abs(correct["gain_in_images"]))
-            lines.append(
-                f"Where the teacher is {word}, distillation corrects {corrected} of the baseline's "
-                f"{count_text(errors['images'])} errors and loses {lost} of its "
-                f"{count_text(correct['images'])} correct predictions (net "
-                f"{count_text(net, '+')}).")
+            change[word] = (effect[f"teacher_{word}_baseline_wrong"]["gain_in_images"]
+                            + effect[f"teacher_{word}_baseline_right"]["gain_in_images"])
+        lines.append(f"Of this difference, {count_text(change['right'], '+')} comes from images on "
+                     f"which the teacher is right, and {count_text(change['wrong'], '+')} from "
+                     "images on which it is wrong.")
     return lines
 
 
 def cost_lines(numbers):
-    """Training time, and inference time of the two students."""
+    """Training time of a seed, and inference time of the two students."""
     lines = []
     hours = numbers["timings"]["training_hours"]
     missing = [role for role in ROLES if hours.get(role) is None]
     if missing:
         lines.append(f"Training time is unknown for: {', '.join(missing)}.")
     else:
-        duration = {role: 3600 * hours[role] for role in ROLES}
-        with_teacher = duration["distilled"] + duration["teacher"]
-        lines.append(f"Training took {utils.format_duration(duration['baseline'])} for the "
-                     f"baseline and {utils.format_duration(with_teacher)} for the distilled "
-                     f"student, including {utils.format_duration(duration['teacher'])} for its "
-                     "teacher.")
+        duration = {role: utils.format_duration(3600 * hours[role]) for role in ROLES}
+        per_seed = " per seed (mean)" if len(numbers["seeds"]) > 1 else ""
+        lines.append(f"Training time{per_seed}: baseline {duration['baseline']}, distilled "
+                     f"{duration['distilled']}, and once {duration['teacher']} for the teacher.")
 
     inference = numbers["inference"]
     if inference["distilled_to_baseline"]:
@@ -1168,9 +1191,9 @@ def speed_text(inference, kind, name, key, spec, unit):
         conclusion = "the difference exceeds the noise between rounds"
     else:
         conclusion = "no difference beyond the noise between rounds"
-    return (f"{name}: baseline {baseline} {unit}, distilled {distilled} {unit}. The distilled "
-            f"student takes {times['ratio']:.3f} times as long (5th to 95th percentile {low:.3f} "
-            f"to {high:.3f}): {conclusion}.")
+    return (f"{name}: baseline {baseline} {unit}, distilled {distilled} {unit}. Distilled takes "
+            f"{times['ratio']:.3f} times as long as the baseline (median of the rounds; 5th to "
+            f"95th percentile {low:.3f} to {high:.3f}): {conclusion}.")
 
 
 # Report: the tables -------------------------------------------------------------------------------
@@ -1230,6 +1253,9 @@ def calibration_table(numbers):
         lines.append(table_row(f"{label}, temperature-scaled", number_cells(scaled, key, ".4f")))
     lines.append(table_row("temperature (from validation images)",
                            number_cells(scaled, "temperature", ".4f")))
+    if not all(scaled) and numbers["dataset"]["validation_images"]:
+        lines.append('  "-": not fitted, since all validation images are classified correctly or '
+                     "some were trained on")
     return lines
 
 
@@ -1237,14 +1263,16 @@ def fidelity_table(numbers):
     if "fidelity" not in numbers:
         return []
     fidelities = [numbers["fidelity"]["baseline"], numbers["fidelity"]["distilled"], {}]
-    recovered = [{}, numbers["comparison"], {}]  # of the distilled student only
-    return [
+    lines = [
         "Fidelity to the teacher",
         table_row("same top-1 prediction", number_cells(fidelities, "agreement", ".2%")),
-        table_row("mean KL(teacher || student) (nats)", number_cells(fidelities, "kl", ".4f")),
-        table_row("gain / teacher's lead over baseline",
-                  number_cells(recovered, "advantage_recovered", ".0%")),
+        table_row("KL(teacher || student), T = 1 (nats)", number_cells(fidelities, "kl", ".4f")),
     ]
+    if numbers["comparison"]["advantage_recovered"] is not None:
+        recovered = [{}, numbers["comparison"], {}]  # of the distilled student only
+        lines.append(table_row("gain / teacher's lead over baseline",
+                               number_cells(recovered, "advantage_recovered", ".0%")))
+    return lines
 
 
 def inference_table(numbers):
@@ -1308,14 +1336,16 @@ def confusion_table(numbers, shown=5):
 
     lines = []
     if pairs:
-        lines.append("Most frequent confusions (% of the images of the true class)")
+        lines.append(f"The {shown} most frequent confusions of each model (% of the images of the "
+                     "true class)")
         lines.append(table_row("True class → predicted class", map(str.capitalize, roles)))
     for (true, predicted), share in sorted(pairs.items(), key=lambda pair: -pair[1]["baseline"]):
         label = f"{short_name(true, 17)} → {short_name(predicted, 16)}"
         lines.append(table_row(label, [f"{share[role]:.1%}" for role in roles]))
     if "superclasses" in numbers:
         superclasses = [numbers["superclasses"][role] for role in roles]
-        lines.append(table_row("errors within the true superclass",
+        lines.append("Errors within the true superclass")
+        lines.append(table_row("share of all errors",
                                number_cells(superclasses, "share_within", ".1%")))
     return lines
 
@@ -1347,13 +1377,19 @@ def write_text(path, text):
 def setting_parts(numbers):
     """What was compared: dataset, models, distillation loss, epochs, seeds, each as a phrase."""
     dataset = numbers["dataset"]
-    training = numbers["training"]
     scores = numbers["models"]
     parts = [f"{dataset['name']}, {dataset['num_classes']} classes",
              f"{dataset['test_images']:,} test images",
              f"student {scores['distilled']['model_name']}"]
     if "teacher" in scores:
         parts.append(f"teacher {scores['teacher']['model_name']}")
+    return parts + training_parts(numbers)
+
+
+def training_parts(numbers):
+    """How the students were trained: distillation loss, epochs, seeds, each as a phrase."""
+    training = numbers["training"]
+    parts = []
     if training["distillation_loss"]:
         parts.append(f"distillation loss {training['distillation_loss']}, "
                      f"T = {training['temperature']:g}, α = {training['alpha']:g}")
@@ -1607,7 +1643,7 @@ def draw_accuracies(axis, numbers):
         scores = numbers["models"][role]
         style = STYLES[role]
         mean = 100 * scores["top1"]
-        low, high = np.clip(scores["top1_ci"], 0, 1)  # the t interval may exceed 100 %
+        low, high = scores["top1_ci"]
         axis.errorbar(mean, y, xerr=[[mean - 100 * low], [100 * high - mean]], capsize=4,
                       marker=style["marker"], color=style["color"])
         seeds = scores["by_seed"]["top1"]
@@ -1921,7 +1957,8 @@ def class_changes(numbers):
     significance_note = "no change is significant"
     if any(changes[name]["p"] < 0.05 for name in names):
         significance_note = "* and strong colour: significant"
-    axis.set_title(f"{title}\n{significance_note} (sign test, false discovery rate 5 %)")
+    axis.set_title(f"{title}\n{significance_note} for these students (sign test over images, false "
+                   "discovery rate 5 %)")
 
     for color, label in ((GAIN_COLOR, "Distilled better"), (LOSS_COLOR, "Distilled worse")):
         axis.plot([], [], color=color, linewidth=1.8, label=label)  # for the legend only

@@ -385,15 +385,15 @@ def teacher_mismatch(info, args, data):
     return ", ".join(mismatches)
 
 
-def min_teacher_accuracy(num_classes):
-    """The validation accuracy that a teacher must reach, clearly above chance level, 1 / C.
+def close_to_chance(chance):
+    """The accuracy up to which a model counts as close to chance level, `chance`: three times that,
+    or with few classes a fifth of the way from there to 1 (100 classes: 3 %, two classes: 60 %)."""
+    return min(3 * chance, chance + (1 - chance) / 5)
 
-    For 2 to 4 classes it is half-way between chance level and 1; up to 50 classes it is three times
-    chance level; for more, twice chance level plus 2 percentage points.
-    """
-    if num_classes <= 4:
-        return 0.5 + 0.5 / num_classes
-    return max(3 / num_classes, 2 / num_classes + 0.02)
+
+def min_teacher_accuracy(num_classes):
+    """The validation accuracy that a teacher must reach in order not to teach noise."""
+    return close_to_chance(1 / num_classes)
 
 
 def load_teacher_model(path, name, num_classes):
@@ -477,7 +477,9 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
     """
     if not are_finite(teacher.parameters()):
         raise utils.UserError("some of the teacher's weights are NaN or infinite")
-    teacher = fold_batch_norms(teacher.requires_grad_(False).eval(), image_size)
+    teacher.requires_grad_(False)
+    teacher.eval()
+    teacher = fold_batch_norms(teacher, image_size)
     for module in teacher.modules():
         if type(module) in CASTABLE_LAYERS:
             module.to(dtype)
@@ -520,7 +522,7 @@ def fold_batch_norms(model, image_size):
 
 # CUDA graphs and DDP ------------------------------------------------------------------------------
 
-def capture_cuda_graph(model, size, args):
+def capture_cuda_graph(model, image_size, args):
     """If args.cuda_graph, make `model` replay CUDA graphs of its forward and backward pass.
 
     With small batches a GPU waits for Python: one graph replaces hundreds of kernel launches.
@@ -541,15 +543,16 @@ def capture_cuda_graph(model, size, args):
     original_state = copy.deepcopy(model.state_dict())
     latest_logits = torch.empty(0)
 
-    def forward(images):
+    def forward_with_autocast(images):
         nonlocal latest_logits
         # torch calls this for the capture and, from then on, in the other mode: in evaluation,
         # which has no autocast.
         if model.training != captured_mode:
             return eager_forward(images)
-        # The logits keep the parameters' autograd nodes, which belong to the stream of this call.
-        # If the next call reused them, each would synchronise streams. torch keeps the logits of
-        # its last trial and of the capture, so we take the nodes from them.
+        # Logits that stay alive hold every parameter's AccumulateGrad node, which belongs to the
+        # stream of this call. torch keeps the logits of its last warm-up iteration and of the
+        # capture. A later backward pass would reuse their nodes and synchronise streams once for
+        # each parameter, so the nodes are released here.
         latest_logits.detach_()
         # Autocast must be inside what is captured (pytorch #71631, #120930).
         with utils.autocast(images.device, args):
@@ -559,15 +562,16 @@ def capture_cuda_graph(model, size, args):
         latest_logits = logits
         return logits
 
-    model.forward = forward
-    images = torch.zeros(args.batch_size, 3, size, size, device=model.pixel_scale.device)
+    model.forward = forward_with_autocast
+    images = torch.zeros(args.batch_size, 3, image_size, image_size,
+                         device=model.pixel_scale.device)
     images = images.to(memory_format=torch.channels_last)
     # Gives autograd's thread a CUDA context. cuBLAS would warn if it had to do so.
     torch.ones(1, device=images.device, requires_grad=True).exp().backward()
     try:
         torch.cuda.make_graphed_callables(model, (images,))
     except (RuntimeError, AssertionError) as error:
-        # The model may have failed in the trials before the capture: memory may have run out.
+        # The model may have failed in the warm-up before the capture: memory may have run out.
         if utils.find_known(error) is not None:
             raise
         # A failed capture may leave CUDA unusable, so there is no falling back to eager mode.
@@ -754,10 +758,13 @@ def export_best_student(checkpoint_dir, info):
     """
     folder = Path(checkpoint_dir)
     target = folder / "best_model.pth"
-    # Two scripts may finish at the same time. All processes of torchrun must call lock_folder.
+    # Two scripts may finish at the same time. All processes of torchrun must call lock_folder,
+    # since it contains a barrier.
     _lock = utils.lock_folder(folder / "best_model")
     if utils.RANK != 0:
         return
+    for half_written in folder.glob(f"{target.name}.*.tmp"):  # by a script that was killed
+        half_written.unlink()
 
     best_path = choose_best_student(folder, info)
     if best_path is None:
@@ -828,15 +835,19 @@ def export_timm_folder(file, folder, origin):
     model_config = {"label_names": info["class_names"], "sha256": utils.sha256(file),
                     "origin": origin}
     temporary = folder.with_name(".new_best")
+    previous = folder.with_name(".previous_best")
 
-    shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
+    for leftover in (temporary, previous):  # of an export that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         model = model.to(memory_format=torch.contiguous_format)
         timm.models.save_for_hf(model, temporary, model_config=model_config,
                                 safe_serialization=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            utils.replace(folder, previous)  # fails as a whole if a file in it is in use
         utils.replace(temporary, folder)
+        shutil.rmtree(previous, ignore_errors=True)
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
-        # Tensors that share memory, or a full disk. The previous folder stays.
+        # Tensors that share memory, a full disk, or a file in use. The previous folder stays.
         shutil.rmtree(temporary, ignore_errors=True)
         print(f"warning: {folder}/ was not updated to {file}: {utils.first_line(error)}")

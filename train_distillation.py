@@ -143,16 +143,16 @@ def train(student, teacher, info, data, args):
 
 def teacher_args(args):
     """The settings of the teacher's fine-tuning, in the form that train_baseline.train expects."""
-    # Left out are what the teacher does not depend on, since changing it would make an unfinished
-    # teacher start over, and its own settings, which are entered under the names that
-    # train_baseline.train reads.
-    not_used = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
+    # Left out: settings that do not affect the teacher, since a change of one would make an
+    # unfinished teacher start over; and TEACHER_*, which get the names that train_baseline.train
+    # reads.
+    left_out = {"student_model", "student_weights", "distillation_loss", "temperature", "alpha",
                 "kl_direction", "teacher_image_size", *config.TEACHER_ONLY}
-    settings = {name: value for name, value in vars(args).items() if name not in not_used}
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings["num_epochs"] = args.teacher_epochs
     settings["learning_rate"] = args.teacher_learning_rate
     settings["image_size"] = args.teacher_image_size or args.image_size
-    settings["weights"] = args.teacher_weights
+    settings["weights"] = args.teacher_weights  # other weights are another run
     settings["seeds"] = None
     settings["fresh"] = args.fresh_teacher
     # Not the student's seed: with it the student would see the very crops that the teacher was
@@ -172,9 +172,10 @@ def find_or_train_teacher(args, data, device):
     # Held until this function returns: another process waits, and then reuses this teacher.
     _lock = utils.lock_folder(folder)
     if not args.fresh_teacher and utils.is_finished(folder):
-        info = utils.load_checkpoint(best_path)
+        _, info = models.load_model(best_path)
         mismatch = models.teacher_mismatch(info, args, data)
         if not mismatch:
+            print_changed_settings(info, run_args, folder)
             return best_path
         print(f"the teacher in {folder} does not fit and will be moved aside: {mismatch}")
 
@@ -186,6 +187,18 @@ def find_or_train_teacher(args, data, device):
     info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
                              gradcam_layer=gradcam_layer)
     return train_baseline.train(teacher, info, data, run_args)
+
+
+def print_changed_settings(info, args, folder):
+    """Say so if a finished teacher is reused although its settings are not those of `args`."""
+    changed = []
+    for name, value in vars(args).items():
+        affects_training = name not in config.MAY_CHANGE_ON_RESUME and name != "seed"
+        if affects_training and info["config"].get(name) != value:
+            changed.append(name)
+    if changed:
+        print(f"note: the teacher in {folder} is reused, although it was trained with different "
+              f"{', '.join(changed)}; --fresh-teacher trains a new one")
 
 
 def prepare_teacher(path, args, data, device):
@@ -231,7 +244,7 @@ def measure_teacher(teacher, info, data, args, device):
 
 
 def check_teacher_accuracy(accuracy, num_classes, args):
-    """Raise UserError if the teacher is hardly better than chance level."""
+    """Raise UserError if the teacher is close to chance level."""
     min_accuracy = models.min_teacher_accuracy(num_classes)
     if accuracy >= min_accuracy:
         return
@@ -241,15 +254,15 @@ def check_teacher_accuracy(accuracy, num_classes, args):
                   "images of a different size")
     else:
         advice = "train it longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)"
-    raise utils.UserError(f"a teacher below {min_accuracy:.1%} is hardly better than chance and "
-                          f"would teach noise; {advice}")
+    raise utils.UserError(f"a teacher below {min_accuracy:.1%} is too close to chance level "
+                          f"({1 / num_classes:.1%}) and would teach noise; {advice}")
 
 
 def warn_if_baseline_is_as_good(teacher_accuracy, teacher_info, args):
     """Print a warning for each baseline on the same split that is as good as the teacher."""
     for path in models.student_checkpoints(Path(args.checkpoint_dir, "baseline")):
         try:
-            baseline = utils.load_checkpoint(path)
+            _, baseline = models.load_model(path)
         except utils.UserError:
             continue  # a damaged baseline is no reason to stop here; evaluate.py will say so
         has_same_split = baseline["split_fingerprint"] == teacher_info["split_fingerprint"]

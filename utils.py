@@ -173,16 +173,17 @@ MEMORY_ADVICE = (
     "another --amp-dtype")
 WORKER_ADVICE = (
     "a process that reads images was killed, usually because memory (in a container: /dev/shm) ran "
-    "out; lower --num-workers, and the same command resumes")
+    "out; lower --num-workers, and the same command (without --fresh) resumes")
 
 LOST_CONNECTION = KnownError(
     (RuntimeError,), ("gloo", "NCCL", "Connection"),
-    "the connection between the processes was lost: {reason}; the same command resumes")
+    "the connection between the processes was lost: {reason}; the same command (without --fresh) "
+    "resumes")
 
 KNOWN_ERRORS = [  # the first match counts
     KnownError((MemoryError,), (), MEMORY_ADVICE),
     KnownError((Exception,), ("out of memory", "can't allocate memory", "ALLOC_FAILED",
-                              "not enough memory",
+                              "not enough memory", "Cannot allocate memory",
                               "unable to find an engine",         # cuDNN's
                               "WinError 1455"), MEMORY_ADVICE),  # Windows' paging file
     LOST_CONNECTION,
@@ -194,9 +195,15 @@ KNOWN_ERRORS = [  # the first match counts
     KnownError((ValueError,), ("more than 1 value per channel",),  # BatchNorm's
                "--batch-size is too small to train with: {reason}", exit_status=2),
     KnownError((BrokenPipeError,), (),
-               "the program that reads this script's output has ended; the same command resumes"),
+               "the program that reads this script's output has ended; the same command (without "
+               "--fresh) resumes"),
+    KnownError((RuntimeError,), ("no kernel image",),
+               "this build of torch does not support this GPU; install one that does "
+               "(https://pytorch.org/get-started/locally), or use --device cpu"),
+    KnownError((OSError,), ("Too many open files", "Resource temporarily unavailable"),
+               "the system allows no more processes or open files ({reason}); lower --num-workers"),
     KnownError((ConnectionError, EOFError), (), WORKER_ADVICE),
-    KnownError((RuntimeError,), ("DataLoader worker (pid",), WORKER_ADVICE),
+    KnownError((RuntimeError,), ("DataLoader worker (pid", "shared memory"), WORKER_ADVICE),
 ]
 # OSErrors of a disk or folder (full, write-protected, not a folder), not of the script.
 FOLDER_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
@@ -271,7 +278,7 @@ def setup(args):
     prepare_memory(device)
     # cuDNN can try several algorithms for each new shape, which takes 20 to 50 s on an H200. This
     # pays in training, whose shapes stay the same, but not in evaluation.
-    is_training = "amp_dtype" in args
+    is_training = "amp_dtype" in args  # only the training scripts have this flag
     torch.backends.cudnn.benchmark = is_training
     if device.type == "cuda":
         # By default cuDNN computes float32 convolutions in TF32, with 10 bits of mantissa. float32
@@ -399,7 +406,7 @@ def device_name(device):
     if device.type == "mps":
         return "Apple GPU"
     num_threads = torch.get_num_threads()
-    return f"CPU, {num_threads} thread" + "s" * (num_threads > 1)
+    return f"CPU, {num_threads} {'thread' if num_threads == 1 else 'threads'}"
 
 
 def versions(device):
@@ -438,10 +445,12 @@ def replace(source, target):
     """Move a file over another, or a folder to a new place. Retry for 4 s, since Windows refuses
     while another program has the file open."""
     for _ in range(20):
-        with contextlib.suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(0.2)
-    return os.replace(source, target)
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            time.sleep(0.2)
+    os.replace(source, target)
 
 
 def save_checkpoint(checkpoint, target):
@@ -460,6 +469,18 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or checkpoint.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{path} is not a checkpoint of this project, format {FORMAT_VERSION}")
     return checkpoint
+
+
+def load_last(path):
+    """Load a run's last.pth, onto the CPU. Raises UserError if it is damaged or something else."""
+    try:
+        saved = load_checkpoint(path)
+        if not {"identity", "history", "states"} <= saved.keys():
+            raise UserError(f"{path} is not the last.pth of a run")
+    except UserError as error:
+        raise UserError(f"{error}; --fresh (for a teacher --fresh-teacher) starts over and moves "
+                        "it aside") from None
+    return saved
 
 
 def load_torch_file(path):
@@ -548,7 +569,7 @@ class Run:
         self.lock = lock_folder(self.folder)
         previous = {}  # the content of last.pth, if there is one and it is wanted
         if self.last_path.exists() and not args.fresh:
-            previous = load_checkpoint(self.last_path)
+            previous = load_last(self.last_path)
         self.why_not_resumed = self.reason_not_to_resume(previous, args.fresh)
         if self.why_not_resumed:
             previous = {}
@@ -619,11 +640,11 @@ class Run:
         # weights, their EMA, and AdamW's two moments. While it is replaced, it is there twice.
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
         needed = weights + 2 * 4 * weights
-        existing_folder = next(path for path in self.folder.absolute().parents if path.exists())
-        free = shutil.disk_usage(existing_folder).free
-        if free < needed and RANK == 0:
-            print(f"warning: the run needs about {needed / 1e6:.0f} MB in {existing_folder}, which "
-                  f"has {free / 1e6:.0f} MB free")
+        folder = self.folder.absolute().parent  # which exists since it was locked
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            print(f"warning: the run needs about {needed / 1e6:.0f} MB in {folder}, which has "
+                  f"{free / 1e6:.0f} MB free")
 
     @main_process_first()
     def finish_epoch(self, row, model):
@@ -677,7 +698,7 @@ class Run:
     def save_best(self, model, row):
         weights = {}
         for name, tensor in model.state_dict().items():
-            weights[name] = tensor.cpu().contiguous()  # not in channels_last
+            weights[name] = tensor.cpu().contiguous()  # for other programs, not channels_last
         save_checkpoint({**self.info, "state_dict": weights, "epoch": row["epoch"],
                          "val_accuracy": row["val_accuracy"]}, self.best_path)
 
@@ -724,8 +745,8 @@ class Run:
         star = "*" if is_best else " "
         epochs_to_go = self.num_epochs - row["epoch"] + self.epochs_of_later_seeds
         to_go = ""
-        # Not in the first line: print_estimate has printed it already, and the start belongs to
-        # this epoch: on a GPU 20 to 50 s, for CUDA graphs and cuDNN's trials.
+        # Not in the first line: print_estimate has printed it already, and this epoch includes the
+        # start-up, on a GPU 20 to 50 s (capturing CUDA graphs, cuDNN's autotuning).
         if epochs_to_go and row["epoch"] > self.first_epoch:
             to_go = f", {format_duration(row['seconds'] * epochs_to_go)} to go"
         print(f"{self.title} epoch {row['epoch']:>3}/{self.num_epochs}"
@@ -767,7 +788,7 @@ def is_finished(folder):
     last_path = folder / "last.pth"
     if not last_path.is_file():
         return True
-    saved = load_checkpoint(last_path)
+    saved = load_last(last_path)
     return len(saved["history"]) == saved["identity"]["num_epochs"]
 
 

@@ -4,7 +4,7 @@
     python tests/benchmark_training.py --image-size 32 --batch-size 128 --json FILE
 
 Four loops take turns, so that a machine that slows down affects all of them. The table has medians
-over the rounds.
+over the rounds, of the speeds and of the ratios within each round.
 
 (a) plain, as people usually write it: torchvision's PIL transforms, a DataLoader with the best
     number of workers, NCHW, autocast, `.item()` in every step;
@@ -334,7 +334,8 @@ def timm_trainer(student, teacher, loader, device, args):
 # Evaluation ---------------------------------------------------------------------------------------
 
 def evaluation_loops(args, device):
-    """(b) and (c) of evaluation: as the scripts do it, and one resident batch again and again."""
+    """(b) and (c) of evaluation: as it follows each epoch of training, and one resident batch again
+    and again."""
     model = models.build_model(args.model, NUM_CLASSES).to(device).eval()
     settings = parse_settings(args, distill=False)
     info = {"image_size": args.image_size, "interpolation": "bicubic", "crop_pct": 1.0}
@@ -388,18 +389,20 @@ def compare(args, name, loops):
     return row
 
 
-def print_table(args, rows, device, num_workers):
-    print(f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, "
-          f"{utils.device_name(device)}, {args.amp_dtype}, torch {torch.__version__}, "
-          f"timm {timm.__version__}; (a) and (d) with {num_workers} workers; images/s, medians of "
-          f"{args.rounds} rounds of {args.steps} steps")
-    print("| | (a) plain | (b) project | (c) ceiling | (d) timm | b/a | b/c | b/d |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        cells = [row["what"]]
-        for name, number_format in COLUMNS.items():
-            cells.append(format(row[name], number_format) if name in row else "")
-        print("|", " | ".join(cells), "|")
+def head_text(args, device, num_workers):
+    return (f"{args.model}, teacher {args.teacher}, {args.image_size} px, batch {args.batch_size}, "
+            f"{utils.device_name(device)}, {args.amp_dtype}, torch {torch.__version__}, "
+            f"timm {timm.__version__}; (a) and (d) with {num_workers} workers; images/s, medians "
+            f"of {args.rounds} rounds of {args.steps} steps\n"
+            "| | (a) plain | (b) project | (c) ceiling | (d) timm | b/a | b/c | b/d |\n"
+            "| --- | --- | --- | --- | --- | --- | --- | --- |")
+
+
+def row_text(row):
+    cells = [row["what"]]
+    for name, number_format in COLUMNS.items():
+        cells.append(format(row[name], number_format) if name in row else "")
+    return f"| {' | '.join(cells)} |"
 
 
 def parse():
@@ -441,19 +444,26 @@ def main():
     labels = random.integers(0, NUM_CLASSES, count)
     num_workers, plain = best_plain_loop(args, device, pixels, labels)
 
+    head = head_text(args, device, num_workers)
+    print(head)
     rows = []
-    for name, distill in (("CE", False), ("KD", True)):
-        rows.append(compare(args, name, {
-            "plain": functools.partial(plain, distill),
-            "project": project_loop(args, device, pixels, labels, distill),
-            "ceiling": ceiling_loop(args, device, distill),
-            "timm": timm_loop(args, device, pixels, labels, num_workers, distill)}))
-    rows.append(compare(args, "evaluation", evaluation_loops(args, device)))
+    for name in ("CE", "KD", "evaluation"):
+        if name == "evaluation":
+            loops = evaluation_loops(args, device)
+        else:
+            distill = name == "KD"
+            loops = {
+                "plain": functools.partial(plain, distill),
+                "project": project_loop(args, device, pixels, labels, distill),
+                "ceiling": ceiling_loop(args, device, distill),
+                "timm": timm_loop(args, device, pixels, labels, num_workers, distill),
+            }
+        rows.append(compare(args, name, loops))
+        print(row_text(rows[-1]), flush=True)
 
-    print_table(args, rows, device, num_workers)
     if args.json:
         settings = {name: str(value) for name, value in vars(args).items()}
-        text = json.dumps({"settings": settings, "rows": rows}, indent=1)
+        text = json.dumps({"head": head, "settings": settings, "rows": rows}, indent=1)
         args.json.write_text(text, encoding="utf-8")
 
 

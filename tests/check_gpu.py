@@ -52,7 +52,7 @@ TOLERANCE = 0.02   # share of a loss by which CUDA graphs may differ where eager
 
 SHARES = {  # of the minutes, as parts of their sum
     "facts": 2,
-    "tests": 6,      # those marked cuda
+    "tests": 8,      # those marked cuda
     "same_bits": 4,  # what --deterministic promises
     "agreement": 3,  # of losses with CUDA graphs and without
     "speed": 15,     # and peak memory, of all loops; share of the time in which the GPU computes
@@ -89,27 +89,29 @@ def plan(args):
                     Measurement("tests", ["tests marked cuda"], GRAPH, cuda_tests)]
 
     promises = ["two deterministic runs", "interrupted and resumed", "alpha 0 and baseline"]
-    for column in (GRAPH, EAGER):
+    for column in (EAGER, GRAPH):  # a failed capture may leave CUDA unusable
         measurements.append(Measurement("same_bits", promises, column, same_bits, (column,)))
 
     for loop in ("baseline", "distillation"):
         row = f"{loop}: largest difference of a loss"
         measurements.append(Measurement("agreement", [row], GRAPH, agreement, (loop,)))
 
-    # All speeds in one process: on an H200, cuDNN's trials of algorithms take 20 to 50 s in each.
-    # First without graphs, since a failed capture may leave CUDA unusable.
-    for column, peer, peer_speed in [(EAGER, PLAIN, plain_speed), (GRAPH, CEILING, ceiling_speed)]:
+    # All speeds in one process: on an H200, cuDNN's autotuning takes 20 to 50 s in each. What
+    # people ask for comes first, in case the time runs out.
+    for loop, batch in loops:
+        rows = [f"{loop}, batch {batch}: images/s", f"{loop}, batch {batch}: peak GB"]
+        if batch == small:
+            rows[1] += f", limit {MEMORY_LIMITS[loop]}"
+        for column in (EAGER, GRAPH):
+            measurements.append(Measurement("speed", rows, column, speed_and_memory,
+                                            (loop, batch, column)))
+    for column, speed in ((CEILING, ceiling_speed), (PLAIN, plain_speed)):
         for loop, batch in loops:
-            speed_row = f"{loop}, batch {batch}: images/s"
-            memory_row = f"{loop}, batch {batch}: peak GB"
-            if batch == small:
-                memory_row += f", limit {MEMORY_LIMITS[loop]}"
-            measurements.append(Measurement("speed", [speed_row, memory_row], column,
-                                            speed_and_memory, (loop, batch, column)))
             if loop != "teacher":
-                measurements.append(Measurement("speed", [speed_row], peer, peer_speed,
-                                                (loop, batch)))
-        for loop in ("baseline", "distillation"):
+                row = f"{loop}, batch {batch}: images/s"
+                measurements.append(Measurement("speed", [row], column, speed, (loop, batch)))
+    for loop in ("baseline", "distillation"):
+        for column in (EAGER, GRAPH):
             row = f"{loop}, batch {small}: GPU busy"
             measurements.append(Measurement("speed", [row], column, busy_share, (loop, column)))
     return measurements
@@ -126,8 +128,11 @@ def facts(args):
     for command in ("nvidia-smi --query-gpu=driver_version --format=csv,noheader",
                     "git rev-parse --short HEAD"):
         program, *_ = words = command.split()
-        if shutil.which(program):
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=20)
+        if not shutil.which(program):
+            continue
+        with contextlib.suppress(subprocess.SubprocessError):  # no driver, no repository, no answer
+            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=5,
+                                  check=True)
             texts.append(f"{program} {utils.first_line(done.stdout)}")
     return ["; ".join(texts)]
 
@@ -135,17 +140,23 @@ def facts(args):
 def cuda_tests(args):
     outcomes = {"passed": 0, "failed": 0, "skipped": 0}
 
+    def counts():
+        return ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+
     class CountOutcomes:
         def pytest_runtest_logreport(self, report):
             if report.when == "call" or not report.passed:
                 outcomes[report.outcome] += 1
+                # Replaced by the next one; the last stands if this stage is cut off.
+                record(args, "tests marked cuda", GRAPH, f"{counts()}, not all run")
             if report.failed:
-                record(args, f"failed: {report.nodeid}", ABOVE, utils.first_line(report.longrepr))
+                crash = getattr(report.longrepr, "reprcrash", None)
+                reason = crash.message if crash else report.longrepr
+                record(args, f"failed: {report.nodeid}", ABOVE, utils.first_line(reason))
 
     status = pytest.main([str(ROOT / "tests"), "-m", "cuda", "-v", "-p", "no:cacheprovider",
                           "--continue-on-collection-errors"], plugins=[CountOutcomes()])
-    counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-    return [f"{counts} ({pytest.ExitCode(status).name})"]
+    return [f"{counts()} ({pytest.ExitCode(status).name})"]
 
 
 def same_bits(args, column):
@@ -215,7 +226,7 @@ def speed_and_memory(args, loop, batch, column):
     # stream of a capture; a user's run begins without.
     left_behind = torch.cuda.memory_reserved()
     history = train(args, loop, batch, *graph_flags(column))["history"]
-    speed = f"{history[1]['images_per_second']:.0f}"  # in the first epoch cuDNN tries algorithms
+    speed = f"{history[1]['images_per_second']:.0f}"  # the first epoch includes the autotuning
     if args.device == "cpu":
         return [speed, "not measured on CPUs"]
     peak = max(row["peak_memory_mb"] for row in history) * 2**20 - left_behind
@@ -366,15 +377,17 @@ def run_measurements(args):
             continue
         try:
             texts = measurement.function(args, *measurement.arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # SystemExit: settings that do not fit
             traceback.print_exc()
-            texts = [f"FAILED: {type(error).__name__}"] * len(measurement.rows)
+            reason = f"FAILED: {type(error).__name__}: {utils.first_line(error)}"
+            texts = [reason.replace("|", "/")] * len(measurement.rows)  # "|" would end the cell
         for row, text in zip(measurement.rows, texts, strict=True):
             record(args, row, measurement.column, text)
 
         # What stays allocated would count in the peak of the next one.
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # after a failure CUDA may be unusable
+            torch.cuda.empty_cache()
         print(f"still allocated: {torch.cuda.memory_allocated() / 1e6:.0f} MB")
 
 

@@ -72,7 +72,8 @@ def test_a_failure_costs_its_own_measurement_alone(tmp_path, monkeypatch):
     check_gpu.run_measurements(args)
     lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
     texts = {cell["row"]: cell["text"] for cell in map(json.loads, lines)}
-    assert texts == {"a": "FAILED: RuntimeError", "b": "FAILED: RuntimeError", "d": "1"}
+    failure = "FAILED: RuntimeError: no memory"
+    assert texts == {"a": failure, "b": failure, "d": "1"}
 
 
 @pytest.mark.slow

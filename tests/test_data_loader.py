@@ -1640,6 +1640,30 @@ def test_a_person_sees_the_images_of_a_part(arguments, tmp_path):
             assert np.array_equal(seen, np.asarray(Image.open(file)))
 
 
+def test_small_images_are_cropped_for_a_model_of_photographs():
+    """A folder whose test pictures all are small, while one of the training pictures is not."""
+    pixels = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
+    images = data_loader.Images(pixels, None, torch.arange(3), [])
+    info = INFO | {"crop_pct": 0.875}
+    args = types.SimpleNamespace(num_workers=0)
+    (got, _), = data_loader.EvaluationLoader(images, info, args, CPU)
+    for image, expected in zip(got, pixels, strict=True):
+        picture = Image.fromarray(expected.permute(1, 2, 0).numpy())
+        cropped = np.asarray(data_loader.crop_to_size(info)(picture))
+        assert np.array_equal((255 * image).round().permute(1, 2, 0), cropped)
+
+
+def test_crops_leave_other_random_numbers_alone(monkeypatch):
+    """Also those of a GPU, which torch.manual_seed would reset, and with them the dropout."""
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", seeded.append)
+    before = torch.get_rng_state()
+    assert data_loader.random_crop(70, 50, 3) == data_loader.random_crop(70, 50, 3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not seeded
+
+
 @pytest.mark.parametrize("width, height", [
     (65000, 1), (1, 65000), (30000, 40), (3, 400), (64, 64), (300, 200), (50, 399), (640, 64)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])

@@ -6,6 +6,7 @@ import collections
 import copy
 import csv
 import math
+import shutil
 
 import pytest
 import scipy.special
@@ -308,6 +309,7 @@ def test_teacher_is_reused_where_it_fits(train, capsys):
     train("distillation", *SHORT, "--alpha", "0.5", "--learning-rate", "0.001", "--seed", "7")
     out = capsys.readouterr().out
     assert "teacher epoch" not in out  # none of these is a reason to train it again
+    assert "note" not in out
     assert "distilled epoch" in out
     assert utils.sha256(folder / "teacher" / "best_model.pth") == teacher
 
@@ -315,6 +317,13 @@ def test_teacher_is_reused_where_it_fits(train, capsys):
     assert "alpha" in out
     assert (folder / "distilled.1" / "best_model.pth").is_file()
     assert (folder / "distilled.1" / "distilled_history.csv").is_file()
+
+    # Its own settings do not make it unfit, but what was asked for is not what is used.
+    train("distillation", "--num-epochs", "1", "--teacher-epochs", "2")
+    out = capsys.readouterr().out
+    assert "teacher epoch" not in out
+    assert "note" in out and "num_epochs" in out and "--fresh-teacher" in out
+    assert utils.sha256(folder / "teacher" / "best_model.pth") == teacher
 
 
 @pytest.mark.slow
@@ -327,6 +336,22 @@ def test_teacher_of_another_split_is_moved_aside(train, capsys):
     assert "validation images" in out  # it has seen the new ones
     assert "teacher epoch" in out
     assert utils.sha256(folder / "teacher.1" / "best_model.pth") == teacher
+
+
+def test_wrong_file_in_the_place_of_last_pth_is_one_message(train):
+    folder = train("distillation", *SHORT)
+    for role, flag in (("teacher", "--fresh-teacher"), ("distilled", "--fresh")):
+        last_path = folder / role / "last.pth"
+        right_content = last_path.read_bytes()
+        shutil.copyfile(folder / role / "best_model.pth", last_path)
+        with pytest.raises(utils.UserError, match=f"last.pth.*{flag}"):
+            train("distillation", *SHORT, "--alpha", "0.5")
+        last_path.write_bytes(right_content)
+
+    # And the other way round, as if put there by hand
+    shutil.copyfile(folder / "teacher" / "last.pth", folder / "teacher" / "best_model.pth")
+    with pytest.raises(utils.UserError, match="best_model.pth"):
+        train("distillation", *SHORT, "--alpha", "0.5")
 
 
 @pytest.mark.slow

@@ -52,6 +52,13 @@ BUS_ERROR = ("DataLoader worker (pid 7) is killed by signal: Bus error. It is po
     (MemoryError(), 1, "--batch-size"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "--batch-size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--batch-size"),
+    (OSError(12, "Cannot allocate memory"), 1, "--batch-size"),
+    (OSError(24, "Too many open files"), 1, "--num-workers"),
+    (BlockingIOError(11, "Resource temporarily unavailable"), 1, "--num-workers"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared "
+                  "memory(shm) for file </torch_1_2_3>: No space left"), 1, "/dev/shm"),
+    (RuntimeError("CUDA error: no kernel image is available for execution on the device"), 1,
+     "--device cpu"),
     (RuntimeError("GET was unable to find an engine to execute this"), 1, "--amp-dtype"),
     (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore"), 1,
      "nvidia-smi"),

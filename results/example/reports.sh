@@ -10,6 +10,7 @@ in_folder() {
 
 # compare NAME BASELINE DISTILLED: a report in results/NAME on two folders of checkpoints/
 compare() {
+    rm -rf "checkpoints/$1"  # of an earlier call
     mkdir -p "checkpoints/$1"
     cp -r "checkpoints/$2" "checkpoints/$1/baseline"
     cp -r "checkpoints/$3" "checkpoints/$1/distilled"

@@ -1,12 +1,13 @@
 """A peer: a student trained by a loop of timm's own parts instead of this project's, from the same
-weights, with the same images, crops, length, learning rate and teacher.
+weights, with the same images, length, learning rate and teacher, and the same kind of crops in
+another random order.
 
     python results/example/timm_loop.py ...                              # the baseline
     python results/example/timm_loop.py --teacher-checkpoint FILE ...    # the distilled student
 
 It takes the flags of train_baseline.py or, with a teacher, of train_distillation.py, and refuses
 those that the loop does not follow. It never resumes: a previous run is moved aside. Give it
-folders of its own (--checkpoint-dir, --results-dir).
+folders of its own (--checkpoint-dir, --results-dir), and do not run the command that it names next.
 """
 import argparse
 import sys
