@@ -1011,7 +1011,7 @@ def heading_lines(numbers):
         f"Baseline {scores['baseline']['model_name']} against distilled "
         f"{scores['distilled']['model_name']} (teacher: {teacher})",
         f"{dataset['name']}: {dataset['num_classes']} classes, {images}",
-        ", ".join(training_parts(numbers)),
+        f"Training: {', '.join(training_parts(numbers))}",
     ]
 
 
