@@ -8,7 +8,8 @@ images with `load_split`.
 A loader yields images (B, 3, S, S) on the device: B images, S px wide and high, floats in [0, 1].
 Each model normalises them itself. Datasets of small square images (CIFAR, letters) are kept in
 memory as one uint8 tensor and augmented on the device, a whole batch at a time. Photographs are
-decoded and cropped by worker processes, and so are small images with the augmentation resized_crop.
+decoded and cropped by worker processes. So are small images with the augmentation resized_crop, and
+small validation or test images of a model that was trained on photographs (crop_pct below 1).
 """
 import atexit
 import collections

@@ -517,7 +517,7 @@ def reliability(confidence, correct):
 
 def best_temperature(log_probs, labels):
     """The temperature between 0.05 and 20 that minimises the NLL (Guo et al. 2017). None if all
-    predictions are correct: then the NLL falls as long as the temperature does."""
+    predictions are correct: then the NLL keeps falling as the temperature falls."""
     if (log_probs.argmax(1) == labels).all():
         return None
     rows = np.arange(len(labels))
@@ -725,9 +725,9 @@ def gains_by_class(trained, labels):
 
     A sign test for each class asks whether more of its images gain than lose, summed over the seeds
     (with one seed this is McNemar's exact test). `p` is adjusted for the number of classes
-    (Benjamini, Hochberg 1995): of the classes with p < 0.05, at most 5 % are expected to change
-    only by the choice of test images. The tests are for the trained students: students of other
-    seeds may change in other classes.
+    (Benjamini, Hochberg 1995): of the classes with p < 0.05, at most 5 % are expected to differ
+    only because of the choice of test images. The tests are for the trained students: students of
+    other seeds may change in other classes.
     """
     gains = (correct_answers(trained["distilled"], labels).astype(float)
              - correct_answers(trained["baseline"], labels))
@@ -759,9 +759,10 @@ def confidence_interval(gains):
 
     so the variance of the mean, var_seeds / S + var_images / N + var_residual / (S * N), is
     estimated by (ms_seeds + ms_images - ms_residual) / (S * N). Its degrees of freedom are those of
-    Satterthwaite (Biometrics Bulletin 2, 1946): near S - 1 if the seeds contribute most of it, near
-    N - 1 if the images do. If ms_seeds <= ms_residual, then var_seeds is taken as 0, and the
-    interval is that over the images. For S = 1 it is their t interval.
+    Satterthwaite (Biometrics Bulletin 2, 1946), S - 1 or more: close to S - 1 unless the variance
+    between images is much larger than the residual. If ms_seeds <= ms_residual, then var_seeds is
+    taken as 0, and the interval is the t interval over the images, as for S = 1. So it may widen
+    abruptly where ms_seeds begins to exceed ms_residual.
 
     The interval is approximate. For normal effects, at the least favourable variance ratio, it
     covers the true mean with a probability of 92 % with three seeds, 93.5 % with four, 94 % with
@@ -784,6 +785,8 @@ def confidence_interval(gains):
             scaled_variance = ms_images + (ms_seeds - ms_residual)
             degrees_of_freedom = scaled_variance**2 / (
                 ms_seeds**2 / (S - 1) + ms_images**2 / (N - 1) + ms_residual**2 / residual_df)
+            # With few images ms_images may fall below ms_residual.
+            degrees_of_freedom = max(degrees_of_freedom, S - 1)
 
     standard_error = math.sqrt(scaled_variance / (S * N))
     half_width = stats.t.ppf(0.975, degrees_of_freedom) * standard_error
@@ -1053,7 +1056,7 @@ def weakness_texts(numbers):
         if high < 0:
             texts.append(f"The teacher is worse than the baseline on the test images ({lead})")
         elif low <= 0:
-            texts.append("It is undecided whether the teacher is better than the baseline on the "
+            texts.append("It is unclear whether the teacher is better than the baseline on the "
                          f"test images ({lead})")
 
     class_sizes = numbers["dataset"]["images_per_class"].values()
@@ -1127,7 +1130,7 @@ def verdict_lines(numbers):
                  f"over the seeds only: {over_seeds}. McNemar's exact test for each seed: p = "
                  f"{p_values}.")
     if comparison["verdict_ci"] == "images":
-        lines.append("The verdict does not cover the variation between seeds; that takes "
+        lines.append("The verdict does not cover the variation between seeds, which takes "
                      f"{MIN_SEEDS} seeds or more.")
     elif np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
         lines.append("The seeds differ by no more than the noise of the test images, so the "

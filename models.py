@@ -391,11 +391,6 @@ def close_to_chance(chance):
     return min(3 * chance, chance + (1 - chance) / 5)
 
 
-def min_teacher_accuracy(num_classes):
-    """The validation accuracy that a teacher must reach in order not to teach noise."""
-    return close_to_chance(1 / num_classes)
-
-
 def load_teacher_model(path, name, num_classes):
     """Load a teacher; return the model, in eval mode, and its `info`.
 
@@ -837,7 +832,9 @@ def export_timm_folder(file, folder, origin):
     temporary = folder.with_name(".new_best")
     previous = folder.with_name(".previous_best")
 
-    for leftover in (temporary, previous):  # of an export that was killed
+    if previous.exists() and not folder.exists():  # an export was killed
+        utils.replace(previous, folder)
+    for leftover in (temporary, previous):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         model = model.to(memory_format=torch.contiguous_format)
@@ -850,4 +847,6 @@ def export_timm_folder(file, folder, origin):
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
         # Tensors that share memory, a full disk, or a file in use. The previous folder stays.
         shutil.rmtree(temporary, ignore_errors=True)
+        if previous.exists() and not folder.exists():
+            utils.replace(previous, folder)
         print(f"warning: {folder}/ was not updated to {file}: {utils.first_line(error)}")

@@ -193,11 +193,12 @@ def print_changed_settings(info, args, folder):
     """Say so if a finished teacher is reused although its settings are not those of `args`."""
     changed = []
     for name, value in vars(args).items():
+        previous = info["config"].get(name)
         affects_training = name not in config.MAY_CHANGE_ON_RESUME and name != "seed"
-        if affects_training and info["config"].get(name) != value:
-            changed.append(name)
+        if affects_training and previous != value:
+            changed.append(f"{name} {previous} instead of {value}")
     if changed:
-        print(f"note: the teacher in {folder} is reused, although it was trained with different "
+        print(f"note: the teacher in {folder} is reused, although it was trained with "
               f"{', '.join(changed)}; --fresh-teacher trains a new one")
 
 
@@ -223,7 +224,7 @@ def prepare_teacher(path, args, data, device):
     else:
         accuracy = info["val_accuracy"]  # measured by its own run, on the same images
     print(f"teacher: {info['model_name']} from {path}, {accuracy:.2%} on validation images")
-    check_teacher_accuracy(accuracy, info["num_classes"], args)
+    check_teacher_accuracy(accuracy, data, args)
     warn_if_baseline_is_as_good(accuracy, info, args)
 
     frozen = models.freeze_teacher(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
@@ -243,10 +244,12 @@ def measure_teacher(teacher, info, data, args, device):
     return models.accuracy(logits, labels).item()
 
 
-def check_teacher_accuracy(accuracy, num_classes, args):
-    """Raise UserError if the teacher is close to chance level."""
-    min_accuracy = models.min_teacher_accuracy(num_classes)
-    if accuracy >= min_accuracy:
+def check_teacher_accuracy(accuracy, data, args):
+    """Raise UserError if the teacher is close to chance level on the validation images."""
+    class_sizes = data.val.labels.bincount()
+    chance = (class_sizes.max() / class_sizes.sum()).item()  # of predicting the largest class
+    limit = models.close_to_chance(chance)
+    if accuracy > limit:
         return
     if args.teacher_checkpoint:
         advice = ("if it was better elsewhere, its classes may be in a different order (here it is "
@@ -254,8 +257,8 @@ def check_teacher_accuracy(accuracy, num_classes, args):
                   "images of a different size")
     else:
         advice = "train it longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)"
-    raise utils.UserError(f"a teacher below {min_accuracy:.1%} is too close to chance level "
-                          f"({1 / num_classes:.1%}) and would teach noise; {advice}")
+    raise utils.UserError(f"a teacher of {limit:.1%} or less is too close to chance level "
+                          f"({chance:.1%}) and would teach noise; {advice}")
 
 
 def warn_if_baseline_is_as_good(teacher_accuracy, teacher_info, args):

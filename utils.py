@@ -166,6 +166,7 @@ class KnownError(NamedTuple):
     exit_status: int = 1
 
 
+SAME_COMMAND = "the same command (without --fresh and --fresh-teacher) resumes"
 MEMORY_ADVICE = (
     "there is too little memory; close other programs that use it, or halve --batch-size and "
     "double --accumulate-steps, which gives the same updates except for BatchNorm, or lower "
@@ -173,12 +174,11 @@ MEMORY_ADVICE = (
     "another --amp-dtype")
 WORKER_ADVICE = (
     "a process that reads images was killed, usually because memory (in a container: /dev/shm) ran "
-    "out; lower --num-workers, and the same command (without --fresh) resumes")
+    "out; lower --num-workers; " + SAME_COMMAND)
 
 LOST_CONNECTION = KnownError(
     (RuntimeError,), ("gloo", "NCCL", "Connection"),
-    "the connection between the processes was lost: {reason}; the same command (without --fresh) "
-    "resumes")
+    "the connection between the processes was lost: {reason}; " + SAME_COMMAND)
 
 KNOWN_ERRORS = [  # the first match counts
     KnownError((MemoryError,), (), MEMORY_ADVICE),
@@ -195,12 +195,12 @@ KNOWN_ERRORS = [  # the first match counts
     KnownError((ValueError,), ("more than 1 value per channel",),  # BatchNorm's
                "--batch-size is too small to train with: {reason}", exit_status=2),
     KnownError((BrokenPipeError,), (),
-               "the program that reads this script's output has ended; the same command (without "
-               "--fresh) resumes"),
+               "the program that reads this script's output has ended; " + SAME_COMMAND),
     KnownError((RuntimeError,), ("no kernel image",),
                "this build of torch does not support this GPU; install one that does "
                "(https://pytorch.org/get-started/locally), or use --device cpu"),
-    KnownError((OSError,), ("Too many open files", "Resource temporarily unavailable"),
+    KnownError((OSError, RuntimeError),
+               ("Too many open files", "Resource temporarily unavailable"),
                "the system allows no more processes or open files ({reason}); lower --num-workers"),
     KnownError((ConnectionError, EOFError), (), WORKER_ADVICE),
     KnownError((RuntimeError,), ("DataLoader worker (pid", "shared memory"), WORKER_ADVICE),

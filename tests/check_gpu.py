@@ -96,13 +96,14 @@ def plan(args):
         row = f"{loop}: largest difference of a loss"
         measurements.append(Measurement("agreement", [row], GRAPH, agreement, (loop,)))
 
-    # All speeds in one process: on an H200, cuDNN's autotuning takes 20 to 50 s in each. What
-    # people ask for comes first, in case the time runs out.
-    for loop, batch in loops:
-        rows = [f"{loop}, batch {batch}: images/s", f"{loop}, batch {batch}: peak GB"]
-        if batch == small:
-            rows[1] += f", limit {MEMORY_LIMITS[loop]}"
-        for column in (EAGER, GRAPH):
+    # All speeds in one process: on an H200, cuDNN's autotuning takes 20 to 50 s in each. First
+    # without graphs, since a failed capture may leave CUDA unusable; the peers and the profiles
+    # last, in case the time runs out.
+    for column in (EAGER, GRAPH):
+        for loop, batch in loops:
+            rows = [f"{loop}, batch {batch}: images/s", f"{loop}, batch {batch}: peak GB"]
+            if batch == small:
+                rows[1] += f", limit {MEMORY_LIMITS[loop]}"
             measurements.append(Measurement("speed", rows, column, speed_and_memory,
                                             (loop, batch, column)))
     for column, speed in ((CEILING, ceiling_speed), (PLAIN, plain_speed)):

@@ -498,10 +498,10 @@ def test_image_size_that_the_model_cannot_take_is_one_sentence():
 
 # The teacher --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("classes, accuracy", [
-    (10, 0.28), (100, 0.03), (2, 0.6), (4, 0.4), (1000, 0.003)])
-def test_min_teacher_accuracy(classes, accuracy):
-    assert models.min_teacher_accuracy(classes) == pytest.approx(accuracy)
+@pytest.mark.parametrize("chance, accuracy", [
+    (0.1, 0.28), (0.01, 0.03), (0.5, 0.6), (0.9, 0.92), (0.001, 0.003)])
+def test_close_to_chance(chance, accuracy):
+    assert models.close_to_chance(chance) == pytest.approx(accuracy)
 
 
 def test_frozen_teacher_stays_in_eval_mode():
@@ -1026,18 +1026,25 @@ def test_export_that_fails_leaves_the_previous_folder(tmp_path, capsys, monkeypa
     assert (folder / "model.safetensors").read_bytes() == weights
     assert not (tmp_path / ".new_best").exists()
 
-    # A file of the folder is in use: Windows lets nobody move the folder then.
+    # A file of the folder, or of the new one, is in use: Windows lets nobody move it then.
     replace = utils.replace
+    for in_use in (folder, tmp_path / ".new_best"):
+        def refuse(source, target, in_use=in_use):
+            if source == in_use:
+                raise PermissionError("in use")
+            replace(source, target)
 
-    def refuse(source, target):
-        if source == folder:
-            raise PermissionError("in use")
-        replace(source, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(utils, "replace", refuse)
+            models.export_best_student(tmp_path, info)
+        assert "in use" in capsys.readouterr().out
+        assert (folder / "model.safetensors").read_bytes() == weights
 
+    # Killed after the previous folder was moved, the next export brings it back.
+    folder.rename(tmp_path / ".previous_best")
     with monkeypatch.context() as patch:
-        patch.setattr(utils, "replace", refuse)
+        patch.setattr(timm.models, "save_for_hf", save_half)
         models.export_best_student(tmp_path, info)
-    assert "in use" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == weights
 
     # What a killed export has left is replaced.

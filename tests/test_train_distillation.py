@@ -7,6 +7,7 @@ import copy
 import csv
 import math
 import shutil
+import types
 
 import pytest
 import scipy.special
@@ -322,7 +323,7 @@ def test_teacher_is_reused_where_it_fits(train, capsys):
     train("distillation", "--num-epochs", "1", "--teacher-epochs", "2")
     out = capsys.readouterr().out
     assert "teacher epoch" not in out
-    assert "note" in out and "num_epochs" in out and "--fresh-teacher" in out
+    assert "note" in out and "num_epochs 1 instead of 2" in out and "--fresh-teacher" in out
     assert utils.sha256(folder / "teacher" / "best_model.pth") == teacher
 
 
@@ -340,11 +341,11 @@ def test_teacher_of_another_split_is_moved_aside(train, capsys):
 
 def test_wrong_file_in_the_place_of_last_pth_is_one_message(train):
     folder = train("distillation", *SHORT)
-    for role, flag in (("teacher", "--fresh-teacher"), ("distilled", "--fresh")):
+    for role in ("teacher", "distilled"):
         last_path = folder / role / "last.pth"
         right_content = last_path.read_bytes()
         shutil.copyfile(folder / role / "best_model.pth", last_path)
-        with pytest.raises(utils.UserError, match=f"last.pth.*{flag}"):
+        with pytest.raises(utils.UserError, match=f"{role}.last.pth.*--fresh"):
             train("distillation", *SHORT, "--alpha", "0.5")
         last_path.write_bytes(right_content)
 
@@ -426,10 +427,19 @@ def test_stop_after_the_teacher_does_not_train_it_again(train, capsys, monkeypat
 
 
 def test_teacher_that_knows_nothing_is_refused(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "min_teacher_accuracy", lambda num_classes: 1.1)
+    monkeypatch.setattr(models, "close_to_chance", lambda chance: 1.1)
     with pytest.raises(utils.UserError, match="--teacher-epochs"):
         train("distillation", *SHORT)
     assert not (tmp_path / "checkpoints" / "quick" / "distilled").exists()
+
+
+def test_teacher_that_only_knows_the_largest_class_is_refused(arguments):
+    labels = torch.tensor([0] * 9 + [1])
+    data = types.SimpleNamespace(val=types.SimpleNamespace(labels=labels))
+    args = arguments("distillation")
+    with pytest.raises(utils.UserError, match="90.0%"):
+        train_distillation.check_teacher_accuracy(0.9, data, args)
+    train_distillation.check_teacher_accuracy(0.95, data, args)
 
 
 @pytest.mark.slow

@@ -54,6 +54,8 @@ BUS_ERROR = ("DataLoader worker (pid 7) is killed by signal: Bus error. It is po
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "--batch-size"),
     (OSError(12, "Cannot allocate memory"), 1, "--batch-size"),
     (OSError(24, "Too many open files"), 1, "--num-workers"),
+    (RuntimeError("Too many open files. Communication with the workers is no longer possible."), 1,
+     "--num-workers"),
     (BlockingIOError(11, "Resource temporarily unavailable"), 1, "--num-workers"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared "
                   "memory(shm) for file </torch_1_2_3>: No space left"), 1, "/dev/shm"),

@@ -7,7 +7,8 @@ another random order.
 
 It takes the flags of train_baseline.py or, with a teacher, of train_distillation.py, and refuses
 those that the loop does not follow. It never resumes: a previous run is moved aside. Give it
-folders of its own (--checkpoint-dir, --results-dir), and do not run the command that it names next.
+folders of its own (--checkpoint-dir, --results-dir). Ignore the command that it prints at the end,
+which is for this project's own loop.
 """
 import argparse
 import sys
