@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,36 @@ def run(script, *flags, status=0):
 def read_history(file):
     with open(file, encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
+
+
+@pytest.mark.slow
+def test_start_up_takes_little_longer_than_importing_the_packages(tmp_path):
+    """Prints the seconds of each start, the fastest of three; see tests/README.md."""
+    quick_flags = ["--quick", "--seed", "0", "--data-dir", tmp_path / "data", "--checkpoint-dir",
+                   tmp_path / "c", "--results-dir", tmp_path / "r"]
+    flags = [str(flag) for flag in quick_flags]
+    until_first_step = ("import sys, config, train_baseline, utils; "
+                        "utils.EpochMetrics.add = lambda *_, **__: sys.exit(); "
+                        f"train_baseline.main(config.parse_args('baseline', '', {flags}))")
+    starts = {
+        "import torch, torchvision, timm": ["-c", "import torch, torchvision, timm"],
+        "train_baseline.py --help": ["train_baseline.py", "--help"],
+        "evaluate.py --help": ["evaluate.py", "--help"],
+        "train_baseline.py --quick, until its first step": ["-c", until_first_step],
+    }
+    seconds = {name: [] for name in starts}
+    for _ in range(3):
+        for name, words in starts.items():
+            begin = time.perf_counter()
+            run(*words)
+            seconds[name].append(time.perf_counter() - begin)
+
+    print()
+    for name, times in seconds.items():
+        print(f"{min(times):6.1f} s  {name} (the first time {times[0]:.1f} s)")
+    imports, *starts_of_scripts = [min(times) for times in seconds.values()]
+    assert max(starts_of_scripts) < 2 * imports + 3
+    assert not (tmp_path / "c" / "quick" / "baseline").exists()
 
 
 @pytest.fixture(scope="module")
