@@ -52,5 +52,11 @@ compare longer_lskd length_50/baseline length_10/distilled
 compare lskd_teacher length_50/distilled plain_lskd/teacher
 python results/example/length.py
 
+# Beside timm: in the last two, the "baseline" is timm's student, the "distilled" one this project's
+python evaluate.py $(in_folder ten)
+python evaluate.py $(in_folder timm)
+compare timm_baselines timm/baseline ten/baseline
+compare timm_distilled timm/distilled ten/distilled
+
 # At 224 px, last, since its trainings need a GPU
 python evaluate.py $(in_folder large)
