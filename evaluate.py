@@ -1960,8 +1960,8 @@ def class_changes(numbers):
     significance_note = "no change is significant"
     if any(changes[name]["p"] < 0.05 for name in names):
         significance_note = "* and strong colour: significant"
-    axis.set_title(f"{title}\n{significance_note} for these students (sign test over images, false "
-                   "discovery rate 5 %)")
+    axis.set_title(f"{title}\n{significance_note} for these students (sign test, false discovery "
+                   "rate 5 %)")
 
     for color, label in ((GAIN_COLOR, "Distilled better"), (LOSS_COLOR, "Distilled worse")):
         axis.plot([], [], color=color, linewidth=1.8, label=label)  # for the legend only
