@@ -1130,8 +1130,8 @@ def verdict_lines(numbers):
                  f"over the seeds only: {over_seeds}. McNemar's exact test for each seed: p = "
                  f"{p_values}.")
     if comparison["verdict_ci"] == "images":
-        lines.append("The verdict does not cover the variation between seeds, which takes "
-                     f"{MIN_SEEDS} seeds or more.")
+        lines.append("The verdict does not cover the variation between seeds; for that, "
+                     f"{MIN_SEEDS} seeds are needed.")
     elif np.allclose(comparison["ci_over_both"], comparison["ci_over_images"], atol=1e-9):
         lines.append("The seeds differ by no more than the noise of the test images, so the "
                      "interval over seeds and images equals that over the images only.")

@@ -1215,7 +1215,12 @@ def test_report_names_images_settings_and_all_versions():
     for text in ("7,200 training", "1,000 validation", "1,000 test", "8 epochs", "kd", "T = 4",
                  "seeds 0, 1, 2"):
         assert text in heading
-    assert "training" not in "\n".join(evaluate.heading_lines(evaluate.compare(trained, labels)))
+    without_data = evaluate.compare(trained, labels)
+    assert "training" not in "\n".join(evaluate.heading_lines(without_data))
+
+    # No model has a temperature. Without validation images, a warning says why.
+    assert any("not fitted" in line for line in evaluate.calibration_table(numbers))
+    assert not any("not fitted" in line for line in evaluate.calibration_table(without_data))
 
 
 def test_top5_needs_six_classes():
