@@ -621,7 +621,7 @@ def test_model_sizes():
             parameters[classes] = sum(p.numel() for p in model.parameters())
         with torch.inference_mode(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, 224, 224))
-        megabytes = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
+        megabytes = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
         assert row[1] == f"{parameters[1000] / 1e6:.1f} million"
         assert row[2] == f"{parameters[100] / 1e6:.1f} million"
         assert row[3] == f"{counter.get_total_flops() / 2e9:.2f} billion"

@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_train_baseline.py      # -m "not slow" leaves kills and signals out
 """
+import gc
 import math
 import os
 import random
@@ -1037,6 +1038,9 @@ def test_loop_never_waits_for_the_device(
 @pytest.mark.parametrize("names, limit", MEMORY_LIMITS)
 def test_peak_memory_at_the_default_batch(arguments, names, limit, monkeypatch):
     """GB reserved in an epoch at 224 px, batch 16, mixed precision, as the history has it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    left_behind = torch.cuda.memory_reserved()  # by earlier tests, cuBLAS's workspaces among it
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # as the scripts have it
     args = arguments("distillation", "--batch-size", "16", "--image-size", "224", "--num-epochs",
                      "2", "--amp-dtype", "bf16", "--val-fraction", "0.8", "--cuda-graph")
@@ -1049,7 +1053,7 @@ def test_peak_memory_at_the_default_batch(arguments, names, limit, monkeypatch):
     else:
         train_baseline.train(student.cuda(), info, data, args)
     row = last_of(args, info["run"])["history"][1]
-    assert row["peak_memory_mb"] * 2**20 < limit * 1e9
+    assert row["peak_memory_mb"] * 2**20 - left_behind < limit * 1e9
 
 
 @pytest.mark.cuda
