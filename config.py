@@ -22,11 +22,11 @@ DATASET_NAME = "CIFAR100"     # CIFAR100, CIFAR10, Flowers102, Digits, Letters o
 DATASET_DIR = None            # folder of ImageFolder: train/<class>/*, test/<class>/*, perhaps val/
 DATA_DIR = "data"             # folder for downloads and, in decoded/, for decoded pictures
 IMAGE_SIZE = 224              # side of the student's square input in px, at least 32
-TEACHER_IMAGE_SIZE = None     # the teacher's image size; None: IMAGE_SIZE; larger: more detail
+TEACHER_IMAGE_SIZE = None     # the teacher's image size, perhaps a larger one; None: IMAGE_SIZE
 AUGMENTATION = "auto"         # none, crop (letters), flip_crop (small), resized_crop (photos), auto
 VAL_FRACTION = 0.1            # share of the training images used for validation, above 0, below 1
 SPLIT_SEED = 0                # seed of the validation split, the same for all students and teachers
-NUM_WORKERS = 2               # processes that decode and crop photographs, 0 or more
+NUM_WORKERS = 2               # processes that decode photographs, as many to validate; 0 or more
 
 # Models: any classifier in timm.list_models()
 TEACHER_MODEL = "efficientnet_b2"   # the teacher's timm name
@@ -51,7 +51,7 @@ ACCUMULATE_STEPS = 1          # batches per update; acts like a larger batch, ex
 NUM_EPOCHS = 50               # epochs of each student, baseline and distilled
 LEARNING_RATE = 1e-3          # peak learning rate, above 0; suits AdamW and pretrained weights
 WEIGHT_DECAY = 0.05           # weight decay of AdamW, at least 0; not applied to biases and norms
-WARMUP_EPOCHS = 1.0           # epochs of linear warm-up, 0 to NUM_EPOCHS, fractions allowed
+WARMUP_EPOCHS = 1.0           # epochs of linear warm-up, 0 to all of each model, also fractions
 TEACHER_EPOCHS = 20           # epochs of the teacher's fine-tuning
 TEACHER_LEARNING_RATE = 1e-3  # peak learning rate of the teacher's fine-tuning, above 0
 CLIP_GRAD = 1.0               # maximum norm of the gradient; 0: no clipping
@@ -78,6 +78,7 @@ QUICK = {
     "IMAGE_SIZE": 32,
     "TEACHER_IMAGE_SIZE": None,
     "AUGMENTATION": "auto",
+    "VAL_FRACTION": 0.1,
     "TEACHER_MODEL": "test_resnet",
     "STUDENT_MODEL": "test_efficientnet",
     "PRETRAINED": False,
@@ -87,13 +88,19 @@ QUICK = {
     "DISTILLATION_LOSS": "kd",
     "TEMPERATURE": 4.0,
     "ALPHA": 0.9,
+    "KL_DIRECTION": "forward",
     "BATCH_SIZE": 64,
+    "ACCUMULATE_STEPS": 1,
     "NUM_EPOCHS": 7,
     "LEARNING_RATE": 3e-3,
+    "WEIGHT_DECAY": 0.05,
     "WARMUP_EPOCHS": 2.0,
     "TEACHER_EPOCHS": 18,
     "TEACHER_LEARNING_RATE": 3e-3,
+    "CLIP_GRAD": 1.0,
     "LABEL_SMOOTHING": 0.0,
+    "MIXUP_ALPHA": 0.0,
+    "CUTMIX_ALPHA": 0.0,
     "EMA_DECAY": 0.95,
 }
 

@@ -860,8 +860,8 @@ class MemorySource:
         """Yield (views, labels (B,)) on the device for the images with the indices
         `order[rank_rows]`: views has a tensor (B, 3, S, S) for each of `sizes`, floats in [0, 1],
         channels_last."""
-        # Random numbers are drawn for the whole of `order`. So an image gets the same crop whatever
-        # the batch size, and whichever process of torchrun it belongs to.
+        # Random numbers are drawn for the whole of `order`. So an image gets the same crop whichever
+        # process of torchrun it belongs to.
         corners = torch.randint(2 * self.margin + 1, (len(order), 2, 1), generator=generator)
         flips = torch.rand(len(order), 1, generator=generator) < self.flip_probability
 
@@ -1086,7 +1086,7 @@ def exit_with_parent():
 
 class TrainingLoader:
     """Batches of data.train for the model of `info`. The order of the images and their augmentation
-    depend only on args.seed and the epoch.
+    depend on args.seed, the epoch and the size of the batches, not on the number of processes.
 
     An update takes args.accumulate_steps batches. At the end of an epoch, images that are too few
     for another update are left out. Under torchrun each process yields its share of every batch.

@@ -638,6 +638,11 @@ def build_info(run, model, name, data, args, **more):
     if cfg["interpolation"] == "bilinear":
         interpolation = "bilinear"
 
+    settings = dict(vars(args))
+    for setting in ("student_weights", "weights"):  # of a student, of a teacher
+        if settings.get(setting):  # the path says nothing of what is in the file
+            settings[f"{setting}_sha256"] = utils.sha256(settings[setting])
+
     return {
         "run": run,
         "model_name": name,
@@ -651,7 +656,7 @@ def build_info(run, model, name, data, args, **more):
         "value_range": list(data.train.value_range) if data.train.value_range else None,
         "dataset": data.name,
         "split_fingerprint": data.split_fingerprint,
-        "config": dict(vars(args)),
+        "config": settings,
         "versions": utils.versions(model.pixel_scale.device),
         **more,
     }

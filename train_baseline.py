@@ -109,7 +109,7 @@ def train(model, info, data, args):
 
             metrics.add(train_loss=loss, ce_loss=loss,
                         train_accuracy=models.accuracy(logits, labels))
-            if step % DIAGNOSE_EVERY == 1:  # from step 1 on: a short epoch is measured too
+            if (step - 1) % DIAGNOSE_EVERY == 0:  # from step 1 on: a short epoch is measured too
                 metrics.add(entropy=models.entropy(logits))
 
             if step % LOG_EVERY == 0 or step == len(train_loader):

@@ -24,6 +24,8 @@ import utils
 
 def main(args):
     device = utils.setup(args)
+    if args.teacher_checkpoint:
+        check_teacher_is_kept(args)
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
     if args.distillation_loss == "lskd" and num_classes == 2:
@@ -119,7 +121,7 @@ def train(student, teacher, info, data, args):
 
             metrics.add(train_loss=loss, ce_loss=ce_loss, distill_loss=distill_loss,
                         train_accuracy=models.accuracy(logits, labels))
-            if step % train_baseline.DIAGNOSE_EVERY == 1:  # from step 1 on, as in the baseline
+            if (step - 1) % train_baseline.DIAGNOSE_EVERY == 0:  # from step 1 on, as in the baseline
                 metrics.add(entropy=models.entropy(logits),
                             **models.teacher_diagnostics(teacher_logits, labels, args))
 
@@ -140,6 +142,17 @@ def train(student, teacher, info, data, args):
 
 
 # The teacher --------------------------------------------------------------------------------------
+
+def check_teacher_is_kept(args):
+    """Refuse a teacher in a file that this command replaces: after an interruption the student would
+    be taught by itself."""
+    replaced = [Path(args.checkpoint_dir, "best_model.pth"), Path(args.checkpoint_dir, "best_model")]
+    for run_args in train_baseline.args_of_each_seed(args):
+        replaced.append(utils.run_folder("distilled", run_args) / "best_model.pth")
+    if Path(args.teacher_checkpoint).resolve() in [path.resolve() for path in replaced]:
+        raise utils.UsageError(f"{args.teacher_checkpoint} cannot be the teacher, since this command "
+                               "replaces it; copy it to another place first")
+
 
 def teacher_args(args):
     """The settings of the teacher's fine-tuning, in the form that train_baseline.train expects."""
@@ -191,12 +204,14 @@ def find_or_train_teacher(args, data, device):
 
 def print_changed_settings(info, args, folder):
     """Say so if a finished teacher is reused although its settings are not those of `args`."""
+    flags = {"num_epochs": "teacher_epochs", "learning_rate": "teacher_learning_rate",
+             "weights": "teacher_weights"}  # for names that teacher_args has changed
     changed = []
     for name, value in vars(args).items():
         previous = info["config"].get(name)
         affects_training = name not in config.MAY_CHANGE_ON_RESUME and name != "seed"
         if affects_training and previous != value:
-            changed.append(f"{name} {previous} instead of {value}")
+            changed.append(f"{flags.get(name, name)} {previous} instead of {value}")
     if changed:
         print(f"note: the teacher in {folder} is reused, although it was trained with "
               f"{', '.join(changed)}; --fresh-teacher trains a new one")

@@ -238,6 +238,10 @@ def test_quick_is_small_and_needs_nothing_whatever_the_constants_say(monkeypatch
     for name in MAY_BE_NONE:
         assert quick[name.lower()] is None
 
+    # All that is trained is set there; seeds, hardware and folders are the user's.
+    free = {"SEED", "SPLIT_SEED", "DETERMINISTIC", "AMP_DTYPE", "CUDA_GRAPH", *COMMON}
+    assert config.QUICK.keys() >= config.SETTINGS.keys() - free
+
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_quick_never_touches_a_real_run(script):

@@ -226,9 +226,10 @@ def test_diagnostics_are_of_the_teacher_and_of_what_the_loss_compares(arguments,
     assert distill_loss.item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_diagnostics_are_of_the_batches_they_name(arguments, train, monkeypatch):
-    """The teacher's accuracy in the history: of every third step, at its own image size."""
-    monkeypatch.setattr(train_baseline, "DIAGNOSE_EVERY", 3)
+@pytest.mark.parametrize("every", [1, 3])
+def test_diagnostics_are_of_the_batches_they_name(arguments, train, every, monkeypatch):
+    """The teacher's accuracy in the history: of every step or every third, at its own image size."""
+    monkeypatch.setattr(train_baseline, "DIAGNOSE_EVERY", every)
     flags = ["--teacher-image-size", "48", "--num-epochs", "1", "--teacher-epochs", "1",
              "--batch-size", "32"]
     folder = train("distillation", *flags)
@@ -239,12 +240,12 @@ def test_diagnostics_are_of_the_batches_they_name(arguments, train, monkeypatch)
     loader = data_loader.TrainingLoader(data, info, args, CPU)
     accuracies = []
     for step, (_, teacher_images, labels) in enumerate(loader.epoch_with_teacher(0)):
-        if step % 3 == 0:
+        if step % every == 0:
             logits = models.forward(teacher, teacher_images)
             accuracies.append(models.accuracy(logits, labels).item())
 
     row, = history_of(folder / "distilled")
-    assert len(accuracies) == 2
+    assert len(accuracies) == {1: 4, 3: 2}[every]
     mean_accuracy = sum(accuracies) / len(accuracies)
     assert row["teacher_accuracy"] == pytest.approx(mean_accuracy, abs=1e-6)
 
@@ -323,7 +324,7 @@ def test_teacher_is_reused_where_it_fits(train, capsys):
     train("distillation", "--num-epochs", "1", "--teacher-epochs", "2")
     out = capsys.readouterr().out
     assert "teacher epoch" not in out
-    assert "note" in out and "num_epochs 1 instead of 2" in out and "--fresh-teacher" in out
+    assert "note" in out and "teacher_epochs 1 instead of 2" in out and "--fresh-teacher" in out
     assert utils.sha256(folder / "teacher" / "best_model.pth") == teacher
 
 
@@ -411,8 +412,35 @@ def test_unfinished_teacher_is_trained_to_its_end(train, capsys):
         torch.save(best_weights(folder / run), flags[-1])
     train("distillation", "--teacher-epochs", "3", "--num-epochs", "1", *flags)
     out = capsys.readouterr().out
-    assert "teacher.1 (different pretrained, weights)" in out
+    assert "teacher.1 (different pretrained, weights" in out
     assert "teacher epoch   1/3" in out
+
+
+def test_weight_file_with_another_content_is_another_run(train, capsys, tmp_path):
+    folder = train("baseline", "--num-epochs", "1")
+    weights = tmp_path / "weights.pth"
+    flags = ["--pretrained", "--num-epochs", "1", "--student-weights", weights]
+    state = best_weights(folder / "baseline")
+    torch.save(state, weights)
+    train("baseline", *flags)
+    capsys.readouterr()
+    train("baseline", *flags)
+    assert "already trained" in capsys.readouterr().out
+
+    name, tensor = next(iter(state.items()))
+    torch.save({**state, name: tensor + 1}, weights)
+    train("baseline", *flags)
+    assert "different student_weights_sha256" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["best_model.pth", "distilled/best_model.pth"])
+def test_teacher_that_the_command_replaces_is_refused(train, file):
+    """After an interruption the half-trained student would be its own teacher."""
+    folder = train("distillation", *SHORT)
+    with pytest.raises(utils.UsageError, match="copy it"):
+        train("distillation", *SHORT, "--teacher-checkpoint", folder / file)
+    train("distillation", *SHORT, "--teacher-checkpoint", folder / file, "--seeds", "1",
+          "--checkpoint-dir", folder / "other")  # which replaces neither
 
 
 def test_stop_after_the_teacher_does_not_train_it_again(train, capsys, monkeypatch):
