@@ -20,6 +20,15 @@ compare() {
 # The default comparison
 python evaluate.py $(in_folder default)
 
+# A better teacher, another loss, fresh seeds
+python evaluate.py $(in_folder fresh)
+compare fresh_96_report fresh/baseline fresh_96/distilled
+compare fresh_lskd_report fresh/baseline fresh_lskd/distilled
+compare fresh_96_64 fresh/distilled fresh_96/distilled
+compare fresh_lskd_kd fresh_96/distilled fresh_lskd/distilled
+compare fresh_shuffled_report fresh/baseline fresh_shuffled/distilled
+compare fresh_shuffled_96 fresh_shuffled/distilled fresh_96/distilled
+
 # The table
 python evaluate.py $(in_folder plain_lskd)
 python evaluate.py $(in_folder kd)
