@@ -860,8 +860,8 @@ class MemorySource:
         """Yield (views, labels (B,)) on the device for the images with the indices
         `order[rank_rows]`: views has a tensor (B, 3, S, S) for each of `sizes`, floats in [0, 1],
         channels_last."""
-        # Random numbers are drawn for the whole of `order`. So an image gets the same crop whichever
-        # process of torchrun it belongs to.
+        # Random numbers are drawn for the whole of `order`. So an image gets the same crop in
+        # whichever process of torchrun.
         corners = torch.randint(2 * self.margin + 1, (len(order), 2, 1), generator=generator)
         flips = torch.rand(len(order), 1, generator=generator) < self.flip_probability
 

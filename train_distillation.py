@@ -121,7 +121,7 @@ def train(student, teacher, info, data, args):
 
             metrics.add(train_loss=loss, ce_loss=ce_loss, distill_loss=distill_loss,
                         train_accuracy=models.accuracy(logits, labels))
-            if (step - 1) % train_baseline.DIAGNOSE_EVERY == 0:  # from step 1 on, as in the baseline
+            if (step - 1) % train_baseline.DIAGNOSE_EVERY == 0:  # from step 1 on, as there
                 metrics.add(entropy=models.entropy(logits),
                             **models.teacher_diagnostics(teacher_logits, labels, args))
 
@@ -144,14 +144,15 @@ def train(student, teacher, info, data, args):
 # The teacher --------------------------------------------------------------------------------------
 
 def check_teacher_is_kept(args):
-    """Refuse a teacher in a file that this command replaces: after an interruption the student would
-    be taught by itself."""
-    replaced = [Path(args.checkpoint_dir, "best_model.pth"), Path(args.checkpoint_dir, "best_model")]
+    """Refuse a teacher in a file that this command replaces: after an interruption the student
+    would be taught by itself."""
+    folder = Path(args.checkpoint_dir)
+    replaced = [folder / "best_model.pth", folder / "best_model"]
     for run_args in train_baseline.args_of_each_seed(args):
         replaced.append(utils.run_folder("distilled", run_args) / "best_model.pth")
     if Path(args.teacher_checkpoint).resolve() in [path.resolve() for path in replaced]:
-        raise utils.UsageError(f"{args.teacher_checkpoint} cannot be the teacher, since this command "
-                               "replaces it; copy it to another place first")
+        raise utils.UsageError(f"{args.teacher_checkpoint} cannot be the teacher, since this "
+                               "command replaces it; copy it to another place first")
 
 
 def teacher_args(args):

@@ -228,7 +228,7 @@ def test_diagnostics_are_of_the_teacher_and_of_what_the_loss_compares(arguments,
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_diagnostics_are_of_the_batches_they_name(arguments, train, every, monkeypatch):
-    """The teacher's accuracy in the history: of every step or every third, at its own image size."""
+    """The teacher's accuracy in the history: of each step or each third, at its own image size."""
     monkeypatch.setattr(train_baseline, "DIAGNOSE_EVERY", every)
     flags = ["--teacher-image-size", "48", "--num-epochs", "1", "--teacher-epochs", "1",
              "--batch-size", "32"]
