@@ -235,22 +235,22 @@ def split_train_val(images, class_names, args):
 
 
 def stratified_split(labels, fraction, seed):
-    """Split `labels` (N,), stratified by class: (indices of the larger part, indices of the smaller
-    part), both sorted. The smaller part is about `fraction` of all. Each class has at least one
-    image in each part, so it must have two or more."""
+    """Split `labels` (N,), stratified by class: (indices of the rest, indices of the images held
+    out), both sorted. About `fraction` of all is held out. Each class has at least one image in
+    each part, so it must have two or more."""
     # scikit-learn requires room for one image of each class in either part.
     num_classes = len(np.unique(labels))
-    smaller_size = math.ceil(fraction * len(labels))
-    smaller_size = max(smaller_size, num_classes)
-    smaller_size = min(smaller_size, len(labels) - num_classes)
-    larger, smaller = train_test_split(
-        np.arange(len(labels)), test_size=smaller_size, stratify=labels, random_state=seed)
+    num_held_out = math.ceil(fraction * len(labels))
+    num_held_out = max(num_held_out, num_classes)
+    num_held_out = min(num_held_out, len(labels) - num_classes)
+    rest, held_out = train_test_split(
+        np.arange(len(labels)), test_size=num_held_out, stratify=labels, random_state=seed)
 
     # It rounds, though, so that a rare class can still be in one part only: a tenth of classes of
     # 100, 60 and 3 images is 11, 6 and 0 images.
-    larger, smaller = move_missing_classes(larger, smaller, labels, seed)
-    smaller, larger = move_missing_classes(smaller, larger, labels, seed)
-    return np.sort(larger), np.sort(smaller)
+    rest, held_out = move_missing_classes(rest, held_out, labels, seed)
+    held_out, rest = move_missing_classes(held_out, rest, labels, seed)
+    return np.sort(rest), np.sort(held_out)
 
 
 def move_missing_classes(source, target, labels, seed):
@@ -463,7 +463,7 @@ def cache_signature(names, files, value_range):
     for name, file in zip(names, files, strict=True):
         stat = file.stat()
         states.append((name, stat.st_size, stat.st_mtime_ns))
-    return sha256(json.dumps([states, value_range]).encode()).hexdigest()
+    return sha256(json.dumps([states, value_range, SMALL_SIDE]).encode()).hexdigest()
 
 
 def load_cache(cache):
@@ -490,7 +490,7 @@ def list_pictures(folder):
     """Find the pictures in `folder`/<class>/ and below: (sorted class names, paths, labels (N,)).
 
     Hidden files and files that Pillow cannot read are skipped, and counted in a printed line.
-    Links to folders are not followed, since they could lead in a circle.
+    Links to folders inside a class's folder are not followed, since they could lead in a circle.
     """
     check_layout(folder)
     # Sorted by name: on Windows, paths themselves are sorted without regard to case.
@@ -543,7 +543,7 @@ def find_pictures(class_folder, folder):
     skipped). `folder` is the folder of all classes."""
     pictures = []
     skipped = collections.Counter()
-    for parent, _, names in os.walk(class_folder):
+    for parent, _, names in os.walk(class_folder, onerror=raise_error):
         for name in names:
             path = Path(parent, name)
             reason = reason_to_skip(path, folder)
@@ -552,6 +552,11 @@ def find_pictures(class_folder, folder):
             else:
                 pictures.append(path)
     return sorted(pictures, key=lambda path: path.parts), skipped
+
+
+def raise_error(error):
+    """For os.walk, which otherwise passes over a folder that it cannot read."""
+    raise error
 
 
 def reason_to_skip(path, folder):
@@ -790,14 +795,16 @@ def load_image(images, i, min_side=None):
     return to_rgb(read_image(images.files[i], min_side), images.value_range)
 
 
-def image_dimensions(images, i):
-    """(width, height) of `load_image(images, i)`. A file is opened for it, but not decoded."""
+def jpeg_dimensions(images, i):
+    """(width, height) of `load_image(images, i)` if it is in a JPEG file, which is opened for it
+    but not decoded; else None."""
     if images.pixels is not None:
-        height, width = images.pixels.shape[2:]
-        return width, height
+        return None
     with open_image(images.files[i]) as image:
+        if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with further images behind it
+            return None
         width, height = image.size
-        is_sideways = image.getexif().get(EXIF_ORIENTATION, 1) > 4
+        is_sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
     return (height, width) if is_sideways else (width, height)
 
 
@@ -1009,7 +1016,14 @@ def evaluation_views(images, info, i, seed):
 def random_views(images, sizes, interpolation, augmentation, i, seed):
     """The views of image `i` for training, one for each of the `sizes`: the same random crop,
     mirrored or not. With the augmentation "none" the crop is the whole image."""
-    width, height = image_dimensions(images, i)
+    decoded = {}  # {divisor: the image with sides divided by it}
+    dimensions = jpeg_dimensions(images, i)
+    is_jpeg = dimensions is not None
+    if not is_jpeg:  # only a JPEG can be decoded at a fraction of its size
+        decoded[1] = load_image(images, i)
+        dimensions = decoded[1].size
+
+    width, height = dimensions
     box = (0, 0, width, height)
     is_mirrored = False
     if augmentation != "none":
@@ -1017,13 +1031,12 @@ def random_views(images, sizes, interpolation, augmentation, i, seed):
     left, top, right, bottom = box
 
     views = []
-    decoded = {}  # {divisor: the image with sides divided by it}
     for size in sizes:
         # Decode as few pixels as possible without having to enlarge the crop. This depends on one
         # size only, so the student's view is the same with and without a teacher.
         enlargement = max(width / (right - left), height / (bottom - top))
         min_side = math.ceil(size * enlargement)
-        divisor = jpeg_divisor(width, height, min_side)
+        divisor = jpeg_divisor(width, height, min_side) if is_jpeg else 1
         if divisor not in decoded:
             decoded[divisor] = load_image(images, i, min_side)
         image = decoded[divisor]

@@ -9,6 +9,7 @@ people, comparison.json and predictions.npz for programs, tables as Markdown, La
 every figure as PNG and PDF.
 """
 import argparse
+import contextlib
 import csv
 import io
 import itertools
@@ -173,12 +174,12 @@ def find_students(args):
     else:
         require_both(single, by_seed, args)
         paths = {role: [single[role]] for role in STUDENTS}
-        common_seeds = []
         left_out = []
 
     for role in STUDENTS:
-        for seed in sorted(by_seed[role]):
-            if seed not in common_seeds:
+        used = [path.resolve() for path in paths[role]]
+        for seed, path in sorted(by_seed[role].items()):
+            if path.resolve() not in used:
                 left_out.append(f"{role} seed {seed}")
 
     digests = {role: {utils.sha256(path) for path in paths[role]} for role in STUDENTS}
@@ -203,6 +204,10 @@ def require_both(single, by_seed, args):
     fewer_seeds_first = sorted(STUDENTS, key=lambda role: len(by_seed[role]))
     for role in fewer_seeds_first:
         if not single[role].is_file():
+            if by_seed[role] and (args.baseline_checkpoint or args.distilled_checkpoint):
+                first_path = next(iter(by_seed[role].values()))
+                raise UserError(f"{single[role]} does not exist; choose the checkpoint of one seed "
+                                f"with --{role}-checkpoint, such as {first_path}")
             command = training_command(role, args)
             raise UserError(f"{single[role]} does not exist; make it with: {command}")
 
@@ -232,6 +237,9 @@ def open_images(info, args):
     no_validation     why `data` is None, else None
     """
     settings = argparse.Namespace(**info["config"])
+    if args.dataset_dir and info["dataset"] != "ImageFolder":
+        raise utils.UsageError("--dataset-dir has no effect, since the students were trained on "
+                               f"{info['dataset']}")
     settings.data_dir = args.data_dir
     settings.dataset_dir = args.dataset_dir or settings.dataset_dir  # it may have moved
     if info["dataset"] == "ImageFolder" and not Path(settings.dataset_dir).is_dir():
@@ -240,6 +248,8 @@ def open_images(info, args):
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings,
                                                info.get("value_range"))
+    if len(test.labels) < 2:
+        raise UserError("evaluate.py needs at least two test images")
     test = data_loader.align_classes(test, class_names, info["class_names"])
     missing_classes = [name for name in info["class_names"] if name not in class_names]
 
@@ -274,13 +284,14 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
     if reason:
         raise UserError(f"{path} cannot be compared with the distilled student: {reason}")
 
-    # A model with another split has been trained on some of these validation images.
+    # A model with another split has been trained on some of these validation images, and a teacher
+    # from elsewhere may have been.
+    is_foreign = is_teacher and "info" in reference["teacher"]
     temperature = None
-    if data and info["split_fingerprint"] == reference["split_fingerprint"]:
+    if data and not is_foreign and info["split_fingerprint"] == reference["split_fingerprint"]:
         val_log_probs = infer_log_probs(model, info, data.val, args, device)
         temperature = best_temperature(val_log_probs, data.val.labels.numpy())
 
-    is_foreign = is_teacher and "info" in reference["teacher"]
     history = [] if is_foreign else training_history(path)
     log_probs = infer_log_probs(model, info, test, args, device)
     return TrainedModel(path, model, info, log_probs, temperature, history)
@@ -315,8 +326,9 @@ def find_teacher(students, args):
     # The checkpoint folder may have been moved as a whole.
     recorded_path = Path(recorded[0]["path"])
     for path in (recorded_path, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
-        if path.exists() and utils.sha256(models.weight_file(path)) == digest:
-            return path, None
+        with contextlib.suppress(UserError):  # a folder without weights
+            if path.exists() and utils.sha256(models.weight_file(path)) == digest:
+                return path, None
     return None, f"the teacher {recorded_path} is gone or has changed (SHA-256 differs)"
 
 
@@ -334,7 +346,8 @@ def find_differences(trained):
         settings = student.info["config"]
         reference_settings = reference["config"]
         common = settings.keys() & reference_settings.keys()
-        for name in sorted(common - may_differ):
+        by_content = {name for name in common if f"{name}_sha256" in common}  # not by its path
+        for name in sorted(common - may_differ - by_content):
             value = settings[name]
             reference_value = reference_settings[name]
             if value != reference_value:
@@ -747,11 +760,11 @@ def gains_by_class(trained, labels):
     return changes
 
 
-def confidence_interval(gains):
-    """95 % confidence interval of the mean of `gains` (S, N), for other seeds and other images.
+def confidence_interval(values):
+    """95 % confidence interval of the mean of `values` (S, N), for other seeds and other images.
 
     Two-way random-effects model with one observation per cell (Searle, Casella, McCulloch, Variance
-    Components, 1992, chapter 4): gain = mean + seed effect + image effect + residual. The expected
+    Components, 1992, chapter 4): value = mean + seed effect + image effect + residual. The expected
     mean squares are
 
         E[ms_seeds] = var_residual + N * var_seeds,   E[ms_images] = var_residual + S * var_images,
@@ -759,26 +772,26 @@ def confidence_interval(gains):
 
     so the variance of the mean, var_seeds / S + var_images / N + var_residual / (S * N), is
     estimated by (ms_seeds + ms_images - ms_residual) / (S * N). Its degrees of freedom are those of
-    Satterthwaite (Biometrics Bulletin 2, 1946), S - 1 or more: close to S - 1 unless the variance
-    between images is much larger than the residual. If ms_seeds <= ms_residual, then var_seeds is
-    taken as 0, and the interval is the t interval over the images, as for S = 1. So it may widen
+    Satterthwaite (Biometrics Bulletin 2, 1946): close to S - 1 where most of the variance comes
+    from the seeds, more where it comes from the images. If ms_seeds <= ms_residual, then var_seeds
+    is taken as 0, and the interval is the t interval over the images, as for S = 1. So it may widen
     abruptly where ms_seeds begins to exceed ms_residual.
 
     The interval is approximate. For normal effects, at the least favourable variance ratio, it
     covers the true mean with a probability of 92 % with three seeds, 93.5 % with four, 94 % with
     five and 95 % with ten; at the most favourable, 97 % (simulated).
     """
-    S, N = gains.shape
-    mean = gains.mean()
-    image_means = gains.mean(0, keepdims=True)  # (1, N)
-    seed_means = gains.mean(1, keepdims=True)   # (S, 1)
+    S, N = values.shape
+    mean = values.mean()
+    image_means = values.mean(0, keepdims=True)  # (1, N)
+    seed_means = values.mean(1, keepdims=True)   # (S, 1)
 
     ms_images = S * image_means.var(ddof=1)
     scaled_variance = ms_images  # S * N times the variance of the mean
     degrees_of_freedom = N - 1
     if S > 1:
         residual_df = (S - 1) * (N - 1)
-        residuals = gains - image_means - seed_means + mean
+        residuals = values - image_means - seed_means + mean
         ms_residual = (residuals**2).sum() / residual_df
         ms_seeds = N * seed_means.var(ddof=1)
         if ms_seeds > ms_residual:
@@ -793,13 +806,13 @@ def confidence_interval(gains):
     return [float(mean - half_width), float(mean + half_width)]
 
 
-def usable_interval(gains):
-    """confidence_interval of `gains` (S, N), but over the images only if there are fewer than
-    MIN_SEEDS seeds: from two seeds the variation between them cannot be estimated, and the interval
-    could be hundreds of points wide."""
-    if len(gains) < MIN_SEEDS:
-        gains = gains.mean(0, keepdims=True)
-    return confidence_interval(gains)
+def usable_interval(values):
+    """confidence_interval of `values` (S, N), but over the images only if there are fewer than
+    MIN_SEEDS seeds: two seeds say too little of the variation between seeds, and the interval could
+    be hundreds of points wide."""
+    if len(values) < MIN_SEEDS:
+        values = values.mean(0, keepdims=True)
+    return confidence_interval(values)
 
 
 def sign_test(losses, gains):
@@ -1201,9 +1214,12 @@ def speed_text(inference, kind, name, key, spec, unit):
 
 # Report: the tables -------------------------------------------------------------------------------
 
+CELL_WIDTH = 20  # characters
+
+
 def table_row(label, cells, indent="  "):
-    """A line of the report's tables: a label of 38 characters and cells of 20."""
-    return f"{indent + label:<38}" + "".join(f"{cell:>20}" for cell in cells)
+    """A line of the report's tables: a label of 38 characters and the cells."""
+    return f"{indent + label:<38}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
 
 
 def number_cells(dicts, key, spec):
@@ -1236,7 +1252,11 @@ def score_table(numbers):
         epochs = [str(epoch or "-") for epoch in role_scores["epochs"]]  # 0: trained elsewhere
         best_epochs.append(", ".join(epochs))
     label = "best epoch of each seed" if len(numbers["seeds"]) > 1 else "best epoch"
-    lines.append(table_row(label, best_epochs))
+    if max(map(len, best_epochs)) < CELL_WIDTH:
+        lines.append(table_row(label, best_epochs))
+    else:  # of many seeds
+        lines += [f"  {label}, {role}: {text}"
+                  for role, text in zip(roles, best_epochs, strict=True)]
     return lines
 
 
@@ -1257,8 +1277,8 @@ def calibration_table(numbers):
     lines.append(table_row("temperature (from validation images)",
                            number_cells(scaled, "temperature", ".4f")))
     if not all(scaled) and numbers["dataset"]["validation_images"]:
-        lines.append('  "-": not fitted, since all validation images are classified correctly or '
-                     "some were trained on")
+        lines.append('  "-": not fitted, since all validation images are classified correctly, or '
+                     "some were or may have been trained on")
     return lines
 
 
@@ -1493,7 +1513,8 @@ matplotlib.use("Agg")  # draws into files; needs no display
 
 FIGURE_WIDTH = 7      # inches, the text width of a page; text is 6 pt or larger
 FIGURE_MARGIN = 0.05  # inches, above a figure and below its caption
-MIN_BIN_IMAGES = 30   # predictions per point of a reliability diagram: standard error up to 9 %
+MIN_BIN_IMAGES = 30   # predictions per point of a reliability diagram: standard error of one seed
+                      # up to 9 %
 MAX_CHANGES = 30      # classes shown in class_changes
 MAX_NAMED = 50        # classes up to which a confusion matrix names all of them
 MAX_CELLS = 250       # cells a side of the matrix without names; smaller ones are lost in a PNG
@@ -1839,8 +1860,8 @@ def training_curves(trained):
 
 
 def curves_text(trained):
-    """For a title: how seeds are drawn, "" if there is one only."""
-    seeds = len(trained["distilled"])
+    """For a title: how seeds are drawn, "" if only one has a history."""
+    seeds = sum(bool(model.history) for model in trained["distilled"])
     return f"bold: mean of {seeds} seeds, faint: each seed; " if seeds > 1 else ""
 
 
@@ -1960,6 +1981,8 @@ def class_changes(numbers):
     significance_note = "no change is significant"
     if any(changes[name]["p"] < 0.05 for name in names):
         significance_note = "* and strong colour: significant"
+    elif any(change["p"] < 0.05 for change in changes.values()):
+        significance_note = "no change shown here is significant"
     axis.set_title(f"{title}\n{significance_note} for these students (sign test, false discovery "
                    "rate 5 %)")
 

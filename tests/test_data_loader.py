@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_data_loader.py -m "not slow"
 """
+import errno
 import hashlib
 import io
 import itertools
@@ -30,7 +31,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageOps, features
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, features
 from sklearn.model_selection import train_test_split
 
 import data_loader
@@ -556,12 +557,62 @@ def test_large_jpegs_are_decoded_in_part_and_look_the_same(tmp_path, monkeypatch
             assert difference.max() < 12
 
 
+@pytest.mark.parametrize("extension", ["png", "tiff"])
+def test_other_photographs_are_decoded_once_and_upright(tmp_path, monkeypatch, extension):
+    """Pillow reports the size of a TIFF as turned by EXIF already; to look for EXIF in a PNG, it
+    decodes the whole picture."""
+    exif = Image.Exif()
+    exif[data_loader.EXIF_ORIENTATION] = 6
+    file = tmp_path / f"a.{extension}"
+    image = smooth_photograph(file, 300, 200, exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+
+    read_image = data_loader.read_image
+    decoded = []
+    monkeypatch.setattr(data_loader, "read_image",
+                        lambda *args: decoded.append(args) or read_image(*args))
+    for seed in range(8):
+        decoded.clear()
+        views = views_of(file, 32, 64, seed=seed)
+        assert len(decoded) == 1
+        expected = views_of(tmp_path / "upright.png", 32, 64, seed=seed)
+        assert [view.tobytes() for view in views] == [view.tobytes() for view in expected]
+
+    if extension == "png":
+        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
+        images = data_loader.Images(None, [file], torch.zeros(1), [])
+        assert data_loader.jpeg_dimensions(images, 0) is None
+
+
 def test_a_crop_is_never_enlarged_where_the_picture_has_the_pixels(tmp_path):
     smooth_photograph(tmp_path / "a.jpg", 1600, 1200)
     sizes = {min_side: data_loader.read_image(tmp_path / "a.jpg", min_side).size
              for min_side in (None, 601, 600, 301, 300, 150, 10)}
     assert sizes == {None: (1600, 1200), 601: (1600, 1200), 600: (800, 600), 301: (800, 600),
                      300: (400, 300), 150: (200, 150), 10: (200, 150)}
+
+
+def test_subfolder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    folder = write_pictures(tmp_path / "pictures") / "train"
+    locked = folder / "cat" / "more"
+    locked.mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError) as caught:
+        data_loader.list_pictures(folder)
+    assert str(locked) in utils.user_message(caught.value)
+
+
+def test_cached_pictures_depend_on_what_counts_as_small(monkeypatch):
+    signature = data_loader.cache_signature([], [], None)
+    monkeypatch.setattr(data_loader, "SMALL_SIDE", 128)
+    assert data_loader.cache_signature([], [], None) != signature
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -303,11 +303,15 @@ def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, found, word", [
     ("gone", False, "is gone"), ("other", False, "SHA-256"), ("moved", True, ""),
-    ("none", True, "")])
+    ("emptied folder", True, ""), ("none", True, "")])
 def test_teacher_that_is_gone_or_another_is_left_out(copied, fault, found, word):
     """The teacher is found by the path recorded when it taught, and checked by its SHA-256."""
     teacher = checkpoint_path(copied, "teacher")
     recorded = copied / "where it was" / "best_model.pth" if fault == "moved" else teacher
+    if fault == "emptied folder":
+        recorded = copied / "timm"
+        recorded.mkdir()
+        (recorded / "config.json").touch()
     change_checkpoint(copied, "distilled", teacher={
         "path": str(recorded), "val_accuracy": 0.5, "sha256": utils.sha256(teacher)})
     if fault == "gone":
@@ -332,6 +336,49 @@ def test_unfair_pair_is_named(copied):
     for phrase in ("WARNING: This is not a fair pair", "learning_rate differs (0.003 and 0.123)",
                    "the validation split"):
         assert phrase in report
+
+
+@pytest.mark.slow
+def test_weight_files_are_compared_by_content(copied):
+    for run, path in (("baseline", "w.pth"), ("distilled", "./w.pth")):
+        change_checkpoint(copied, run, config={"student_weights": path,
+                                               "student_weights_sha256": "a"})
+    assert "not a fair pair" not in read_report(run_evaluate(copied))
+    change_checkpoint(copied, "distilled", config={"student_weights_sha256": "b"})
+    assert "student_weights_sha256 differs" in read_report(run_evaluate(copied))
+
+
+@pytest.mark.slow
+def test_teacher_from_elsewhere_is_not_calibrated(copied):
+    """It may have been trained on the validation images."""
+    _, info = models.load_model(checkpoint_path(copied, "teacher"))
+    state = torch.load(checkpoint_path(copied, "teacher"), weights_only=True)["state_dict"]
+    teacher = copied / "elsewhere.pth"
+    torch.save(state, teacher)
+    change_checkpoint(copied, "distilled", teacher={
+        "path": str(teacher), "val_accuracy": 0.5, "sha256": utils.sha256(teacher), "info": info})
+    results = run_evaluate(copied)
+    scores = read_numbers(results)["models"]
+    assert "calibration_scaled" in scores["distilled"]
+    assert "calibration_scaled" not in scores["teacher"]
+    assert "may have been trained on" in read_report(results)
+
+
+def test_images_that_cannot_be_evaluated_are_one_sentence(copied, monkeypatch):
+    with pytest.raises(utils.UsageError, match="--dataset-dir"):
+        run_evaluate(copied, "--dataset-dir", copied)
+
+    load_split = data_loader.load_split
+
+    def one_test_image(name, part, *args):
+        images, names = load_split(name, part, *args)
+        if part == "test":
+            images = images._replace(pixels=images.pixels[:1], labels=images.labels[:1])
+        return images, names
+
+    monkeypatch.setattr(data_loader, "load_split", one_test_image)
+    with pytest.raises(utils.UserError, match="two test images"):
+        run_evaluate(copied)
 
 
 @pytest.mark.slow
@@ -449,6 +496,16 @@ def test_seeds_of_both_roles_are_used_and_the_rest_is_named(trained, tmp_path):
                                             "distilled seed 7"]
     report = read_report(results)
     assert "seeds 0, 1, 2" in report and "±" in report and "distilled seed 7" in report
+
+    # A seed that is given by its path is compared, so it is not among those left out.
+    folder = tmp_path / "c"
+    flags = ["--baseline-checkpoint", folder / "baseline" / "seed_5" / "best_model.pth"]
+    with pytest.raises(utils.UserError, match="--distilled-checkpoint.*seed_"):
+        run_evaluate(tmp_path, *flags)
+    flags += ["--distilled-checkpoint", folder / "distilled" / "seed_7" / "best_model.pth"]
+    left_out = read_numbers(run_evaluate(tmp_path, *flags))["notes"]["left_out"]
+    assert left_out == ["baseline seed 0", "baseline seed 1", "baseline seed 2",
+                        "distilled seed 0", "distilled seed 1", "distilled seed 2"]
 
 
 # Synthetic models ---------------------------------------------------------------------------------
@@ -1223,6 +1280,17 @@ def test_report_names_images_settings_and_all_versions():
     assert not any("not fitted" in line for line in evaluate.calibration_table(without_data))
 
 
+def test_best_epochs_of_many_seeds_have_a_line_for_each_role():
+    labels = np.arange(1000) % 10
+    numbers = evaluate.compare(pair_of(labels, 60, 20, seeds=6), labels)
+    for scores in numbers["models"].values():
+        scores["epochs"] = [45, 27, 30, 41, 50, 12]
+    lines = [line for line in evaluate.score_table(numbers) if "best epoch" in line]
+    assert len(lines) == 2
+    for line, role in zip(lines, ("baseline", "distilled"), strict=True):
+        assert role in line and line.endswith(" 45, 27, 30, 41, 50, 12")
+
+
 def test_top5_needs_six_classes():
     for num_classes, known in ((5, False), (6, True)):
         trained, labels = random_trained(num_classes)
@@ -1521,6 +1589,15 @@ def test_many_classes_show_the_ends_of_the_changes():
         assert label.get_text().startswith("*") == (change["p"] < 0.05)
         assert (label.get_fontweight() == "bold") == (change["p"] < 0.05)
     evaluate.plt.close(figure)
+
+    # Of the classes in the middle, which are not shown, one may be significant all the same.
+    for change in numbers["class_changes"].values():
+        change["p"] = 1.0
+    for p, note in ((1.0, "no change is significant"), (0.01, "no change shown here")):
+        by_gain[20][1]["p"] = p
+        figure = evaluate.class_changes(numbers)
+        assert note in figure.axes[0].get_title()
+        evaluate.plt.close(figure)
 
 
 def test_most_confused_classes_by_hand():
