@@ -514,6 +514,8 @@ def list_pictures(folder):
         number = "one" if min_classes == 1 else "two"
         raise UsageError(f"{printable(folder)} must contain {number} or more folders with "
                          "pictures, one folder per class")
+    if len(files) < 2:
+        raise UsageError(f"{printable(folder)} must contain two or more pictures")
     if all_skipped:
         print_once(printable(folder) + describe_skipped(all_skipped))
     class_names = [printable(entry.name) for entry in class_folders]
@@ -541,9 +543,13 @@ def check_layout(folder):
 def find_pictures(class_folder, folder):
     """The pictures in `class_folder` and below: (sorted paths, Counter of why other files were
     skipped). `folder` is the folder of all classes."""
+    def refuse(error):  # os.walk would pass over a folder that it cannot read
+        if not is_hidden(Path(error.filename), folder):
+            raise UserError(f"{printable(error.filename)} cannot be read: {error.strerror}")
+
     pictures = []
     skipped = collections.Counter()
-    for parent, _, names in os.walk(class_folder, onerror=raise_error):
+    for parent, _, names in os.walk(class_folder, onerror=refuse):
         for name in names:
             path = Path(parent, name)
             reason = reason_to_skip(path, folder)
@@ -554,14 +560,14 @@ def find_pictures(class_folder, folder):
     return sorted(pictures, key=lambda path: path.parts), skipped
 
 
-def raise_error(error):
-    """For os.walk, which otherwise passes over a folder that it cannot read."""
-    raise error
+def is_hidden(path, folder):
+    """Whether `path`, or a folder above it inside the class's folder in `folder`, is hidden."""
+    return "/." in path.relative_to(folder).as_posix()
 
 
 def reason_to_skip(path, folder):
     """Why a file in `folder` is not used as a picture, in a word or two; "" if it is used."""
-    if "/." in path.relative_to(folder).as_posix():  # the file, or a folder above it
+    if is_hidden(path, folder):
         return "hidden"
     extension = path.suffix.lower()
     if extension not in picture_extensions():
@@ -1099,7 +1105,7 @@ def exit_with_parent():
 
 class TrainingLoader:
     """Batches of data.train for the model of `info`. The order of the images and their augmentation
-    depend on args.seed, the epoch and the size of the batches, not on the number of processes.
+    depend on args.seed, the epoch and the images of an update, not on the number of processes.
 
     An update takes args.accumulate_steps batches. At the end of an epoch, images that are too few
     for another update are left out. Under torchrun each process yields its share of every batch.

@@ -146,7 +146,8 @@ class TrainedModel:
     model: torch.nn.Module
     info: dict                 # the checkpoint without the weights
     log_probs: np.ndarray      # (N, C) float64, log-probabilities on the test images
-    temperature: float | None  # fitted on the validation images; None if that is impossible
+    temperature: float | None  # fitted on the validation images; None if that is not possible, or
+                               # if a teacher from elsewhere may have been trained on them
     history: list              # one dict per training epoch; [] if there is no last.pth
 
     @cached_property
@@ -169,18 +170,18 @@ def find_students(args):
 
     if common_seeds and not any(given.values()):
         paths = {role: [by_seed[role][seed] for seed in common_seeds] for role in STUDENTS}
-        left_out = [f"the {role} run without --seeds"
-                    for role in STUDENTS if single[role].is_file()]
     else:
         require_both(single, by_seed, args)
         paths = {role: [single[role]] for role in STUDENTS}
-        left_out = []
 
+    left_out = []
     for role in STUDENTS:
         used = [path.resolve() for path in paths[role]]
+        found = {f"the {role} run without --seeds": folders[role] / "best_model.pth"}
         for seed, path in sorted(by_seed[role].items()):
-            if path.resolve() not in used:
-                left_out.append(f"{role} seed {seed}")
+            found[f"{role} seed {seed}"] = path
+        left_out += [name for name, path in found.items()
+                     if path.is_file() and path.resolve() not in used]
 
     digests = {role: {utils.sha256(path) for path in paths[role]} for role in STUDENTS}
     if digests["baseline"] & digests["distilled"]:
@@ -248,8 +249,6 @@ def open_images(info, args):
 
     test, class_names = data_loader.load_split(info["dataset"], "test", settings,
                                                info.get("value_range"))
-    if len(test.labels) < 2:
-        raise UserError("evaluate.py needs at least two test images")
     test = data_loader.align_classes(test, class_names, info["class_names"])
     missing_classes = [name for name in info["class_names"] if name not in class_names]
 
@@ -1310,7 +1309,7 @@ def inference_table(numbers):
     lines.append(table_row("image size (px)", sizes))
     lines.append(table_row("parameters (million)", parameters))
     lines.append(table_row("multiply-accumulates/image (million)", macs))
-    lines.append(table_row("checkpoint (MB)", number_cells(costs, "file_size_mb", ".1f")))
+    lines.append(table_row("checkpoint (MiB)", number_cells(costs, "file_size_mb", ".1f")))
     if is_timed:
         lines.append(table_row(f"latency, batch {LATENCY_BATCH} (ms)",
                                number_cells(costs, "latency_ms", ".2f")))
@@ -1321,7 +1320,7 @@ def inference_table(numbers):
         lines.append(table_row("  5th to 95th percentile",
                                spread_cells(costs, "images_per_second", ",.0f")))
     if costs[0]["peak_memory_mb"] is not None:
-        lines.append(table_row(f"GPU memory, batch {THROUGHPUT_BATCH} (MB)",
+        lines.append(table_row(f"GPU memory, batch {THROUGHPUT_BATCH} (MiB)",
                                number_cells(costs, "peak_memory_mb", ".0f")))
     return lines
 
@@ -1724,10 +1723,10 @@ def draw_gains(axis, numbers):
 
 
 def reliability_diagram(trained, labels, numbers):
-    """Accuracy against confidence before and, if every model has a temperature, after temperature
+    """Accuracy against confidence before and, if the students have temperatures, after temperature
     scaling; below each panel the number of images per bin."""
     panels = {"Without temperature scaling": False}  # title: is it scaled?
-    if all(model.temperature for group in trained.values() for model in group):
+    if all(model.temperature for role in STUDENTS for model in trained[role]):
         panels["With temperature scaling, fitted on validation images"] = True
 
     figure, axes = plt.subplots(
@@ -1738,6 +1737,8 @@ def reliability_diagram(trained, labels, numbers):
         above.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="Perfectly calibrated")
         for role, group in trained.items():
             key = "calibration_scaled" if is_scaled else "calibration"
+            if key not in numbers["models"][role]:
+                continue  # a teacher that may have been trained on the validation images
             ece = numbers["models"][role][key]["ece"]
             draw_reliability(above, below, role, group, labels, is_scaled, ece)
         above.set(title=title, xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))

@@ -638,11 +638,6 @@ def build_info(run, model, name, data, args, **more):
     if cfg["interpolation"] == "bilinear":
         interpolation = "bilinear"
 
-    settings = dict(vars(args))
-    for setting in ("student_weights", "weights"):  # of a student, of a teacher
-        if settings.get(setting):  # the path says nothing of what is in the file
-            settings[f"{setting}_sha256"] = utils.sha256(settings[setting])
-
     return {
         "run": run,
         "model_name": name,
@@ -656,10 +651,20 @@ def build_info(run, model, name, data, args, **more):
         "value_range": list(data.train.value_range) if data.train.value_range else None,
         "dataset": data.name,
         "split_fingerprint": data.split_fingerprint,
-        "config": settings,
+        "config": recorded_settings(args),
         "versions": utils.versions(model.pixel_scale.device),
         **more,
     }
+
+
+def recorded_settings(args):
+    """`args` as a dict, with the SHA-256 of the weight file, whose path says nothing of what is in
+    it."""
+    settings = dict(vars(args))
+    for name in ("student_weights", "weights"):  # of a student, of a teacher
+        if settings.get(name):
+            settings[f"{name}_sha256"] = utils.sha256(settings[name])
+    return settings
 
 
 def gradcam_layer(model, image_size):

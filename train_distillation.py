@@ -121,7 +121,7 @@ def train(student, teacher, info, data, args):
 
             metrics.add(train_loss=loss, ce_loss=ce_loss, distill_loss=distill_loss,
                         train_accuracy=models.accuracy(logits, labels))
-            if (step - 1) % train_baseline.DIAGNOSE_EVERY == 0:  # from step 1 on, as there
+            if (step - 1) % train_baseline.DIAGNOSE_EVERY == 0:  # as in the baseline
                 metrics.add(entropy=models.entropy(logits),
                             **models.teacher_diagnostics(teacher_logits, labels, args))
 
@@ -144,13 +144,16 @@ def train(student, teacher, info, data, args):
 # The teacher --------------------------------------------------------------------------------------
 
 def check_teacher_is_kept(args):
-    """Refuse a teacher in a file that this command replaces: after an interruption the student
-    would be taught by itself."""
+    """Refuse a teacher in a file that this command replaces: run again, the student would be taught
+    by itself."""
     folder = Path(args.checkpoint_dir)
-    replaced = [folder / "best_model.pth", folder / "best_model"]
+    replaced = [folder / "best_model.pth"]
     for run_args in train_baseline.args_of_each_seed(args):
         replaced.append(utils.run_folder("distilled", run_args) / "best_model.pth")
-    if Path(args.teacher_checkpoint).resolve() in [path.resolve() for path in replaced]:
+
+    teacher = models.weight_file(args.teacher_checkpoint).resolve()
+    is_exported = (folder / "best_model").resolve() in teacher.parents  # by a previous command
+    if is_exported or teacher in [path.resolve() for path in replaced]:
         raise utils.UsageError(f"{args.teacher_checkpoint} cannot be the teacher, since this "
                                "command replaces it; copy it to another place first")
 
@@ -206,12 +209,15 @@ def find_or_train_teacher(args, data, device):
 def print_changed_settings(info, args, folder):
     """Say so if a finished teacher is reused although its settings are not those of `args`."""
     flags = {"num_epochs": "teacher_epochs", "learning_rate": "teacher_learning_rate",
-             "weights": "teacher_weights"}  # for names that teacher_args has changed
+             "weights": "teacher_weights",  # for names that teacher_args has changed
+             "weights_sha256": "SHA-256 of teacher_weights"}
+    settings = models.recorded_settings(args)
     changed = []
-    for name, value in vars(args).items():
+    for name, value in settings.items():
         previous = info["config"].get(name)
         affects_training = name not in config.MAY_CHANGE_ON_RESUME and name != "seed"
-        if affects_training and previous != value:
+        is_path = f"{name}_sha256" in settings  # its content counts
+        if affects_training and not is_path and previous != value:
             changed.append(f"{flags.get(name, name)} {previous} instead of {value}")
     if changed:
         print(f"note: the teacher in {folder} is reused, although it was trained with "

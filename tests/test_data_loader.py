@@ -595,18 +595,29 @@ def test_a_crop_is_never_enlarged_where_the_picture_has_the_pixels(tmp_path):
 def test_subfolder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     folder = write_pictures(tmp_path / "pictures") / "train"
     locked = folder / "cat" / "more"
+    hidden = folder / "cat" / ".more"  # whose pictures are not wanted
     locked.mkdir()
+    hidden.mkdir()
     scandir = os.scandir
 
     def refuse(path):
-        if str(path) == str(locked):
+        if str(path) in (str(locked), str(hidden)):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError) as caught:
+    with pytest.raises(utils.UserError, match="more cannot be read"):
         data_loader.list_pictures(folder)
-    assert str(locked) in utils.user_message(caught.value)
+    locked.rmdir()
+    assert len(data_loader.list_pictures(folder)[1]) == 24
+
+
+def test_one_test_picture_is_refused_before_the_training(arguments, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", counts=[("train", 8)])
+    (folder / "test" / "cat").mkdir(parents=True)
+    shutil.copy(folder / "train" / "cat" / "000.png", folder / "test" / "cat")
+    with pytest.raises(utils.UsageError, match="two or more pictures"):
+        data_loader.open_dataset(folder_args(arguments, folder))
 
 
 def test_cached_pictures_depend_on_what_counts_as_small(monkeypatch):

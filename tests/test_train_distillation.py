@@ -412,7 +412,7 @@ def test_unfinished_teacher_is_trained_to_its_end(train, capsys):
         torch.save(best_weights(folder / run), flags[-1])
     train("distillation", "--teacher-epochs", "3", "--num-epochs", "1", *flags)
     out = capsys.readouterr().out
-    assert "teacher.1 (different pretrained, weights" in out
+    assert "teacher.1 (different pretrained, weights_sha256)" in out
     assert "teacher epoch   1/3" in out
 
 
@@ -433,14 +433,35 @@ def test_weight_file_with_another_content_is_another_run(train, capsys, tmp_path
     assert "different student_weights_sha256" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["best_model.pth", "distilled/best_model.pth"])
+@pytest.mark.parametrize("file", ["best_model.pth", "best_model", "best_model/model.safetensors",
+                                  "distilled/seed_1/best_model.pth"])
 def test_teacher_that_the_command_replaces_is_refused(train, file):
-    """After an interruption the half-trained student would be its own teacher."""
-    folder = train("distillation", *SHORT)
+    """Run again, the student would be its own teacher."""
+    flags = [*SHORT, "--seeds", "1"]
+    folder = train("distillation", *flags)
+    flags += ["--teacher-model", "test_efficientnet", "--teacher-checkpoint", folder / file]
     with pytest.raises(utils.UsageError, match="copy it"):
-        train("distillation", *SHORT, "--teacher-checkpoint", folder / file)
-    train("distillation", *SHORT, "--teacher-checkpoint", folder / file, "--seeds", "1",
-          "--checkpoint-dir", folder / "other")  # which replaces neither
+        train("distillation", *flags)
+    train("distillation", *flags, "--checkpoint-dir", folder / "other")  # replaces none of them
+
+
+def test_teacher_from_another_content_of_its_weight_file_is_named(train, capsys, tmp_path):
+    folder = train("distillation", *SHORT)
+    state = best_weights(folder / "teacher")
+    torch.save(best_weights(folder / "distilled"), tmp_path / "student.pth")
+    weights = tmp_path / "teacher.pth"
+    flags = [*SHORT, "--pretrained", "--student-weights", tmp_path / "student.pth"]
+    torch.save(state, weights)
+    train("distillation", *flags, "--teacher-weights", weights, "--fresh-teacher")
+    shutil.copy(weights, tmp_path / "copy.pth")
+    capsys.readouterr()
+    train("distillation", *flags, "--teacher-weights", tmp_path / "copy.pth")
+    assert "note" not in capsys.readouterr().out
+
+    name, tensor = next(iter(state.items()))
+    torch.save({**state, name: tensor + 1}, weights)
+    train("distillation", *flags, "--teacher-weights", weights)
+    assert "SHA-256 of teacher_weights" in capsys.readouterr().out
 
 
 def test_stop_after_the_teacher_does_not_train_it_again(train, capsys, monkeypatch):
