@@ -1051,7 +1051,8 @@ def warning_texts(numbers):
         texts.append(f"{len(notes['trained_on'])} of the test images are identical to training "
                      f"or validation images: {shorten_list(notes['trained_on'])}")
     if notes["no_validation"]:
-        texts.append(f"No temperature scaling: {notes['no_validation']}")
+        texts.append("No temperature scaling, and no search for test images among those trained "
+                     f"on: {notes['no_validation']}")
     if notes["left_out"]:
         texts.append(f"Not compared: {', '.join(notes['left_out'])}")
     return texts
