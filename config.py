@@ -321,6 +321,8 @@ TEACHER_ONLY = {name.lower() for name in TEACHER_SETTINGS}
 # that AMP_DTYPE "auto" selects for the device may not.
 MAY_CHANGE_ON_RESUME = {name.lower() for name in COMMON_SETTINGS}
 MAY_CHANGE_ON_RESUME |= {"argv", "cuda_graph", "quick", "fresh", "fresh_teacher", "seeds"}
+# Weight files may be elsewhere; their hashes, which models.recorded_settings adds, may not change.
+MAY_CHANGE_ON_RESUME |= {"student_weights", "weights"}
 
 
 # Command line -------------------------------------------------------------------------------------

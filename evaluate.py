@@ -345,8 +345,7 @@ def find_differences(trained):
         settings = student.info["config"]
         reference_settings = reference["config"]
         common = settings.keys() & reference_settings.keys()
-        by_content = {name for name in common if f"{name}_sha256" in common}  # not by its path
-        for name in sorted(common - may_differ - by_content):
+        for name in sorted(common - may_differ):
             value = settings[name]
             reference_value = reference_settings[name]
             if value != reference_value:

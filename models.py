@@ -658,12 +658,12 @@ def build_info(run, model, name, data, args, **more):
 
 
 def recorded_settings(args):
-    """`args` as a dict, with the SHA-256 of the weight file, whose path says nothing of what is in
-    it."""
+    """`args` as a dict, with the SHA-256 of the weight file (None without one), whose path says
+    nothing of what is in it."""
     settings = dict(vars(args))
-    for name in ("student_weights", "weights"):  # of a student, of a teacher
-        if settings.get(name):
-            settings[f"{name}_sha256"] = utils.sha256(settings[name])
+    for name in {"student_weights", "weights"} & settings.keys():  # of a student, of a teacher
+        path = settings[name]
+        settings[f"{name}_sha256"] = utils.sha256(path) if path else None
     return settings
 
 

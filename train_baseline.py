@@ -233,10 +233,8 @@ def run_identity(info):
     metadata `info`. Its keys appear in the message about a run that is not resumed."""
     identity = {}
     for name, value in info["config"].items():
-        # A teacher is identified by the hash of its file, not by the settings that produced it, and
-        # a weight file by its own hash.
-        is_path = f"{name}_sha256" in info["config"]
-        if name not in config.MAY_CHANGE_ON_RESUME | config.TEACHER_ONLY and not is_path:
+        # A teacher is identified by the hash of its file, not by the settings that produced it.
+        if name not in config.MAY_CHANGE_ON_RESUME and name not in config.TEACHER_ONLY:
             identity[name] = value
 
     identity["model"] = info["model_name"]

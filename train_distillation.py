@@ -209,15 +209,12 @@ def find_or_train_teacher(args, data, device):
 def print_changed_settings(info, args, folder):
     """Say so if a finished teacher is reused although its settings are not those of `args`."""
     flags = {"num_epochs": "teacher_epochs", "learning_rate": "teacher_learning_rate",
-             "weights": "teacher_weights",  # for names that teacher_args has changed
-             "weights_sha256": "SHA-256 of teacher_weights"}
-    settings = models.recorded_settings(args)
+             "weights_sha256": "SHA-256 of teacher_weights"}  # teacher_args has changed the names
     changed = []
-    for name, value in settings.items():
+    for name, value in models.recorded_settings(args).items():
         previous = info["config"].get(name)
         affects_training = name not in config.MAY_CHANGE_ON_RESUME and name != "seed"
-        is_path = f"{name}_sha256" in settings  # its content counts
-        if affects_training and not is_path and previous != value:
+        if affects_training and previous != value:
             changed.append(f"{flags.get(name, name)} {previous} instead of {value}")
     if changed:
         print(f"note: the teacher in {folder} is reused, although it was trained with "

@@ -186,8 +186,8 @@ def test_defaults_of_the_design():
 def test_what_may_change_on_resume():
     """And what may not, but for a student whose teacher's file is the same."""
     common = {name.lower() for name in COMMON}
-    assert common | {"argv", "cuda_graph", "quick", "fresh", "seeds",
-                         "fresh_teacher"} == config.MAY_CHANGE_ON_RESUME
+    assert common | {"argv", "cuda_graph", "quick", "fresh", "seeds", "fresh_teacher",
+                     "student_weights", "weights"} == config.MAY_CHANGE_ON_RESUME
     assert {name.lower() for name in TEACHER_ONLY} == config.TEACHER_ONLY
 
 

@@ -346,6 +346,9 @@ def test_weight_files_are_compared_by_content(copied):
     assert "not a fair pair" not in read_report(run_evaluate(copied))
     change_checkpoint(copied, "distilled", config={"student_weights_sha256": "b"})
     assert "student_weights_sha256 differs" in read_report(run_evaluate(copied))
+    change_checkpoint(copied, "distilled", config={"student_weights": None,
+                                                   "student_weights_sha256": None})
+    assert "student_weights_sha256 differs" in read_report(run_evaluate(copied))
 
 
 @pytest.mark.slow
