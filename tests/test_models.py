@@ -841,6 +841,7 @@ def test_checkpoint_is_plain_safe_and_usable_without_the_project(arguments):
         "value_range", "dataset", "split_fingerprint", "config", "versions"}
     assert_plain(checkpoint)
     assert checkpoint["config"]["argv"][-2:] == ["--seed", "3"]
+    assert checkpoint["config"]["student_weights_sha256"] is None  # not of a weight file
     for tensor in state_dict.values():
         assert tensor.device.type == "cpu"
         assert tensor.is_contiguous()
