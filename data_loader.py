@@ -66,18 +66,18 @@ class Images(NamedTuple):
     pixels: torch.Tensor | None  # (N, 3, H, H) uint8; None if the images are files
     files: list | None           # N paths; None if the images are pixels
     labels: torch.Tensor         # (N,) int64
-    names: list                  # N paths within an image folder; [] for other datasets
+    names: list = []             # N paths within an image folder; [] for other datasets
+    file_sizes: list = []        # N sizes of these files in bytes; [] for other datasets
     # (low, high) floats: in pictures of more than 8 bits, low becomes black and high white. None if
     # no training picture has more than 8 bits.
     value_range: tuple | None = None
 
     def select(self, indices):
-        """Only the images at `indices`, without their names."""
-        labels = self.labels[indices]
+        """Only the images at `indices`, without names and sizes of their files."""
+        selected = self._replace(labels=self.labels[indices], names=[], file_sizes=[])
         if self.pixels is not None:
-            return self._replace(pixels=self.pixels[indices], labels=labels, names=[])
-        files = [self.files[i] for i in indices]
-        return self._replace(files=files, labels=labels, names=[])
+            return selected._replace(pixels=self.pixels[indices])
+        return selected._replace(files=[self.files[i] for i in indices])
 
 
 class Dataset(NamedTuple):
@@ -112,7 +112,7 @@ def open_dataset(args):
     else:
         train = images
         val = own_val
-        val_identity = {"val": val.labels.tolist(), "val_names": val.names}
+        val_identity = {"val": val.labels.tolist(), "val_files": names_and_sizes(val)}
     fingerprint = split_fingerprint(class_names, images, val_identity)
 
     check_batch_size(train, args)
@@ -144,22 +144,22 @@ def load_split(name, part, args, value_range=None):
         # Values from 0 to 16 become grey levels from 0 to 255.
         grey = torch.from_numpy(digits.images[indices] * (255 / 16)).round().byte()
         labels = torch.from_numpy(digits.target[indices]).long()
-        return Images(grey_to_rgb(grey), None, labels, []), list("0123456789")
+        return Images(grey_to_rgb(grey), None, labels), list("0123456789")
 
     if name == "Letters":
         pixels, labels = draw_letters(part)
-        return Images(pixels, None, labels, []), list(LETTERS)
+        return Images(pixels, None, labels), list(LETTERS)
 
     if name == "Flowers102":
         flowers = download(datasets.Flowers102, args.data_dir, split=part)
         # torchvision has no public attribute for the labels and the files.
         labels = torch.tensor(flowers._labels)
-        return Images(None, flowers._image_files, labels, []), list(flowers.classes)
+        return Images(None, flowers._image_files, labels), list(flowers.classes)
 
     if name in ("CIFAR10", "CIFAR100"):
         cifar = download(getattr(datasets, name), args.data_dir, train=(part == "train"))
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # was (N, H, H, 3)
-        return Images(pixels, None, torch.tensor(cifar.targets), []), list(cifar.classes)
+        return Images(pixels, None, torch.tensor(cifar.targets)), list(cifar.classes)
 
     # The command line allows no other name, but a checkpoint may contain any.
     raise UserError(f"there is no dataset {name!r}")
@@ -265,10 +265,18 @@ def move_missing_classes(source, target, labels, seed):
 
 
 def split_fingerprint(class_names, images, val_identity):
-    """SHA-256 of the class names, of the labels and file names of all training `images`, and of
+    """SHA-256 of the class names, of the labels and files of all training `images`, and of
     `val_identity`, a dict that says which images are for validation."""
-    content = {"class_names": class_names, "labels": images.labels.tolist(), "names": images.names}
+    content = {"class_names": class_names, "labels": images.labels.tolist(),
+               "names": names_and_sizes(images)}
     return sha256(json.dumps(content | val_identity).encode()).hexdigest()
+
+
+def names_and_sizes(images):
+    """[(name, size in bytes)] of the files in an image folder, [] for other datasets. The size
+    shows that a picture was replaced by another under the same name; unlike its date, it stays the
+    same when the folder is copied."""
+    return list(zip(images.names, images.file_sizes, strict=True))
 
 
 def check_batch_size(train, args):
@@ -429,9 +437,10 @@ def read_folder(folder, data_dir, value_range=None):
     """
     class_names, files, labels = list_pictures(folder)
     names = [printable(file.relative_to(folder).as_posix()) for file in files]
+    file_stats = [file.stat() for file in files]
 
     cache = cache_path(folder, data_dir)
-    signature = cache_signature(names, files, value_range)
+    signature = cache_signature(names, file_stats, value_range)
     content = load_cache(cache)
     if content.get("signature") != signature:
         content = {"signature": signature, **decode_pictures(folder, files, value_range)}
@@ -447,7 +456,8 @@ def read_folder(folder, data_dir, value_range=None):
     pixels = content["pixels"]
     if pixels is not None:
         files = None  # not needed any more
-    return Images(pixels, files, labels, names, value_range), class_names
+    file_sizes = [stat.st_size for stat in file_stats]
+    return Images(pixels, files, labels, names, file_sizes, value_range), class_names
 
 
 def cache_path(folder, data_dir):
@@ -457,11 +467,10 @@ def cache_path(folder, data_dir):
     return Path(data_dir, "decoded", f"{dataset_name}-{folder.name}-{path_hash}.pth")
 
 
-def cache_signature(names, files, value_range):
+def cache_signature(names, file_stats, value_range):
     """SHA-256 of everything that the decoded pictures depend on."""
     states = []
-    for name, file in zip(names, files, strict=True):
-        stat = file.stat()
+    for name, stat in zip(names, file_stats, strict=True):
         states.append((name, stat.st_size, stat.st_mtime_ns))
     return sha256(json.dumps([states, value_range, SMALL_SIDE]).encode()).hexdigest()
 

@@ -412,12 +412,15 @@ def compare(trained, labels, data=None, dataset_dir=None):
 def training_settings(info):
     """The main training settings of a student; None for those that it does not have."""
     settings = info["config"]
-    return {
+    training = {
         "epochs": settings["num_epochs"],
         "distillation_loss": settings.get("distillation_loss"),
         "temperature": settings.get("temperature"),
         "alpha": settings.get("alpha"),
     }
+    if settings.get("kl_direction") == "reverse":
+        training["kl_direction"] = "reverse"
+    return training
 
 
 def training_versions(trained):
@@ -1413,8 +1416,11 @@ def training_parts(numbers):
     training = numbers["training"]
     parts = []
     if training["distillation_loss"]:
-        parts.append(f"distillation loss {training['distillation_loss']}, "
-                     f"T = {training['temperature']:g}, α = {training['alpha']:g}")
+        loss = training["distillation_loss"]
+        if "kl_direction" in training:
+            loss += " with the KL reversed"
+        parts.append(f"distillation loss {loss}, T = {training['temperature']:g}, "
+                     f"α = {training['alpha']:g}")
     parts.append(f"{training['epochs']} epochs")
     parts.append(seeds_text(numbers))
     return parts

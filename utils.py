@@ -168,10 +168,11 @@ class KnownError(NamedTuple):
 
 SAME_COMMAND = "the same command (without --fresh and --fresh-teacher) resumes"
 MEMORY_ADVICE = (
-    "there is too little memory; close other programs that use it, or halve --batch-size and "
-    "double --accumulate-steps (not with the dist loss), which gives the same updates except for "
-    "BatchNorm, or lower --image-size, in both training scripts; if memory is not short (cuDNN "
-    "reports other failures like this too), try another --amp-dtype")
+    "there is too little memory; close other programs that use it; in both training scripts, halve "
+    "--batch-size and double --accumulate-steps (not with the dist loss), which gives the same "
+    "updates except for BatchNorm, or lower --image-size; in evaluate.py, add --no-timing or "
+    "--device cpu; if memory is not short (cuDNN reports other failures like this too), train with "
+    "another --amp-dtype")
 WORKER_ADVICE = (
     "a process that reads images was killed, usually because memory (in a container: /dev/shm) ran "
     "out; lower --num-workers; " + SAME_COMMAND)

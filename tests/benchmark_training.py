@@ -61,7 +61,7 @@ COLUMNS = {"plain": ".0f", "project": ".0f", "ceiling": ".0f", "timm": ".0f",
 def made_up(pixels, labels):
     """A dataset of these images, (N, 32, 32, 3) uint8 and (N,); sixteen of them for validation."""
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    train = data_loader.Images(pixels, None, torch.from_numpy(labels), [])
+    train = data_loader.Images(pixels, None, torch.from_numpy(labels))
     val = train.select(range(16))
     class_names = [str(i) for i in range(NUM_CLASSES)]
     return data_loader.Dataset("made up", class_names, train, val, "", "flip_crop")

@@ -50,7 +50,7 @@ def folder_args(arguments, folder, *flags):
 
 def synthetic(pixels, augmentation):
     """A dataset of these pixels (N, 3, H, H), each image a class of its own."""
-    images = data_loader.Images(pixels, None, torch.arange(len(pixels)), [])
+    images = data_loader.Images(pixels, None, torch.arange(len(pixels)))
     return data_loader.Dataset("synthetic", [], images, images, "", augmentation)
 
 
@@ -182,7 +182,7 @@ def test_image_of_a_small_class_follows_the_split_seed():
 @pytest.mark.parametrize("count, is_warned", [(100, True), (1500, False)])
 def test_few_validation_images_are_warned_about(arguments, monkeypatch, capsys, count, is_warned):
     images = data_loader.Images(torch.zeros(2 * count, 3, 8, 8, dtype=torch.uint8), None,
-                                torch.arange(2 * count) % 2, [])
+                                torch.arange(2 * count) % 2)
     monkeypatch.setattr(data_loader, "load_split", lambda *_: (images, ["a", "b"]))
     data_loader.open_dataset(arguments("baseline", "--val-fraction", "0.1"))
     out = capsys.readouterr().out
@@ -491,7 +491,7 @@ def smooth_photograph(file, width, height, **options):
 
 
 def views_of(file, *sizes, seed=0, augmentation="resized_crop"):
-    images = data_loader.Images(None, [file], torch.zeros(1), [])
+    images = data_loader.Images(None, [file], torch.zeros(1))
     return data_loader.random_views(images, sizes, "bicubic", augmentation, 0, seed)
 
 
@@ -580,7 +580,7 @@ def test_other_photographs_are_decoded_once_and_upright(tmp_path, monkeypatch, e
 
     if extension == "png":
         monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
-        images = data_loader.Images(None, [file], torch.zeros(1), [])
+        images = data_loader.Images(None, [file], torch.zeros(1))
         assert data_loader.jpeg_dimensions(images, 0) is None
 
 
@@ -1270,14 +1270,21 @@ def test_image_folder_takes_its_own_validation_part(arguments, tmp_path):
     assert data.class_names == ["cat", "dog", "eel"]
 
 
-def test_fingerprint_has_the_names_of_the_validation_pictures(arguments, tmp_path):
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("change", ["other name", "other picture"])
+def test_fingerprint_notices_other_pictures(arguments, tmp_path, part, change):
     counts = (("train", 8), ("val", 2), ("test", 3))
     folder = write_pictures(tmp_path / "pictures", counts=counts)
-    args = folder_args(arguments, folder)
-    before = data_loader.open_dataset(args).split_fingerprint
-    assert data_loader.open_dataset(args).split_fingerprint == before
-    (folder / "val" / "cat" / "000.png").rename(folder / "val" / "cat" / "other.png")
-    assert data_loader.open_dataset(args).split_fingerprint != before
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    before = data_loader.open_dataset(folder_args(arguments, folder)).split_fingerprint
+    assert data_loader.open_dataset(folder_args(arguments, copy)).split_fingerprint == before
+
+    file = copy / part / "cat" / "000.png"
+    if change == "other name":
+        file.rename(file.with_name("other.png"))
+    else:
+        Image.new("RGB", Image.open(file).size, "red").save(file)
+    assert data_loader.open_dataset(folder_args(arguments, copy)).split_fingerprint != before
 
 
 def test_classes_are_in_the_order_of_torchvision(arguments, tmp_path):
@@ -1705,7 +1712,7 @@ def test_a_person_sees_the_images_of_a_part(arguments, tmp_path):
 def test_small_images_are_cropped_for_a_model_of_photographs():
     """A folder whose test pictures all are small, while one of the training pictures is not."""
     pixels = torch.randint(0, 256, (3, 3, 40, 40), dtype=torch.uint8)
-    images = data_loader.Images(pixels, None, torch.arange(3), [])
+    images = data_loader.Images(pixels, None, torch.arange(3))
     info = INFO | {"crop_pct": 0.875}
     args = types.SimpleNamespace(num_workers=0)
     (got, _), = data_loader.EvaluationLoader(images, info, args, CPU)

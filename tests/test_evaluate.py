@@ -1278,6 +1278,15 @@ def test_report_names_images_settings_and_all_versions():
     assert not any("not fitted" in line for line in evaluate.calibration_table(without_data))
 
 
+@pytest.mark.parametrize("direction, is_named", [("forward", False), ("reverse", True)])
+def test_report_names_the_reversed_kl(direction, is_named):
+    settings = {"num_epochs": 8, "distillation_loss": "kd", "temperature": 4.0, "alpha": 0.7,
+                "kl_direction": direction}
+    training = evaluate.training_settings({"config": settings})
+    text = ", ".join(evaluate.training_parts({"training": training, "seeds": [0]}))
+    assert ("reverse" in text) == is_named
+
+
 def test_best_epochs_of_many_seeds_have_a_line_for_each_role():
     labels = np.arange(1000) % 10
     numbers = evaluate.compare(pair_of(labels, 60, 20, seeds=6), labels)
@@ -1457,7 +1466,7 @@ def synthetic_comparison(num_classes, images):
         log_probs = scipy.special.log_softmax(signal + noise, axis=1)
         trained[role] = [model_of(log_probs, 1.5, names, history=history, run=role)]
     pixels = torch.randint(0, 256, (images, 3, 8, 8), dtype=torch.uint8)
-    test = data_loader.Images(pixels, None, torch.from_numpy(labels), [])
+    test = data_loader.Images(pixels, None, torch.from_numpy(labels))
     return trained, labels, test
 
 
@@ -1629,7 +1638,7 @@ def test_class_names_in_any_script(tmp_path):
     for role, classes in predictions.items():
         log_probs = sure_of(np.array(classes), 4)
         trained[role] = [model_of(log_probs, 1.5, names, run=role)]
-    test = data_loader.Images(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), None, None, [])
+    test = data_loader.Images(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         numbers = evaluate.compare(trained, labels)

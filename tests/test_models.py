@@ -665,7 +665,7 @@ def test_preprocessing_of_a_timm_folder_is_recorded(tmp_path):
     path, _ = save_teacher("timm folder", tmp_path, num_classes=10)
     teacher, _ = models.load_teacher_model(path, "test_efficientnet", 10)
     args = config.parse_args("baseline", "", ["--quick"])
-    photographs = data_loader.Images(None, [], torch.zeros(1), [])
+    photographs = data_loader.Images(None, [], torch.zeros(1))
     data = data_loader.Dataset("ImageFolder", list("0123456789"), photographs, photographs, "f",
                                "resized_crop")
     info = models.build_info("teacher", teacher, "test_efficientnet", data, args)
@@ -950,7 +950,7 @@ def save_student(folder, run, accuracy, model=None, **changes):
 
 
 def pixels():
-    return data_loader.Images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, torch.zeros(1), [])
+    return data_loader.Images(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, torch.zeros(1))
 
 
 @pytest.mark.parametrize("baseline, distilled, best", [
