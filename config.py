@@ -371,6 +371,8 @@ def parse_args(script, description, argv=None):
             args.seeds = list(QUICK["SEEDS"])
         check_training(parser, args)
         if script == "distillation":
+            if args.teacher_image_size is None:
+                args.teacher_image_size = args.image_size
             check_distillation(parser, args)
         if args.seeds:
             # The students get one seed each. Their teacher is trained only once, with this one.
@@ -595,7 +597,6 @@ def check_training(parser, args):
 
 def check_distillation(parser, args):
     """Refuse combinations that train_distillation.py in particular cannot run."""
-    teacher_size = args.teacher_image_size or args.image_size
     if args.teacher_checkpoint:
         # TEACHER_MODEL is not checked, since a best_model.pth records its own model.
         if args.fresh_teacher:
@@ -607,7 +608,8 @@ def check_distillation(parser, args):
         if args.teacher_epochs < args.warmup_epochs:
             parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than "
                          f"--warmup-epochs {args.warmup_epochs:g}")
-        check_model(parser, "teacher", args.teacher_model, args.teacher_weights, teacher_size, args)
+        check_model(parser, "teacher", args.teacher_model, args.teacher_weights,
+                    args.teacher_image_size, args)
 
     if args.distillation_loss == "dist":
         if args.batch_size < 3:
@@ -619,7 +621,7 @@ def check_distillation(parser, args):
         if args.kl_direction == "reverse":
             parser.error("argument --kl-direction: has no effect with --distillation-loss dist")
 
-    if args.cutmix_alpha and teacher_size != args.image_size:
+    if args.cutmix_alpha and args.teacher_image_size != args.image_size:
         parser.error("argument --cutmix-alpha: cutmix needs images of one size, so "
                      "--teacher-image-size must be None or equal to --image-size")
 

@@ -366,7 +366,7 @@ def teacher_mismatch(info, args, data):
         "dataset": data.name,
         "class_names": list(data.class_names),
         "split_fingerprint": data.split_fingerprint,
-        "image_size": args.teacher_image_size or args.image_size,
+        "image_size": args.teacher_image_size,
     }
     if not args.teacher_checkpoint:  # a given checkpoint may be of any architecture
         expected["model_name"] = args.teacher_model

@@ -88,7 +88,7 @@ def train(student, teacher, info, data, args):
     # the student's in train mode, the teacher's in eval mode, in which a frozen teacher always is.
     student.train()
     models.capture_cuda_graph(student, args.image_size, args)
-    models.capture_cuda_graph(teacher, args.teacher_image_size or args.image_size, args)
+    models.capture_cuda_graph(teacher, args.teacher_image_size, args)
     ddp_student = models.wrap_ddp(student)
     parameters = list(student.parameters())  # made once, since it walks through all modules
 
@@ -168,7 +168,7 @@ def teacher_args(args):
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     settings["num_epochs"] = args.teacher_epochs
     settings["learning_rate"] = args.teacher_learning_rate
-    settings["image_size"] = args.teacher_image_size or args.image_size
+    settings["image_size"] = args.teacher_image_size
     settings["weights"] = args.teacher_weights  # other weights are another run
     settings["seeds"] = None
     settings["fresh"] = args.fresh_teacher

@@ -198,8 +198,17 @@ def test_without_flags_the_values_are_those_of_the_file(script):
     args = vars(config.parse_args(script, "", []))
     for name in CONSTANTS:
         assert (name.lower() in args) == has_flag(script, name), name
-        if has_flag(script, name):
+        if has_flag(script, name) and name != "TEACHER_IMAGE_SIZE":
             assert args[name.lower()] == getattr(config, name), name
+
+
+@pytest.mark.parametrize("flags, size", [
+    ("", 224), ("--image-size 64", 64), ("--teacher-image-size None", 224), ("--quick", 32),
+    ("--image-size 64 --teacher-image-size 96", 96)])
+def test_teacher_has_the_students_image_size_unless_another_is_given(flags, size):
+    """And whether it is given or not, the run is the same one."""
+    args = config.parse_args("distillation", "", flags.split())
+    assert args.teacher_image_size == size
 
 
 def test_values_come_in_the_type_of_the_constant():
@@ -221,6 +230,12 @@ def test_precedence_is_config_quick_flags():
         assert config.parse_args("baseline", "", flags).image_size == 64
 
 
+def is_none(args, name):
+    """Whether a setting is None; of the teacher's image size: whether it is the student's."""
+    value = vars(args)[name.lower()]
+    return value == (args.image_size if name == "TEACHER_IMAGE_SIZE" else None)
+
+
 def test_quick_is_small_and_needs_nothing_whatever_the_constants_say(monkeypatch):
     edits = {"DATASET_NAME": "ImageFolder", "DATASET_DIR": str(ROOT), "IMAGE_SIZE": 512,
              "TEACHER_IMAGE_SIZE": 640, "AUGMENTATION": "resized_crop",
@@ -228,15 +243,14 @@ def test_quick_is_small_and_needs_nothing_whatever_the_constants_say(monkeypatch
              "TEACHER_CHECKPOINT": __file__, "NUM_EPOCHS": 500, "TEACHER_EPOCHS": 500}
     for name, content in edits.items():
         monkeypatch.setattr(config, name, content)
-    quick = vars(config.parse_args("distillation", "", ["--quick"]))
-    assert quick["dataset_name"] == "Letters"
-    assert quick["augmentation"] == "auto"
-    assert quick["image_size"] == 32
-    assert quick["pretrained"] is False
-    assert quick["num_epochs"] < 50
-    assert quick["teacher_epochs"] < 50
-    for name in MAY_BE_NONE:
-        assert quick[name.lower()] is None
+    quick = config.parse_args("distillation", "", ["--quick"])
+    assert quick.dataset_name == "Letters"
+    assert quick.augmentation == "auto"
+    assert quick.image_size == 32
+    assert quick.pretrained is False
+    assert quick.num_epochs < 50
+    assert quick.teacher_epochs < 50
+    assert all(is_none(quick, name) for name in MAY_BE_NONE)
 
     # All that is trained is set there; seeds, hardware and folders are the user's.
     free = {"SEED", "SPLIT_SEED", "DETERMINISTIC", "AMP_DTYPE", "CUDA_GRAPH", *COMMON}
@@ -486,7 +500,7 @@ def test_file_of_config_must_exist_only_where_it_is_used(name, flags, capsys, mo
 def test_none_on_the_command_line_overrides_config(name, monkeypatch):
     monkeypatch.setattr(config, name, 64 if name == "TEACHER_IMAGE_SIZE" else str(ROOT / "tests"))
     args = config.parse_args("distillation", "", [flag_of(name), "None"])
-    assert vars(args)[name.lower()] is None
+    assert is_none(args, name)
 
 
 def test_dataset_dir_of_config_and_another_dataset_have_a_way_out(capsys, monkeypatch):
@@ -525,7 +539,7 @@ def test_five_constants_may_be_none(name, capsys, monkeypatch):
     assert (getattr(config, name) is None) == (name in MAY_BE_NONE)
     monkeypatch.setattr(config, name, None)
     if name in MAY_BE_NONE:
-        assert vars(config.parse_args("distillation", "", []))[name.lower()] is None
+        assert is_none(config.parse_args("distillation", "", []), name)
     else:
         assert f"{name} in config.py" in refused(capsys, "distillation")
 

@@ -580,7 +580,7 @@ def info_of_teacher():
     ({"split_fingerprint": "g"}, ["split_fingerprint", "validation images"]),
     ({"image_size": 48}, ["image_size", "48"]), ({"model_name": "test_vit"}, ["test_vit"])])
 def test_teacher_mismatch_names_what_differs(changed, words):
-    args = argparse.Namespace(teacher_image_size=None, image_size=32, teacher_checkpoint=None,
+    args = argparse.Namespace(teacher_image_size=32, image_size=32, teacher_checkpoint=None,
                               teacher_model="test_resnet")
     data = data_loader.Dataset("Digits", list("ab"), pixels(), pixels(), "f", "crop")
     mismatch = models.teacher_mismatch({**info_of_teacher(), **changed}, args, data)
