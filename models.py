@@ -349,11 +349,16 @@ def infer(model, loader):
     """Logits (N, C) in float32 and labels (N,), both on the CPU and in the order of `loader`. Puts
     the model into eval mode."""
     model.eval()
+    # The last batch has a shape of its own, for which trying algorithms would not pay. Some of the
+    # algorithms tried would also take much memory.
+    tries_algorithms = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
     all_logits = []
     all_labels = []
     for images, labels in loader:
         all_logits.append(forward(model, images).float())
         all_labels.append(labels)
+    torch.backends.cudnn.benchmark = tries_algorithms
     return torch.cat(all_logits).cpu(), torch.cat(all_labels).cpu()
 
 
@@ -566,9 +571,13 @@ def capture_cuda_graph(model, image_size, args):
     try:
         torch.cuda.make_graphed_callables(model, (images,))
     except (RuntimeError, AssertionError) as error:
-        # The model may have failed in the warm-up before the capture: memory may have run out.
-        if utils.find_known(error) is not None:
-            raise
+        # Memory may have run out, in the warm-up before the capture or in the capture, whose end
+        # may then have raised an error of its own.
+        cause = error
+        while cause is not None:
+            if utils.find_known(cause) is not None:
+                raise cause from None
+            cause = cause.__context__
         # A failed capture may leave CUDA unusable, so there is no falling back to eager mode.
         reason = utils.first_line(error)
         raise utils.UserError("this model cannot run as a CUDA graph; add --no-cuda-graph "

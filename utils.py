@@ -277,14 +277,17 @@ def setup(args):
     if device.index is not None:
         torch.cuda.set_device(device)
     prepare_memory(device)
-    # cuDNN can try several algorithms for each new shape, which takes 20 to 50 s on an H200. This
-    # pays in training, whose shapes stay the same, but not in evaluation.
+    # cuDNN can try several algorithms for each new shape. On an H200 the first epoch takes 20 to
+    # 50 s longer, probably because of this. It pays in training, whose shapes stay the same.
     is_training = "amp_dtype" in args  # only the training scripts have this flag
     torch.backends.cudnn.benchmark = is_training
     if device.type == "cuda":
-        # By default cuDNN computes float32 convolutions in TF32, with 10 bits of mantissa. float32
-        # means float32 here, in evaluation and with --amp-dtype fp32. bf16 and fp16 do not change.
+        # By default cuDNN computes float32 convolutions in TF32, with 10 bits of mantissa, and an
+        # environment variable (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, set in some containers) can do the
+        # same to matrix products. float32 means float32 here, in evaluation and with --amp-dtype
+        # fp32. bf16 and fp16 do not change.
         torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     precision = "fp32"
     if is_training:
@@ -308,7 +311,8 @@ def setup(args):
 def select_device(wanted):
     """The torch.device that `wanted` names: auto, cuda, cuda:1, mps or cpu. Under torchrun each
     process has a GPU of its own."""
-    num_gpus = torch.cuda.device_count()
+    # device_count alone also counts GPUs whose driver is too old for this torch.
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     has_mps = torch.backends.mps.is_available()
     if wanted == "auto":
         if num_gpus:
@@ -328,7 +332,7 @@ def select_device(wanted):
         for_each = " for each process"
     if not available[device.type]:
         raise UsageError(f"argument --device: torch finds no {wanted}{for_each} (cuda needs an "
-                         "NVIDIA GPU and a CUDA build of torch, mps an Apple GPU)")
+                         "NVIDIA GPU, a recent driver and a CUDA build of torch, mps an Apple GPU)")
     if WORLD_SIZE > 1 and device.type == "cuda":
         device = torch.device("cuda", int(TORCHRUN["LOCAL_RANK"]))
     return device

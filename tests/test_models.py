@@ -743,6 +743,12 @@ def test_captured_model_replays_in_its_mode_alone(arguments, monkeypatch, traini
     assert models.forward(model.train(not training), images).dtype == torch.float32
     assert replays == [True, False]
 
+    # The EMA model is a copy that runs itself, not the captured model.
+    ema = train_baseline.EMA(model.train(training), 0.5)
+    for parameter in ema.module.parameters():
+        parameter.data.zero_()
+    assert not models.forward(ema.module.eval(), images).any()
+
     # A second capture, of another seed's run, is not made of the first.
     replays.clear()
     models.capture_cuda_graph(model.train(training), 32, args)
@@ -810,6 +816,30 @@ def test_known_errors_of_a_capture_keep_their_advice(arguments, monkeypatch, fau
     with pytest.raises(type(fault)) as error:
         models.capture_cuda_graph(model, 32, args)
     assert word in utils.user_message(error.value)
+
+
+def test_error_of_the_end_of_a_capture_does_not_hide_its_cause(arguments, monkeypatch):
+    def make_graphed(model, sample):
+        try:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed)
+    args = arguments("baseline", "--cuda-graph", "--batch-size", "4")
+    model = models.build_model("test_efficientnet", 10).train()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        models.capture_cuda_graph(model, 32, args)
+
+
+def test_inference_does_not_try_algorithms(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model = models.build_model("test_efficientnet", 10)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    models.infer(model, [(torch.rand(2, 3, 32, 32), torch.zeros(2))])
+    assert seen == [False]
+    assert torch.backends.cudnn.benchmark is True
 
 
 # Checkpoints --------------------------------------------------------------------------------------

@@ -249,6 +249,7 @@ def test_evaluation_is_wrong_use_with_one_process_too(monkeypatch, capsys):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_fewer_gpus_than_processes_are_wrong_use(arguments, monkeypatch, device, num_gpus, rank):
     """For process 0 too, which would else wait for the others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(utils, "WORLD_SIZE", 2)
@@ -258,6 +259,7 @@ def test_fewer_gpus_than_processes_are_wrong_use(arguments, monkeypatch, device,
 
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(utils, "WORLD_SIZE", 2)
     monkeypatch.setattr(utils, "TORCHRUN", {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})

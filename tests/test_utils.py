@@ -262,6 +262,7 @@ def test_durations_are_readable(seconds, text):
 def test_any_gpu_can_be_chosen(arguments, monkeypatch, capsys, wanted, chosen, selected):
     """On pretended GPUs, of which torch is told the number alone."""
     calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
@@ -276,6 +277,48 @@ def test_any_gpu_can_be_chosen(arguments, monkeypatch, capsys, wanted, chosen, s
     assert "a GPU, bf16, CUDA graphs" in capsys.readouterr().out
     with pytest.raises(utils.UsageError, match="cuda:2"):
         utils.setup(arguments("baseline", "--device", "cuda:2"))
+
+
+@pytest.mark.parametrize("script", ["baseline", "evaluate"])
+def test_float32_is_never_tf32_on_a_gpu(arguments, monkeypatch, script):
+    monkeypatch.setattr(utils, "select_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(utils, "prepare_memory", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32"
+        utils.setup(arguments(script))
+        assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+    finally:  # monkeypatch cannot restore them
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def test_gpu_with_an_old_driver_is_not_used(arguments, monkeypatch):
+    """torch counts it, but cannot use it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert utils.select_device("auto") == torch.device("cpu")
+    with pytest.raises(utils.UsageError, match="driver"):
+        utils.select_device("cuda")
+
+
+def test_deterministic_algorithms_without_filling_tensors(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)  # to be restored
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        utils.use_deterministic_algorithms(torch.device("cuda"))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_only_training_tries_algorithms(arguments, monkeypatch):
