@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -548,6 +549,8 @@ def format_command(script, argv):
     for constant, words in words_by_constant.items():
         if constant in allowed:
             command += words
+    if sys.platform == "win32":
+        return subprocess.list2cmdline(command)  # cmd.exe does not know single quotes
     return shlex.join(command)
 
 

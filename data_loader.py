@@ -112,7 +112,7 @@ def open_dataset(args):
     else:
         train = images
         val = own_val
-        val_identity = {"val": val.labels.tolist(), "val_files": names_and_sizes(val)}
+        val_identity = {"val": val.labels.tolist(), "val_names": names_and_sizes(val)}
     fingerprint = split_fingerprint(class_names, images, val_identity)
 
     check_batch_size(train, args)
@@ -393,7 +393,12 @@ def download(cls, data_dir, **part):
     Path(data_dir).mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # urllib would wait forever for a silent server
     try:
-        return cls(root=data_dir, download=True, **part)
+        with contextlib.suppress(RuntimeError):  # not downloaded yet, or damaged
+            return cls(root=data_dir, download=False, **part)
+        # The other training script may have been started at the same time, and would write to the
+        # same files.
+        with utils.wait_for_lock(Path(data_dir, cls.__name__)):
+            return cls(root=data_dir, download=True, **part)
     except (OSError, RuntimeError) as error:
         # Errors of the disk have an errno, and utils.user_message explains them. Only these two
         # errors of the network have one too.
@@ -992,7 +997,10 @@ class WorkerSource:
         for batch in self.loader:
             if isinstance(batch, UserError):  # from read_batch
                 raise batch
-            *views, labels = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            # Only with CUDA: on an Apple GPU, torch may read the batch after Python has freed it
+            # (pytorch #139550).
+            non_blocking = self.device.type == "cuda"
+            *views, labels = [tensor.to(self.device, non_blocking=non_blocking) for tensor in batch]
             views = [(view / 255).contiguous(memory_format=torch.channels_last) for view in views]
             yield views, labels
 

@@ -38,6 +38,7 @@ from scipy import optimize, stats
 from scipy.cluster import hierarchy
 from scipy.special import log_softmax
 from sklearn import metrics
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
@@ -129,8 +130,11 @@ def main(args):
     # Numbers are written before the figures, so that an error in a figure loses none of them.
     report = report_text(numbers)
     write_numbers(trained, labels, numbers, report, results_dir)
-    models.export_best_student(args.checkpoint_dir, reference)
     write_figures(trained, labels, test, numbers, results_dir)
+    try:
+        models.export_best_student(args.checkpoint_dir, reference)
+    except OSError as error:  # a folder of someone else, perhaps
+        print(f"warning: the best student was not copied: {error}")
 
     print(f"\n{summary_text(numbers, results_dir)}")
     if args.quick:
@@ -302,7 +306,11 @@ def training_history(path):
     last_path = path.with_name("last.pth")
     if path.name != "best_model.pth" or not last_path.is_file():
         return []
-    return utils.load_checkpoint(last_path).get("history", [])
+    try:
+        return utils.load_checkpoint(last_path).get("history", [])
+    except UserError as error:
+        print(f"warning: no curves and no training time of {path}: {error}")
+        return []
 
 
 def infer_log_probs(model, info, images, args, device):
@@ -318,15 +326,15 @@ def find_teacher(students, args):
     if not all(recorded):
         return None, "the distilled checkpoint does not record a teacher"
 
-    digest = recorded[0]["sha256"]
-    if any(teacher["sha256"] != digest for teacher in recorded):
+    identity = models.teacher_identity(recorded[0])
+    if any(models.teacher_identity(teacher) != identity for teacher in recorded):
         return None, "the distilled students had different teachers"
 
     # The checkpoint folder may have been moved as a whole.
     recorded_path = Path(recorded[0]["path"])
     for path in (recorded_path, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
         with contextlib.suppress(UserError):  # a folder without weights
-            if path.exists() and utils.sha256(models.weight_file(path)) == digest:
+            if path.exists() and utils.sha256(models.weight_file(path)) == identity["sha256"]:
                 return path, None
     return None, f"the teacher {recorded_path} is gone or has changed (SHA-256 differs)"
 
@@ -904,7 +912,8 @@ def random_images(model, batch_size, device):
 @torch.inference_mode()
 def count_macs(model, device):
     """Multiply-accumulate operations for one image; FlopCounterMode counts each as two."""
-    with FlopCounterMode(display=False) as counter:
+    # The counter does not know the CPU's fused attention, so attention is computed step by step.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         models.forward(model.model, random_images(model, 1, device))
     return counter.get_total_flops() // 2
 
@@ -1570,6 +1579,9 @@ def write_figures(trained, labels, test, numbers, results_dir):
         save("class_changes", class_changes(numbers))
         save("gallery", gallery(trained, labels, test))
 
+        if "teacher" not in trained:  # of an earlier evaluation, perhaps with other images
+            for extension in ("png", "pdf"):
+                (results_dir / f"confusion_matrix_teacher.{extension}").unlink(missing_ok=True)
         shares = confusion_shares(trained, labels)
         names = trained["baseline"][0].info["class_names"]
         order = class_order(sum(shares.values()))

@@ -434,6 +434,16 @@ def load_recorded_teacher(path, recorded):
     return model, info
 
 
+def teacher_identity(recorded):
+    """What must be equal for two students to have had the same teacher. `recorded` is the entry
+    "teacher" of a student's checkpoint."""
+    identity = {"sha256": recorded["sha256"]}
+    if "info" in recorded:  # its file does not say for which model and which input it is
+        for name in ("model_name", "image_size", "mean", "std", "crop_pct", "interpolation"):
+            identity[name] = recorded["info"][name]
+    return identity
+
+
 def weight_file(path):
     """`path` itself or, if it is a folder in timm's layout, the weight file in it."""
     path = Path(path)
@@ -771,12 +781,16 @@ def export_best_student(checkpoint_dir, info):
     the run, the epoch and the time of saving, so that an old file is not taken for a new one.
     """
     folder = Path(checkpoint_dir)
-    target = folder / "best_model.pth"
     # Two scripts may finish at the same time. All processes of torchrun must call lock_folder,
     # since it contains a barrier.
-    _lock = utils.lock_folder(folder / "best_model")
-    if utils.RANK != 0:
-        return
+    with utils.lock_folder(folder / "best_model"):
+        if utils.RANK == 0:
+            copy_best_student(folder, info)
+
+
+def copy_best_student(folder, info):
+    """export_best_student, once the folder is locked."""
+    target = folder / "best_model.pth"
     for half_written in folder.glob(f"{target.name}.*.tmp"):  # by a script that was killed
         half_written.unlink()
 
@@ -787,11 +801,11 @@ def export_best_student(checkpoint_dir, info):
                   "and split")
         return
 
-    best = utils.load_checkpoint(best_path)
     run = best_path.parent.relative_to(folder).as_posix()
     saved_at = time.strftime("%Y-%m-%d %H:%M", time.localtime(best_path.stat().st_mtime))
     with utils.atomic_write(target, "wb") as file:
         file.write(best_path.read_bytes())
+    best = utils.load_checkpoint(target)
     print(f"best student so far: {run}, {best['val_accuracy']:.2%} on validation images (epoch "
           f"{best['epoch']}, saved {saved_at}); copied to {target}")
 

@@ -28,6 +28,8 @@ DIAGNOSE_EVERY = 10  # steps between measurements of entropies, which launch ext
 
 def main(args):
     device = utils.setup(args)
+    check_weight_files(args, [utils.run_folder("baseline", run_args)
+                              for run_args in args_of_each_seed(args)])
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
 
@@ -228,26 +230,43 @@ def args_of_each_seed(args):
         yield argparse.Namespace(**settings)
 
 
+def check_weight_files(args, folders):
+    """Refuse a weight file or teacher that this command replaces: run again, it would start from
+    another one. `folders` are those of the runs that it trains."""
+    replaced = [Path(args.checkpoint_dir, "best_model.pth"),
+                Path(args.checkpoint_dir, "best_model", "model.safetensors")]
+    for folder in folders:
+        replaced += [folder / "best_model.pth", folder / "last.pth"]
+    replaced = [file.resolve() for file in replaced]
+
+    for name in ("student_weights", "teacher_weights", "teacher_checkpoint"):
+        path = getattr(args, name, None)  # the baseline has no flags for a teacher
+        if path and models.weight_file(path).resolve() in replaced:
+            raise utils.UsageError(f"argument --{name.replace('_', '-')}: this command replaces "
+                                   f"{path}; copy it to another place first")
+
+
 def run_identity(info):
     """What must be the same in two runs for one to resume the other: a dict, taken from the
     metadata `info`. Its keys appear in the message about a run that is not resumed."""
     identity = {}
     for name, value in info["config"].items():
-        # A teacher is identified by the hash of its file, not by the settings that produced it.
+        # A teacher is identified by its file, not by the settings that produced it.
         if name not in config.MAY_CHANGE_ON_RESUME and name not in config.TEACHER_ONLY:
             identity[name] = value
 
     identity["model"] = info["model_name"]
     identity["images or split"] = info["split_fingerprint"]
     if "teacher" in info:
-        identity["teacher"] = info["teacher"]["sha256"]
+        identity["teacher"] = models.teacher_identity(info["teacher"])
     return identity
 
 
 def next_command(args, script, role):
     """The command to run next, with the same flags: `script`, which trains the other student (in
-    the folder `role`), or evaluate.py if that student has a checkpoint already."""
-    if models.student_checkpoints(Path(args.checkpoint_dir, role)):
+    the folder `role`), or evaluate.py if that student has a checkpoint of every seed already."""
+    other_folders = [utils.run_folder(role, run_args) for run_args in args_of_each_seed(args)]
+    if all((folder / "best_model.pth").is_file() for folder in other_folders):
         script = "evaluate"
     return config.format_command(script, args.argv)
 

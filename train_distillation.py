@@ -24,8 +24,11 @@ import utils
 
 def main(args):
     device = utils.setup(args)
-    if args.teacher_checkpoint:
-        check_teacher_is_kept(args)
+    folders = [utils.run_folder("distilled", run_args)
+               for run_args in train_baseline.args_of_each_seed(args)]
+    if args.teacher_checkpoint is None:
+        folders.append(utils.run_folder("teacher", teacher_args(args)))
+    train_baseline.check_weight_files(args, folders)
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
     if args.distillation_loss == "lskd" and num_classes == 2:
@@ -143,21 +146,6 @@ def train(student, teacher, info, data, args):
 
 # The teacher --------------------------------------------------------------------------------------
 
-def check_teacher_is_kept(args):
-    """Refuse a teacher in a file that this command replaces: run again, the student would be taught
-    by itself."""
-    folder = Path(args.checkpoint_dir)
-    replaced = [folder / "best_model.pth"]
-    for run_args in train_baseline.args_of_each_seed(args):
-        replaced.append(utils.run_folder("distilled", run_args) / "best_model.pth")
-
-    teacher = models.weight_file(args.teacher_checkpoint).resolve()
-    is_exported = (folder / "best_model").resolve() in teacher.parents  # by a previous command
-    if is_exported or teacher in [path.resolve() for path in replaced]:
-        raise utils.UsageError(f"{args.teacher_checkpoint} cannot be the teacher, since this "
-                               "command replaces it; copy it to another place first")
-
-
 def teacher_args(args):
     """The settings of the teacher's fine-tuning, in the form that train_baseline.train expects."""
     # Left out: settings that do not affect the teacher, since a change of one would make an
@@ -186,24 +174,24 @@ def find_or_train_teacher(args, data, device):
     run_args = teacher_args(args)
     folder = utils.run_folder("teacher", run_args)
     best_path = folder / "best_model.pth"
-    # Held until this function returns: another process waits, and then reuses this teacher.
-    _lock = utils.lock_folder(folder)
-    if not args.fresh_teacher and utils.is_finished(folder):
-        _, info = models.load_model(best_path)
-        mismatch = models.teacher_mismatch(info, args, data)
-        if not mismatch:
-            print_changed_settings(info, run_args, folder)
-            return best_path
-        print(f"the teacher in {folder} does not fit and will be moved aside: {mismatch}")
+    # Meanwhile another process waits, and then reuses this teacher.
+    with utils.lock_folder(folder):
+        if not args.fresh_teacher and utils.is_finished(folder):
+            _, info = models.load_model(best_path)
+            mismatch = models.teacher_mismatch(info, args, data)
+            if not mismatch:
+                print_changed_settings(info, run_args, folder)
+                return best_path
+            print(f"the teacher in {folder} does not fit and will be moved aside: {mismatch}")
 
-    torch.manual_seed(run_args.seed)
-    teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
-                                 args.teacher_weights)
-    gradcam_layer = models.gradcam_layer(teacher, run_args.image_size)
-    teacher.to(device)
-    info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
-                             gradcam_layer=gradcam_layer)
-    return train_baseline.train(teacher, info, data, run_args)
+        torch.manual_seed(run_args.seed)
+        teacher = models.build_model(args.teacher_model, len(data.class_names), args.pretrained,
+                                     args.teacher_weights)
+        gradcam_layer = models.gradcam_layer(teacher, run_args.image_size)
+        teacher.to(device)
+        info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
+                                 gradcam_layer=gradcam_layer)
+        return train_baseline.train(teacher, info, data, run_args)
 
 
 def print_changed_settings(info, args, folder):

@@ -72,7 +72,8 @@ def run_script(main, args):
     if RANK != 0:
         silence(sys.stdout)  # only process 0 prints
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # no crash on characters the terminal cannot show
+        if hasattr(stream, "reconfigure"):  # not in IDLE and notebooks
+            stream.reconfigure(errors="replace")  # no crash on characters the terminal cannot show
     signal.signal(signal.SIGTERM, raise_terminated)
 
     try:
@@ -206,9 +207,12 @@ KNOWN_ERRORS = [  # the first match counts
     KnownError((ConnectionError, EOFError), (), WORKER_ADVICE),
     KnownError((RuntimeError,), ("DataLoader worker (pid", "shared memory"), WORKER_ADVICE),
 ]
-# OSErrors of a disk or folder (full, write-protected, not a folder), not of the script.
-FOLDER_ERRORS = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
-                 errno.EISDIR, errno.ENAMETOOLONG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# OSErrors of a disk or folder (full, write-protected, not a folder, gone), not of the script. Not
+# every system has all of these names.
+FOLDER_ERROR_NAMES = ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EEXIST",
+                      "EISDIR", "ENAMETOOLONG", "EINVAL", "ENOENT", "ENODEV", "EIO", "ESTALE",
+                      "ENOLCK")
+FOLDER_ERRORS = {getattr(errno, name, None) for name in FOLDER_ERROR_NAMES} - {None}
 
 
 def user_message(error):
@@ -612,10 +616,11 @@ class Run:
 
     def tidy_after_a_kill(self):
         """Remove half-written files, and write the history file again, which may be an epoch behind
-        last.pth."""
+        last.pth. Makes the folder of the history, so that a wrong one shows before the training."""
         if RANK != 0:
             return
         results_dir = self.history_path.parent
+        results_dir.mkdir(parents=True, exist_ok=True)
         for half_written in (*self.folder.glob("*.tmp"),
                              *results_dir.glob(f"{self.history_path.name}.*.tmp")):
             half_written.unlink()
@@ -695,9 +700,14 @@ class Run:
             if not aside.exists():
                 break
         aside.mkdir(parents=True)
-        for file in (self.best_path, self.last_path, self.history_path):
+        for file in (self.best_path, self.last_path):
             if file.exists():
                 shutil.move(file, aside)
+        if self.history_path.exists():
+            # On Windows a table that is open in Excel can be copied, but not removed. It will be
+            # overwritten as soon as it is closed.
+            with contextlib.suppress(PermissionError):
+                shutil.move(self.history_path, aside)
         print(f"the previous {self.name} run was moved to {aside} ({self.why_not_resumed})")
 
     def save_best(self, model, row):
@@ -763,18 +773,22 @@ class Run:
 
 @main_process_first()
 def lock_folder(folder):
-    """Lock the folder of a run and return the lock; wait if another process holds it. It is
-    released when the returned object is garbage-collected. A process can take it repeatedly."""
+    """Lock the folder of a run, for all processes of torchrun; see wait_for_lock."""
     if RANK != 0:
         return contextlib.nullcontext()
+    return wait_for_lock(folder)
+
+
+def wait_for_lock(folder):
+    """Lock `folder`; wait if another process holds the lock. Returns a context manager that
+    releases it. So does the end of the last reference to it. A process can take it repeatedly."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"waiting for another process that is using {folder}", flush=True)
-        lock.acquire()
-    return lock
+        return lock.acquire()
 
 
 def run_folder(name, args):

@@ -609,6 +609,14 @@ def test_next_command_has_the_flags_of_its_script(script, argv, command):
     assert config.format_command(script, argv) == f"python {command}"
 
 
+def test_next_command_is_quoted_for_its_shell(monkeypatch):
+    argv = ["--dataset-dir", r"C:\my pictures"]
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert config.format_command("evaluate", argv).endswith(r"'C:\my pictures'")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert config.format_command("evaluate", argv).endswith(r'"C:\my pictures"')
+
+
 def test_next_command_works_in_the_folder_where_this_one_was_typed(monkeypatch):
     monkeypatch.chdir(ROOT.parent)
     monkeypatch.setattr(sys, "argv", [f"{ROOT.name}/train_baseline.py"])

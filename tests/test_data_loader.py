@@ -2,6 +2,7 @@
 
     python -m pytest tests/test_data_loader.py -m "not slow"
 """
+import contextlib
 import errno
 import hashlib
 import io
@@ -25,6 +26,7 @@ import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import resource_sharer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -986,6 +988,26 @@ def test_cifar100_is_downloaded_checked_and_opened(arguments, tmp_path, monkeypa
     assert (bytes_of(torch.cat([data.train.pixels, data.val.pixels]))
             == {image.tobytes() for image in train_pixels})
     assert np.array_equal(load_test(args).pixels.numpy(), test_pixels)
+
+
+def test_two_scripts_do_not_download_into_the_same_files(arguments, tmp_path, monkeypatch, serve):
+    """The second waits, then finds the files of the first."""
+    server = tmp_path / "server"
+    archive, _ = fake_cifar100(server, monkeypatch, serve(server) + "cifar-100-python.tar.gz")
+    args = arguments("baseline", "--dataset-name", "CIFAR100", "--val-fraction", "0.5")
+
+    locked = []
+
+    @contextlib.contextmanager
+    def other_script_first(folder):
+        locked.append(folder)
+        torchvision.datasets.CIFAR100(args.data_dir, download=True)
+        archive.unlink()  # another download would fail
+        yield
+
+    monkeypatch.setattr(utils, "wait_for_lock", other_script_first)
+    assert len(data_loader.open_dataset(args).train.labels) == 100
+    assert locked == [Path(args.data_dir, "CIFAR100")]
 
 
 def test_cifar100_archive_placed_by_hand_needs_no_network(arguments, tmp_path, monkeypatch):

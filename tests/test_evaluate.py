@@ -223,6 +223,36 @@ def test_figures_are_written_and_a_second_run_writes_the_same_files(trained, tmp
 
 
 @pytest.mark.slow
+def test_teachers_figure_goes_when_the_teacher_is_gone(copied):
+    results = run_evaluate(copied, figures=True)
+    assert (results / "confusion_matrix_teacher.png").is_file()
+    change_checkpoint(copied, "distilled", teacher=None)
+    run_evaluate(copied, figures=True)
+    assert not list(results.glob("confusion_matrix_teacher.*"))
+    assert (results / "confusion_matrix_baseline.png").is_file()
+
+
+def test_folder_of_someone_else_is_evaluated_all_the_same(copied, monkeypatch, capsys):
+    """Where nothing may be written beside the checkpoints."""
+    def refuse(folder, info):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(models, "export_best_student", refuse)
+    run_evaluate(copied)
+    out = capsys.readouterr().out
+    assert "warning" in out and "Permission denied" in out
+    assert "Report: " in out
+
+
+def test_damaged_history_costs_only_its_curves(copied, capsys):
+    checkpoint_path(copied, "baseline").with_name("last.pth").write_bytes(b"damaged")
+    numbers = read_numbers(run_evaluate(copied))
+    assert "warning" in capsys.readouterr().out
+    assert numbers["timings"]["training_hours"]["baseline"] is None
+    assert numbers["timings"]["training_hours"]["distilled"] > 0
+
+
+@pytest.mark.slow
 def test_a_figure_that_fails_costs_no_number(copied, monkeypatch):
     monkeypatch.setattr(evaluate, "training_curves", lambda trained: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -867,6 +897,19 @@ def test_efficientnet_b0_has_the_published_number_of_macs():
     assert round(got["macs"] / 1e9, 2) == 0.39
     assert round(got["parameters"] / 1e6, 1) == 5.3
     assert got["latency_ms"] is None
+
+
+def test_macs_of_attention_are_counted():
+    """Also where the CPU computes it in one operation."""
+    counts = []
+    for is_fused in (True, False):
+        model = model_of(np.zeros((1, 10)))
+        model.model = models.build_model("test_vit", 10).eval()
+        model.info["image_size"] = 160
+        for block in model.model.blocks:
+            block.attn.fused_attn = is_fused
+        counts.append(evaluate.count_macs(model, torch.device("cpu")))
+    assert counts[0] == counts[1]
 
 
 def test_report_has_inference_unless_no_timing(copied, monkeypatch):

@@ -552,10 +552,14 @@ def test_next_command_has_the_flags_it_needs(arguments, tmp_path):
         "--dataset-name Digits --ema-decay 0 --warmup-epochs 1 --num-epochs 3 --no-pretrained "
         "--seeds 0 1")
 
-    distilled = quick_folder(tmp_path, "distilled") / "seed_0" / "best_model.pth"
-    distilled.parent.mkdir(parents=True)
-    distilled.touch()
-    command = train_baseline.next_command(args, "distillation", "distilled")
+    scripts = []
+    for folder in ("", "seed_0", "seed_1"):  # evaluate.py, once the other has all of these seeds
+        distilled = quick_folder(tmp_path, "distilled") / folder / "best_model.pth"
+        distilled.parent.mkdir(parents=True, exist_ok=True)
+        distilled.touch()
+        command = train_baseline.next_command(args, "distillation", "distilled")
+        scripts.append(command.split()[1])
+    assert scripts == ["train_distillation.py", "train_distillation.py", "evaluate.py"]
     assert command == f"python evaluate.py {folders}"
 
 

@@ -5,6 +5,7 @@
 import collections
 import copy
 import csv
+import json
 import math
 import shutil
 import types
@@ -443,6 +444,43 @@ def test_teacher_that_the_command_replaces_is_refused(train, file):
     with pytest.raises(utils.UsageError, match="copy it"):
         train("distillation", *flags)
     train("distillation", *flags, "--checkpoint-dir", folder / "other")  # replaces none of them
+
+
+@pytest.mark.parametrize("script, flag, file", [
+    ("baseline", "--student-weights", "best_model.pth"),
+    ("baseline", "--student-weights", "baseline/best_model.pth"),
+    ("distillation", "--student-weights", "distilled/best_model.pth"),
+    ("distillation", "--teacher-weights", "teacher/best_model.pth")])
+def test_weights_that_the_command_replaces_are_refused(train, tmp_path, script, flag, file):
+    """Run again, the model would start from what it has become."""
+    path = tmp_path / "checkpoints" / "quick" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(utils.UsageError, match=f"{flag}.*copy it"):
+        train(script, "--pretrained", flag, path)
+
+
+def test_teacher_of_the_folder_may_be_given(train):
+    folder = train("distillation", *SHORT)
+    train("distillation", *SHORT, "--teacher-checkpoint", folder / "teacher" / "best_model.pth")
+
+
+def test_teacher_read_in_another_way_is_another_teacher(train, tmp_path, capsys):
+    """In timm's layout, config.json says how to read a weight file."""
+    folder = train("distillation", *SHORT, "--teacher-model", "test_efficientnet")
+    given = tmp_path / "given"
+    shutil.copytree(folder / "best_model", given)
+    flags = [*SHORT, "--teacher-model", "test_efficientnet", "--teacher-checkpoint", given]
+    train("distillation", *flags)
+    capsys.readouterr()
+    train("distillation", *flags)
+    assert "already trained" in capsys.readouterr().out
+
+    content = json.loads((given / "config.json").read_text(encoding="utf-8"))
+    content["pretrained_cfg"]["mean"] = [0.4, 0.4, 0.4]
+    (given / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    train("distillation", *flags)
+    assert "different teacher" in capsys.readouterr().out
 
 
 def test_teacher_from_another_content_of_its_weight_file_is_named(train, capsys, tmp_path):

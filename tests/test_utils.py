@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import types
 from pathlib import Path
 
 import filelock
@@ -71,6 +72,9 @@ BUS_ERROR = ("DataLoader worker (pid 7) is killed by signal: Bus error. It is po
     (RuntimeError("x has no deterministic implementation"), 1, "--deterministic"),
     (ValueError("Expected more than 1 value per channel when training"), 2, "--batch-size"),
     (OSError(28, "No space left on device", "last.pth"), 1, "last.pth"),
+    (FileNotFoundError(2, "No such file or directory", "E:/results"), 1, "E:/results"),
+    (OSError(22, "Invalid argument", "results?"), 1, "results?"),
+    (OSError(5, "Input/output error", "last.pth"), 1, "last.pth"),
     (PermissionError(13, "Permission denied", "a.tmp", None, "a.csv"), 1, "a.csv"),
 ])
 def test_error_that_the_user_can_fix_is_one_message(
@@ -84,14 +88,20 @@ def test_error_that_the_user_can_fix_is_one_message(
 
 
 @pytest.mark.parametrize("error", [
-    ZeroDivisionError(), RuntimeError("shapes differ"), OSError(5, "Input/output error"),
-    ValueError("a bug")])
+    ZeroDivisionError(), RuntimeError("shapes differ"), OSError("a bug"), ValueError("a bug")])
 def test_bug_keeps_its_traceback(arguments, error):
     def main(args):
         raise error
 
     with pytest.raises(type(error)):
         utils.run_script(main, arguments("baseline"))
+
+
+def test_streams_of_an_editor_will_do(arguments, monkeypatch):
+    """IDLE and notebooks replace them by their own, which have fewer methods."""
+    stream = types.SimpleNamespace(write=lambda text: None, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert utils.run_script(lambda args: print("done"), arguments("baseline")) == 0
 
 
 def test_script_that_ends_well_has_status_0_and_no_message(arguments, capsys):
@@ -708,6 +718,34 @@ def test_what_a_kill_left_is_tidied(arguments):
     assert not any(file.exists() for file in half_written)
     assert of_another_run.exists()
     assert run.history_path.read_text(encoding="utf-8") == table
+
+
+def test_folder_of_the_history_is_made_before_the_training(arguments, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(OSError):
+        open_run(arguments("baseline"))
+
+
+def test_history_open_in_another_program_does_not_stop_a_new_run(arguments, monkeypatch):
+    """Windows then refuses to move it, after shutil.move has copied it."""
+    run, model = open_run(arguments("baseline"))
+    run.finish_epoch(row_of(0.5), model)
+    move = shutil.move
+
+    def move_unless_open(file, folder):
+        if Path(file).suffix == ".csv":
+            shutil.copy(file, folder)
+            raise PermissionError(13, "The process cannot access the file", str(file))
+        move(file, folder)
+
+    monkeypatch.setattr(shutil, "move", move_unless_open)
+    run, model = open_run(arguments("baseline", "--fresh"))
+    run.finish_epoch(row_of(0.7), model)
+    aside = run.folder.with_name("baseline.1")
+    assert {file.name for file in aside.iterdir()} == {
+        "best_model.pth", "last.pth", "baseline_history.csv"}
+    assert utils.load_checkpoint(run.best_path)["val_accuracy"] == 0.7
+    assert "0.7" in run.history_path.read_text(encoding="utf-8")
 
 
 def test_run_holds_its_lock_while_it_lives(arguments):
