@@ -32,7 +32,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import Mixup
@@ -48,7 +48,6 @@ SMALL_SIDE = 96              # px, the largest side of images that are kept in m
 CROP_PADDING = 1 / 8         # of the side, on each side: 4 px for CIFAR, as in He et al. 2015
 CROP_SCALE = (0.35, 1)       # share of a photograph's area that a random resized crop shows
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height of a random resized crop
-EXIF_ORIENTATION = 0x0112    # EXIF tag; its values 5 to 8 mean that width and height are swapped
 MAX_ASPECT_RATIO = 10        # longer pictures are cut before they are resized
 FEW_VAL_IMAGES = 300         # below this, one image changes the validation accuracy noticeably
 DOWNLOAD_TIMEOUT = 20        # s without an answer from the server
@@ -102,16 +101,16 @@ def open_dataset(args):
     images, class_names = load_split(name, "train", args)
     if name == "ImageFolder":
         check_test_folder(class_names, images.value_range, args)
-    own_val = load_own_val(class_names, images.value_range, args)
+    predefined_val = load_predefined_val(class_names, images.value_range, args)
 
-    if own_val is None:
+    if predefined_val is None:
         train_indices, val_indices = split_train_val(images, class_names, args)
         train = images.select(train_indices)
         val = images.select(val_indices)
         val_identity = {"val_indices": val_indices.tolist()}
     else:
         train = images
-        val = own_val
+        val = predefined_val
         val_identity = {"val": val.labels.tolist(), "val_names": names_and_sizes(val)}
     fingerprint = split_fingerprint(class_names, images, val_identity)
 
@@ -121,7 +120,7 @@ def open_dataset(args):
     print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
           f"{len(val.labels)} validation images to choose the best epoch")
     if len(val.labels) < FEW_VAL_IMAGES:
-        remedy = "a larger --val-fraction" if own_val is None else "more validation images"
+        remedy = "a larger --val-fraction" if predefined_val is None else "more validation images"
         print("warning: the choice of the best epoch is unreliable, since one validation image "
               f"counts for {100 / len(val.labels):.1f} points of accuracy; {remedy} would help")
     return Dataset(name, class_names, train, val, fingerprint, augmentation)
@@ -195,7 +194,7 @@ def align_classes(test, test_class_names, class_names):
     return test._replace(labels=new_labels[test.labels])
 
 
-def load_own_val(class_names, value_range, args):
+def load_predefined_val(class_names, value_range, args):
     """Load the validation images of a dataset that comes with its own. None if it does not."""
     name = args.dataset_name
     if name == "ImageFolder":
@@ -462,7 +461,9 @@ def read_folder(folder, data_dir, value_range=None):
     if pixels is not None:
         files = None  # not needed any more
     file_sizes = [stat.st_size for stat in file_stats]
-    return Images(pixels, files, labels, names, file_sizes, value_range), class_names
+    images = Images(pixels, files, labels, names=names, file_sizes=file_sizes,
+                    value_range=value_range)
+    return images, class_names
 
 
 def cache_path(folder, data_dir):
@@ -824,7 +825,7 @@ def jpeg_dimensions(images, i):
         if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with further images behind it
             return None
         width, height = image.size
-        is_sideways = image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+        is_sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (height, width) if is_sideways else (width, height)
 
 

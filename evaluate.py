@@ -115,10 +115,10 @@ def main(args):
 
     # Numbers
     labels = test.labels.numpy()
-    numbers = compare(trained, labels, data, args.dataset_dir)
-    numbers["inference"] = measure_inference(trained, device, timed=not args.no_timing)
-    numbers["timings"] = {"training_hours": training_hours(trained)}
-    numbers["notes"] = {
+    results = compare(trained, labels, data, args.dataset_dir)
+    results["inference"] = measure_inference(trained, device, timed=not args.no_timing)
+    results["timings"] = {"training_hours": training_hours(trained)}
+    results["notes"] = {
         "unfair": find_differences(trained),
         "no_teacher": no_teacher,
         "left_out": left_out,
@@ -128,15 +128,15 @@ def main(args):
     }
 
     # Numbers are written before the figures, so that an error in a figure loses none of them.
-    report = report_text(numbers)
-    write_numbers(trained, labels, numbers, report, results_dir)
-    write_figures(trained, labels, test, numbers, results_dir)
+    report = report_text(results)
+    write_numbers(trained, labels, results, report, results_dir)
+    write_figures(trained, labels, test, results, results_dir)
     try:
         models.export_best_student(args.checkpoint_dir, reference)
     except OSError as error:  # a folder of someone else, perhaps
         print(f"warning: the best student was not copied: {error}")
 
-    print(f"\n{summary_text(numbers, results_dir)}")
+    print(f"\n{summary_text(results, results_dir)}")
     if args.quick:
         print(f"Start the full comparison with: {config.format_command('baseline', [])}")
 
@@ -289,13 +289,13 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
 
     # A model with another split has been trained on some of these validation images, and a teacher
     # from elsewhere may have been.
-    is_foreign = is_teacher and "info" in reference["teacher"]
+    is_external = is_teacher and "info" in reference["teacher"]
     temperature = None
-    if data and not is_foreign and info["split_fingerprint"] == reference["split_fingerprint"]:
+    if data and not is_external and info["split_fingerprint"] == reference["split_fingerprint"]:
         val_log_probs = infer_log_probs(model, info, data.val, args, device)
         temperature = best_temperature(val_log_probs, data.val.labels.numpy())
 
-    history = [] if is_foreign else training_history(path)
+    history = [] if is_external else training_history(path)
     log_probs = infer_log_probs(model, info, test, args, device)
     return TrainedModel(path, model, info, log_probs, temperature, history)
 
@@ -387,7 +387,7 @@ def compare(trained, labels, data=None, dataset_dir=None):
         folder = Path(dataset_dir or first["config"]["dataset_dir"])
         name = data_loader.printable(folder.resolve().name)
     class_sizes = np.bincount(labels, minlength=first["num_classes"])
-    numbers = {
+    results = {
         "dataset": {
             "name": name,
             "num_classes": first["num_classes"],
@@ -402,19 +402,19 @@ def compare(trained, labels, data=None, dataset_dir=None):
         "models": {role: score_role(group, labels) for role, group in trained.items()},
         "comparison": compare_students(trained, labels),
         "class_changes": gains_by_class(trained, labels),
-        "most_confused": most_confused(trained, labels),
+        "most_confused": most_confused_pairs(trained, labels),
     }
     if is_cifar100(first["class_names"]):
-        numbers["superclasses"] = {role: superclass_errors(group, labels)
+        results["superclasses"] = {role: superclass_errors(group, labels)
                                    for role, group in trained.items()}
     if "teacher" in trained:
-        numbers["fidelity"] = {}
+        results["fidelity"] = {}
         for role in STUDENTS:
             by_seed = [fidelity(student, trained["teacher"][0]) for student in trained[role]]
-            numbers["fidelity"][role] = mean_over_seeds(by_seed)
-        numbers["teacher_effect"] = teacher_effect(trained, labels)
-        numbers["comparison"] |= compare_with_teacher(trained, labels)
-    return numbers
+            results["fidelity"][role] = mean_over_seeds(by_seed)
+        results["teacher_effect"] = teacher_effect(trained, labels)
+        results["comparison"] |= compare_with_teacher(trained, labels)
+    return results
 
 
 def training_settings(info):
@@ -459,7 +459,7 @@ def score_role(group, labels):
         "epochs": [model.info["epoch"] for model in group],  # the best epoch of each seed
         **mean_over_seeds(by_seed),
         # The t interval may exceed 100 %.
-        "top1_ci": np.clip(usable_interval(correct_answers(group, labels)), 0, 1).tolist(),
+        "top1_ci": np.clip(interval_for_verdict(correct_answers(group, labels)), 0, 1).tolist(),
         "by_seed": main_scores,
         "sd": sd,
     }
@@ -499,7 +499,7 @@ def score_model(model, labels):
         top5 = np.argsort(-model.log_probs, axis=1, kind="stable")[:, :5]  # (N, 5)
         scores["top5"] = float((top5 == labels[:, None]).any(1).mean())
     if model.temperature:
-        scaled = log_softmax(model.log_probs / model.temperature, axis=1)
+        scaled = scale_by_temperature(model.log_probs, model.temperature)
         scores["calibration_scaled"] = {"temperature": model.temperature}
         scores["calibration_scaled"] |= calibration(scaled, labels)
     return scores
@@ -545,9 +545,15 @@ def best_temperature(log_probs, labels):
     rows = np.arange(len(labels))
 
     def nll(temperature):
-        return -log_softmax(log_probs / temperature, 1)[rows, labels].mean()
+        return -scale_by_temperature(log_probs, temperature)[rows, labels].mean()
 
     return float(optimize.minimize_scalar(nll, bounds=(0.05, 20), method="bounded").x)
+
+
+def scale_by_temperature(log_probs, temperature):
+    """Temperature-scaled log-probabilities. Log-probabilities are logits, shifted for each image,
+    which the softmax ignores."""
+    return log_softmax(log_probs / temperature, axis=1)
 
 
 def fidelity(student, teacher):
@@ -574,14 +580,13 @@ def training_hours(trained):
 
 def confusion_counts(group, labels):
     """(C, C) numbers of test images by true (row) and predicted class, mean over the seeds."""
-    num_classes = group[0].info["num_classes"]
-    counts = np.zeros((num_classes, num_classes))
-    for model in group:
-        np.add.at(counts, (labels, model.predictions), 1)
-    return counts / len(group)
+    classes = np.arange(group[0].info["num_classes"])
+    by_seed = [metrics.confusion_matrix(labels, model.predictions, labels=classes)
+               for model in group]
+    return np.mean(by_seed, axis=0)
 
 
-def most_confused(trained, labels):
+def most_confused_pairs(trained, labels):
     """{role: [a dict per confused pair of classes, the most frequent first]}.
 
     `images` is how many images of class `true` the role's model classifies as `predicted`; `share`
@@ -697,19 +702,14 @@ def compare_students(trained, labels):
     if len(gain_by_seed) > 1:
         ci_over_both = confidence_interval(gains)
 
-    verdict_ci = "images"
-    ci = ci_over_images
-    if len(gain_by_seed) >= MIN_SEEDS:
-        verdict_ci = "both"
-        ci = ci_over_both
     discordant = int((gains != 0).any(0).sum())  # in at least one seed
-    verdict_word, reason = verdict(ci, discordant, mcnemar_p)
+    verdict_word, reason = verdict(interval_for_verdict(gains), discordant, mcnemar_p)
     return {
         "verdict": verdict_word,
         "undecided_because": reason,
         "gain": statistics.fmean(gain_by_seed),
         "gain_by_seed": gain_by_seed,
-        "verdict_ci": verdict_ci,
+        "verdict_ci": "both" if len(gains) >= MIN_SEEDS else "images",
         "ci_over_images": ci_over_images,
         "ci_over_seeds": ci_over_seeds,
         "ci_over_both": ci_over_both,
@@ -815,7 +815,7 @@ def confidence_interval(values):
     return [float(mean - half_width), float(mean + half_width)]
 
 
-def usable_interval(values):
+def interval_for_verdict(values):
     """confidence_interval of `values` (S, N), but over the images only if there are fewer than
     MIN_SEEDS seeds: two seeds say too little of the variation between seeds, and the interval could
     be hundreds of points wide."""
@@ -848,7 +848,7 @@ def compare_with_teacher(trained, labels):
     baseline_correct = correct_answers(trained["baseline"], labels)
     distilled_correct = correct_answers(trained["distilled"], labels)
     teacher_correct = correct_answers(trained["teacher"], labels)  # (1, N)
-    lead_ci = usable_interval(teacher_correct.astype(float) - baseline_correct)
+    lead_ci = interval_for_verdict(teacher_correct.astype(float) - baseline_correct)
 
     lead = float(teacher_correct.mean() - baseline_correct.mean())
     gain = float(distilled_correct.mean() - baseline_correct.mean())
@@ -983,21 +983,21 @@ REPORT_NAME = "comparison_report.txt"
 REPORT_WIDTH = 100
 
 
-def report_text(numbers):
+def report_text(results):
     """The whole report, wrapped at REPORT_WIDTH: warnings and verdict first, the tables last."""
-    sections = [heading_lines(numbers)]
-    for warning in warning_texts(numbers):
+    sections = [heading_lines(results)]
+    for warning in warning_texts(results):
         sections.append([f"WARNING: {warning}."])
-    sections.append(verdict_lines(numbers))
-    sections.append(gain_source_lines(numbers))
-    sections.append(cost_lines(numbers))
+    sections.append(verdict_lines(results))
+    sections.append(gain_source_lines(results))
+    sections.append(cost_lines(results))
 
     sections.append(["Details"])
-    sections.append(score_table(numbers) + calibration_table(numbers) + fidelity_table(numbers))
-    sections.append(inference_table(numbers))
-    sections.append(teacher_effect_table(numbers))
-    sections.append(confusion_table(numbers))
-    versions = [f"{name} {value}" for name, value in numbers["versions"].items() if value]
+    sections.append(score_table(results) + calibration_table(results) + fidelity_table(results))
+    sections.append(inference_table(results))
+    sections.append(teacher_effect_table(results))
+    sections.append(confusion_table(results))
+    versions = [f"{name} {value}" for name, value in results["versions"].items() if value]
     sections.append(["Trained with: " + ", ".join(versions)])
 
     paragraphs = []
@@ -1008,15 +1008,15 @@ def report_text(numbers):
     return "\n\n".join(paragraphs) + "\n"
 
 
-def summary_text(numbers, results_dir):
+def summary_text(results, results_dir):
     """What the script prints at the end: models, warnings, verdict, accuracies and paths."""
-    lines = heading_lines(numbers)
-    for warning in warning_texts(numbers):
+    lines = heading_lines(results)
+    for warning in warning_texts(results):
         lines.append(f"WARNING: {warning}.")
     lines.append("")
-    lines.append(verdict_lines(numbers)[0])
+    lines.append(verdict_lines(results)[0])
     accuracies = []
-    for role, scores in numbers["models"].items():
+    for role, scores in results["models"].items():
         accuracies.append(f"{role} {scores['top1']:.2%}")
     lines.append(f"Top-1 accuracy: {', '.join(accuracies)}")
     lines.append(f"Figure: {results_dir / 'accuracy_comparison.png'}")
@@ -1025,10 +1025,10 @@ def summary_text(numbers, results_dir):
                                    break_long_words=False) for line in lines)
 
 
-def heading_lines(numbers):
-    scores = numbers["models"]
+def heading_lines(results):
+    scores = results["models"]
     teacher = scores["teacher"]["model_name"] if "teacher" in scores else "not available"
-    dataset = numbers["dataset"]
+    dataset = results["dataset"]
     images = f"{dataset['test_images']:,} test images"
     if dataset["training_images"]:
         images = (f"{dataset['training_images']:,} training, {dataset['validation_images']:,} "
@@ -1037,22 +1037,22 @@ def heading_lines(numbers):
         f"Baseline {scores['baseline']['model_name']} against distilled "
         f"{scores['distilled']['model_name']} (teacher: {teacher})",
         f"{dataset['name']}: {dataset['num_classes']} classes, {images}",
-        f"Training: {', '.join(training_parts(numbers))}",
+        f"Training: {', '.join(training_parts(results))}",
     ]
 
 
-def seeds_text(numbers):
-    seeds = numbers["seeds"]
+def seeds_text(results):
+    seeds = results["seeds"]
     word = "seeds" if len(seeds) > 1 else "seed"
     return f"{word} {', '.join(map(str, seeds))}"
 
 
-def warning_texts(numbers):
-    notes = numbers["notes"]
+def warning_texts(results):
+    notes = results["notes"]
     texts = []
     if notes["unfair"]:
         texts.append("This is not a fair pair: " + "; ".join(notes["unfair"]))
-    texts += weakness_texts(numbers)
+    texts += weakness_texts(results)
     if notes["missing_classes"]:
         texts.append("There are no test images of some classes, which are not scored: "
                      f"{len(notes['missing_classes'])} ({shorten_list(notes['missing_classes'])})")
@@ -1069,10 +1069,10 @@ def warning_texts(numbers):
     return texts
 
 
-def weakness_texts(numbers):
+def weakness_texts(results):
     """Warnings of a teacher not clearly better than the baseline, of students near chance level."""
     texts = []
-    comparison = numbers["comparison"]
+    comparison = results["comparison"]
     if "teacher_lead" in comparison:
         lead = (f"{signed_points(comparison['teacher_lead'])} percentage points, 95 % CI "
                 f"{ci_text(comparison['teacher_lead_ci'])}")
@@ -1083,12 +1083,12 @@ def weakness_texts(numbers):
             texts.append("It is unclear whether the teacher is better than the baseline on the "
                          f"test images ({lead})")
 
-    class_sizes = numbers["dataset"]["images_per_class"].values()
+    class_sizes = results["dataset"]["images_per_class"].values()
     chance = max(class_sizes) / sum(class_sizes)  # accuracy of always predicting the largest class
     has_one_class = chance == 1  # of the test images; then there is no chance level
     for role in STUDENTS:
-        accuracy = numbers["models"][role]["top1"]
-        if accuracy <= models.close_to_chance(chance) and not has_one_class:
+        accuracy = results["models"][role]["top1"]
+        if accuracy <= models.min_useful_accuracy(chance) and not has_one_class:
             texts.append(f"The {role} student's accuracy, {accuracy:.2%}, is close to chance level "
                          f"({chance:.2%}); train it longer or on more images")
     return texts
@@ -1117,10 +1117,10 @@ def ci_text(ci):
     return f"{signed_points(low)} to {signed_points(high)}"
 
 
-def verdict_lines(numbers):
+def verdict_lines(results):
     """The verdict with its gain and interval, then the other intervals and tests."""
-    comparison = numbers["comparison"]
-    seeds = len(numbers["seeds"])
+    comparison = results["comparison"]
+    seeds = len(results["seeds"])
     basis = "over the test images"
     if comparison["verdict_ci"] == "both":
         basis = f"over {seeds} seeds and the test images"
@@ -1132,7 +1132,7 @@ def verdict_lines(numbers):
                  f"{comparison['undecided_because']}."]
     else:
         lines = [f"The distilled student is {comparison['verdict']} than the baseline: {gain}."]
-    scores = numbers["models"]
+    scores = results["models"]
     val_gain = scores["distilled"]["val_accuracy"] - scores["baseline"]["val_accuracy"]
     _, high = verdict_interval(comparison)
     if comparison["verdict"] != "better" and val_gain > max(0, high):
@@ -1162,16 +1162,16 @@ def verdict_lines(numbers):
     return lines
 
 
-def gain_source_lines(numbers):
+def gain_source_lines(results):
     """Images that only one student classifies correctly, by whether the teacher is right there."""
-    comparison = numbers["comparison"]
-    average = "on average over the seeds, " if len(numbers["seeds"]) > 1 else ""
-    lines = [f"Of {numbers['dataset']['test_images']:,} test images, {average}"
+    comparison = results["comparison"]
+    average = "on average over the seeds, " if len(results["seeds"]) > 1 else ""
+    lines = [f"Of {results['dataset']['test_images']:,} test images, {average}"
              f"{count_text(comparison['only_distilled_correct'])} are classified correctly by the "
              f"distilled student only, and {count_text(comparison['only_baseline_correct'])} by "
              "the baseline only."]
 
-    effect = numbers.get("teacher_effect")
+    effect = results.get("teacher_effect")
     if effect:
         change = {}
         for word in ("right", "wrong"):
@@ -1183,20 +1183,20 @@ def gain_source_lines(numbers):
     return lines
 
 
-def cost_lines(numbers):
+def cost_lines(results):
     """Training time of a seed, and inference time of the two students."""
     lines = []
-    hours = numbers["timings"]["training_hours"]
+    hours = results["timings"]["training_hours"]
     missing = [role for role in ROLES if hours.get(role) is None]
     if missing:
         lines.append(f"Training time is unknown for: {', '.join(missing)}.")
     else:
         duration = {role: utils.format_duration(3600 * hours[role]) for role in ROLES}
-        per_seed = " per seed (mean)" if len(numbers["seeds"]) > 1 else ""
+        per_seed = " per seed (mean)" if len(results["seeds"]) > 1 else ""
         lines.append(f"Training time{per_seed}: baseline {duration['baseline']}, distilled "
                      f"{duration['distilled']}, and once {duration['teacher']} for the teacher.")
 
-    inference = numbers["inference"]
+    inference = results["inference"]
     if inference["distilled_to_baseline"]:
         lines.append(f"Inference on {inference['device']}:")
         lines.append(speed_text(inference, "latency", f"Latency at batch {LATENCY_BATCH}",
@@ -1248,9 +1248,9 @@ def number_cells(dicts, key, spec):
     return texts
 
 
-def score_table(numbers):
-    roles = list(numbers["models"])
-    scores = list(numbers["models"].values())
+def score_table(results):
+    roles = list(results["models"])
+    scores = list(results["models"].values())
     label = "Test scores"
     if scores[0]["sd"]:
         label = "Test scores (mean ± SD of seeds)"
@@ -1262,7 +1262,7 @@ def score_table(numbers):
     for role_scores in scores:
         epochs = [str(epoch or "-") for epoch in role_scores["epochs"]]  # 0: trained elsewhere
         best_epochs.append(", ".join(epochs))
-    label = "best epoch of each seed" if len(numbers["seeds"]) > 1 else "best epoch"
+    label = "best epoch of each seed" if len(results["seeds"]) > 1 else "best epoch"
     if max(map(len, best_epochs)) < CELL_WIDTH:
         lines.append(table_row(label, best_epochs))
     else:  # of many seeds
@@ -1271,10 +1271,10 @@ def score_table(numbers):
     return lines
 
 
-def calibration_table(numbers):
+def calibration_table(results):
     plain = []
     scaled = []
-    for scores in numbers["models"].values():
+    for scores in results["models"].values():
         plain.append(scores["calibration"])
         scaled.append(scores.get("calibration_scaled", {}))
 
@@ -1287,32 +1287,32 @@ def calibration_table(numbers):
         lines.append(table_row(f"{label}, temperature-scaled", number_cells(scaled, key, ".4f")))
     lines.append(table_row("temperature (from validation images)",
                            number_cells(scaled, "temperature", ".4f")))
-    if not all(scaled) and numbers["dataset"]["validation_images"]:
+    if not all(scaled) and results["dataset"]["validation_images"]:
         lines.append('  "-": not fitted, since all validation images are classified correctly, or '
                      "some were or may have been trained on")
     return lines
 
 
-def fidelity_table(numbers):
-    if "fidelity" not in numbers:
+def fidelity_table(results):
+    if "fidelity" not in results:
         return []
-    fidelities = [numbers["fidelity"]["baseline"], numbers["fidelity"]["distilled"], {}]
+    fidelities = [results["fidelity"]["baseline"], results["fidelity"]["distilled"], {}]
     lines = [
         "Fidelity to the teacher",
         table_row("same top-1 prediction", number_cells(fidelities, "agreement", ".2%")),
         table_row("KL(teacher || student), T = 1 (nats)", number_cells(fidelities, "kl", ".4f")),
     ]
-    if numbers["comparison"]["advantage_recovered"] is not None:
-        recovered = [{}, numbers["comparison"], {}]  # of the distilled student only
+    if results["comparison"]["advantage_recovered"] is not None:
+        recovered = [{}, results["comparison"], {}]  # of the distilled student only
         lines.append(table_row("gain / teacher's lead over baseline",
                                number_cells(recovered, "advantage_recovered", ".0%")))
     return lines
 
 
-def inference_table(numbers):
-    roles = list(numbers["models"])
-    costs = [numbers["inference"][role] for role in roles]
-    is_timed = numbers["inference"]["rounds"] is not None
+def inference_table(results):
+    roles = list(results["models"])
+    costs = [results["inference"][role] for role in roles]
+    is_timed = results["inference"]["rounds"] is not None
 
     sizes = [f"{cost['image_size']}" for cost in costs]
     parameters = [f"{cost['parameters'] / 1e6:.2f}" for cost in costs]
@@ -1345,8 +1345,8 @@ def spread_cells(costs, key, spec):
     return texts
 
 
-def teacher_effect_table(numbers):
-    effect = numbers.get("teacher_effect")
+def teacher_effect_table(results):
+    effect = results.get("teacher_effect")
     if not effect:
         return []
     heads = ("test images", "distilled accuracy", "gain in images")
@@ -1359,13 +1359,13 @@ def teacher_effect_table(numbers):
     return lines
 
 
-def confusion_table(numbers, shown=5):
+def confusion_table(results, shown=5):
     """The `shown` most confused pairs of each role, with every role's rate; for CIFAR-100 also the
     errors within superclasses."""
-    roles = list(numbers["models"])
+    roles = list(results["models"])
     pairs = {}
     for role in roles:
-        for pair in numbers["most_confused"][role][:shown]:
+        for pair in results["most_confused"][role][:shown]:
             pairs[pair["true"], pair["predicted"]] = pair["share"]
 
     lines = []
@@ -1376,8 +1376,8 @@ def confusion_table(numbers, shown=5):
     for (true, predicted), share in sorted(pairs.items(), key=lambda pair: -pair[1]["baseline"]):
         label = f"{short_name(true, 17)} → {short_name(predicted, 16)}"
         lines.append(table_row(label, [f"{share[role]:.1%}" for role in roles]))
-    if "superclasses" in numbers:
-        superclasses = [numbers["superclasses"][role] for role in roles]
+    if "superclasses" in results:
+        superclasses = [results["superclasses"][role] for role in roles]
         lines.append("Errors within the true superclass")
         lines.append(table_row("share of all errors",
                                number_cells(superclasses, "share_within", ".1%")))
@@ -1386,14 +1386,14 @@ def confusion_table(numbers, shown=5):
 
 # Files --------------------------------------------------------------------------------------------
 
-def write_numbers(trained, labels, numbers, report, results_dir):
+def write_numbers(trained, labels, results, report, results_dir):
     """The report, comparison.json, the tables, and predictions.npz of the first seed."""
     write_text(results_dir / REPORT_NAME, report)
     write_text(results_dir / "comparison.json",
-               json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False))
-    write_text(results_dir / "comparison_table.md", markdown_table(numbers))
-    write_text(results_dir / "comparison_table.tex", latex_table(numbers))
-    write_text(results_dir / "per_class_accuracy.csv", per_class_csv(numbers))
+               json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+    write_text(results_dir / "comparison_table.md", markdown_table(results))
+    write_text(results_dir / "comparison_table.tex", latex_table(results))
+    write_text(results_dir / "per_class_accuracy.csv", per_class_csv(results))
 
     probabilities = {}
     for role, group in trained.items():
@@ -1408,21 +1408,21 @@ def write_text(path, text):
         file.write(text)
 
 
-def setting_parts(numbers):
+def setting_parts(results):
     """What was compared: dataset, models, distillation loss, epochs, seeds, each as a phrase."""
-    dataset = numbers["dataset"]
-    scores = numbers["models"]
+    dataset = results["dataset"]
+    scores = results["models"]
     parts = [f"{dataset['name']}, {dataset['num_classes']} classes",
              f"{dataset['test_images']:,} test images",
              f"student {scores['distilled']['model_name']}"]
     if "teacher" in scores:
         parts.append(f"teacher {scores['teacher']['model_name']}")
-    return parts + training_parts(numbers)
+    return parts + training_parts(results)
 
 
-def training_parts(numbers):
+def training_parts(results):
     """How the students were trained: distillation loss, epochs, seeds, each as a phrase."""
-    training = numbers["training"]
+    training = results["training"]
     parts = []
     if training["distillation_loss"]:
         loss = training["distillation_loss"]
@@ -1431,33 +1431,34 @@ def training_parts(numbers):
         parts.append(f"distillation loss {loss}, T = {training['temperature']:g}, "
                      f"α = {training['alpha']:g}")
     parts.append(f"{training['epochs']} epochs")
-    parts.append(seeds_text(numbers))
+    parts.append(seeds_text(results))
     return parts
 
 
-def setting_line(numbers):
-    return " · ".join(setting_parts(numbers))
+def setting_line(results):
+    return " · ".join(setting_parts(results))
 
 
-def comparison_rows(numbers):
+def comparison_rows(results):
     """(column heads, rows of strings) of the table for a paper or README: teacher, baseline and
     distilled student, ± the standard deviation over the seeds."""
     heads = ["", "model", "top-1 (%)", "gain, points (95 % CI)"]
-    if "top5" in numbers["models"]["baseline"]:
+    if "top5" in results["models"]["baseline"]:
         heads.append("top-5 (%)")
     heads += ["macro-F1 (%)", "NLL", "parameters (M)", "MACs (M)"]
 
     rows = []
     for role in ("teacher", "baseline", "distilled"):
-        if role not in numbers["models"]:
+        if role not in results["models"]:
             continue
-        scores = numbers["models"][role]
-        cost = numbers["inference"][role]
-        row = [role, scores["model_name"], score_text(scores, "top1"), ""]
+        scores = results["models"][role]
+        cost = results["inference"][role]
+        gain = ""
         if role == "distilled":
-            comparison = numbers["comparison"]
+            comparison = results["comparison"]
             interval = ci_text(verdict_interval(comparison))
-            row[3] = f"{signed_points(comparison['gain'])} ({interval})"
+            gain = f"{signed_points(comparison['gain'])} ({interval})"
+        row = [role, scores["model_name"], score_text(scores, "top1"), gain]
         if "top5" in scores:
             row.append(score_text(scores, "top5"))
         row.append(score_text(scores, "macro_f1"))
@@ -1475,18 +1476,18 @@ def score_text(scores, key):
     return text
 
 
-def markdown_table(numbers):
-    heads, rows = comparison_rows(numbers)
-    lines = [setting_line(numbers), ""]
+def markdown_table(results):
+    heads, rows = comparison_rows(results)
+    lines = [setting_line(results), ""]
     for cells in (heads, ["---"] * len(heads), *rows):
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def latex_table(numbers):
+def latex_table(results):
     r"""A tabular for \usepackage{booktabs}."""
-    heads, rows = comparison_rows(numbers)
-    lines = [f"% {setting_line(numbers)}", rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
+    heads, rows = comparison_rows(results)
+    lines = [f"% {setting_line(results)}", rf"\begin{{tabular}}{{ll{'r' * (len(heads) - 2)}}}",
              r"\toprule", latex_row(heads), r"\midrule"]
     for row in rows:
         lines.append(latex_row(row))
@@ -1503,19 +1504,19 @@ def latex_row(cells):
     return " & ".join(escaped) + r" \\"
 
 
-def per_class_csv(numbers):
+def per_class_csv(results):
     """One row per class: test images, accuracy of each role, gain and p (see gains_by_class)."""
-    roles = list(numbers["models"])
+    roles = list(results["models"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class", "test_images", *roles, "gain", "p"])
-    for name, images in numbers["dataset"]["images_per_class"].items():
+    for name, images in results["dataset"]["images_per_class"].items():
         row = [name, images]
-        change = numbers["class_changes"].get(name)
+        change = results["class_changes"].get(name)
         if change is None:  # the class has no test images
             row += [""] * (len(roles) + 2)
         else:
-            row += [numbers["models"][role]["per_class_accuracy"][name] for role in roles]
+            row += [results["models"][role]["per_class_accuracy"][name] for role in roles]
             row += [change["gain"], change["p"]]
         writer.writerow(row)
     return text.getvalue()
@@ -1532,7 +1533,8 @@ MIN_BIN_IMAGES = 30   # predictions per point of a reliability diagram: standard
 MAX_CHANGES = 30      # classes shown in class_changes
 MAX_NAMED = 50        # classes up to which a confusion matrix names all of them
 MAX_CELLS = 250       # cells a side of the matrix without names; smaller ones are lost in a PNG
-MAX_CONFUSED = 16     # beyond that: classes in the matrix of the most confused ones; "-10" fits
+MAX_CONFUSED = 16     # with more: classes in a second matrix beside it, of the most confused ones;
+                      # a number of three characters still fits into its cells
 MAX_ANNOTATED = 20    # classes up to which each cell shows its number
 MAX_ORDERED = 300     # classes up to which the optimal order is computed, in O(C**3)
 GALLERY_COLUMNS = 4
@@ -1557,12 +1559,12 @@ FONT_FAMILIES = (
 )
 
 
-def write_figures(trained, labels, test, numbers, results_dir):
+def write_figures(trained, labels, test, results, results_dir):
     """Write every figure as PNG and PDF. One is closed before the next is drawn, to save memory."""
     set_figure_style()
 
     def save(name, figure):
-        add_caption(figure, figure_caption(numbers, figure.get_figwidth()))
+        add_caption(figure, figure_caption(results, figure.get_figwidth()))
         area = drawn_area(figure)
         for extension, metadata in (("png", None), ("pdf", {"CreationDate": None})):
             with utils.atomic_write(results_dir / f"{name}.{extension}", "wb") as file:
@@ -1572,12 +1574,12 @@ def write_figures(trained, labels, test, numbers, results_dir):
     with warnings.catch_warnings():
         # Matplotlib draws a box for a character that no font has; no warning is needed.
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        save("accuracy_comparison", accuracy_comparison(numbers))
-        save("training_curves", training_curves(trained))
-        save("distillation_diagnostics", distillation_diagnostics(trained))
-        save("reliability_diagram", reliability_diagram(trained, labels, numbers))
-        save("class_changes", class_changes(numbers))
-        save("gallery", gallery(trained, labels, test))
+        save("accuracy_comparison", plot_accuracy_comparison(results))
+        save("training_curves", plot_training_curves(trained))
+        save("distillation_diagnostics", plot_distillation_diagnostics(trained))
+        save("reliability_diagram", plot_reliability_diagram(trained, labels, results))
+        save("class_changes", plot_class_changes(results))
+        save("gallery", plot_gallery(trained, labels, test))
 
         if "teacher" not in trained:  # of an earlier evaluation, perhaps with other images
             for extension in ("png", "pdf"):
@@ -1587,17 +1589,17 @@ def write_figures(trained, labels, test, numbers, results_dir):
         order = class_order(sum(shares.values()))
         confused = most_confused_classes(sum(shares.values()), MAX_CONFUSED)
         for role, matrix in shares.items():
-            title = f"Confusion matrix, {role} ({numbers['models'][role]['model_name']})"
+            title = f"Confusion matrix, {role} ({results['models'][role]['model_name']})"
             if role in STUDENTS:
-                title += mean_text(numbers["seeds"])
+                title += seeds_suffix(results["seeds"])
             save(f"confusion_matrix_{role}",
-                 confusion_matrix(title, matrix, names, order, confused, SHARE_SCALE))
+                 plot_confusion_matrix(title, matrix, names, order, confused, SHARE_SCALE))
         difference = shares["distilled"] - shares["baseline"]
         title = ("Difference of the confusion matrices, distilled minus baseline"
-                 f"{mean_text(numbers['seeds'])}\n"
+                 f"{seeds_suffix(results['seeds'])}\n"
                  "(orange: predicted more often, which is a gain on the diagonal)")
         save("confusion_matrix_difference",
-             confusion_matrix(title, difference, names, order, confused,
+             plot_confusion_matrix(title, difference, names, order, confused,
                               difference_scale(difference)))
 
 
@@ -1620,9 +1622,9 @@ def set_figure_style():
     })
 
 
-def figure_caption(numbers, width):
+def figure_caption(results, width):
     """The setting's phrases, with line breaks only between phrases, for a width in inches."""
-    parts = setting_parts(numbers)
+    parts = setting_parts(results)
     unbroken = [part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts]
     text = "\N{NO-BREAK SPACE}· ".join(unbroken)
     lines = math.ceil(len(text) / (20 * width))  # in 6 pt, an inch holds some 22 characters
@@ -1660,28 +1662,28 @@ def with_minus(text):
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def mean_text(seeds):
+def seeds_suffix(seeds):
     """For a title: that the students' numbers are a mean over several seeds, or of which seed."""
     return f", mean of {len(seeds)} seeds" if len(seeds) > 1 else f", seed {seeds[0]}"
 
 
 # Figures: scores ----------------------------------------------------------------------------------
 
-def accuracy_comparison(numbers):
+def plot_accuracy_comparison(results):
     """The main figure: accuracies on the left, gains on the right with the verdict as title."""
-    rows = len(gain_rows(numbers))
+    rows = len(gain_rows(results))
     figure, (left, right) = plt.subplots(1, 2, figsize=(FIGURE_WIDTH, 1.6 + 0.24 * rows))
-    draw_accuracies(left, numbers)
-    draw_gains(right, numbers)
+    draw_accuracies(left, results)
+    draw_gains(right, results)
     return figure
 
 
-def draw_accuracies(axis, numbers):
+def draw_accuracies(axis, results):
     """Each role's mean accuracy with its 95 % CI, and faintly each seed."""
-    roles = [role for role in ("teacher", "baseline", "distilled") if role in numbers["models"]]
+    roles = [role for role in ("teacher", "baseline", "distilled") if role in results["models"]]
     names = []
     for y, role in enumerate(roles):
-        scores = numbers["models"][role]
+        scores = results["models"][role]
         style = STYLES[role]
         mean = 100 * scores["top1"]
         low, high = scores["top1_ci"]
@@ -1696,18 +1698,18 @@ def draw_accuracies(axis, numbers):
     axis.set_yticks(range(len(roles)), names)
     axis.grid(visible=False, axis="y")
     title = "Top-1 accuracy on the test images\n"
-    if len(numbers["seeds"]) > 1:
+    if len(results["seeds"]) > 1:
         title += "(mean with 95 % CI; faint: each seed)"
     else:
         title += "(with 95 % CI)"
     axis.set(ylim=(len(roles) - 0.4, -0.6), xlabel="top-1 accuracy (%)", title=title)
 
 
-def gain_rows(numbers):
+def gain_rows(results):
     """(name, gain, CI) of each seed and, if there are several, of all seeds."""
-    comparison = numbers["comparison"]
+    comparison = results["comparison"]
     rows = []
-    for seed, gain, ci in zip(numbers["seeds"], comparison["gain_by_seed"],
+    for seed, gain, ci in zip(results["seeds"], comparison["gain_by_seed"],
                               comparison["ci_by_seed"], strict=True):
         rows.append((f"seed {seed}", gain, ci))
     if len(rows) > 1:
@@ -1715,9 +1717,9 @@ def gain_rows(numbers):
     return rows
 
 
-def draw_gains(axis, numbers):
+def draw_gains(axis, results):
     """The gain with its 95 % CI, for each seed and for all."""
-    rows = gain_rows(numbers)
+    rows = gain_rows(results)
     names = []
     for y, (name, gain, (low, high)) in enumerate(rows):
         color = "black" if y == len(rows) - 1 else "#999999"
@@ -1729,7 +1731,7 @@ def draw_gains(axis, numbers):
     axis.get_yticklabels()[-1].set_fontweight("bold")
     axis.grid(visible=False, axis="y")
 
-    comparison = numbers["comparison"]
+    comparison = results["comparison"]
     gain = (f"{signed_points(comparison['gain'])} points "
             f"(95 % CI {ci_text(verdict_interval(comparison))})")
     xlabel = "gain, percentage points of top-1 accuracy"
@@ -1740,7 +1742,7 @@ def draw_gains(axis, numbers):
              title=f"Distilled against baseline: {comparison['verdict']}\n{with_minus(gain)}")
 
 
-def reliability_diagram(trained, labels, numbers):
+def plot_reliability_diagram(trained, labels, results):
     """Accuracy against confidence before and, if the students have temperatures, after temperature
     scaling; below each panel the number of images per bin."""
     panels = {"Without temperature scaling": False}  # title: is it scaled?
@@ -1755,9 +1757,9 @@ def reliability_diagram(trained, labels, numbers):
         above.plot([0, 100], [0, 100], color="#999999", linewidth=1, label="Perfectly calibrated")
         for role, group in trained.items():
             key = "calibration_scaled" if is_scaled else "calibration"
-            if key not in numbers["models"][role]:
+            if key not in results["models"][role]:
                 continue  # a teacher that may have been trained on the validation images
-            ece = numbers["models"][role][key]["ece"]
+            ece = results["models"][role][key]["ece"]
             draw_reliability(above, below, role, group, labels, is_scaled, ece)
         above.set(title=title, xlim=(-1.5, 101.5), ylim=(-1.5, 101.5))
         above.legend(loc="best", frameon=True)
@@ -1781,7 +1783,7 @@ def draw_reliability(above, below, role, group, labels, is_scaled, ece):
     for model in group:
         log_probs = model.log_probs
         if is_scaled:
-            log_probs = log_softmax(log_probs / model.temperature, axis=1)
+            log_probs = scale_by_temperature(log_probs, model.temperature)
         answers.append(top_answers(log_probs, labels))
     confidence = np.concatenate([seed_confidence for seed_confidence, _ in answers])
     correct = np.concatenate([seed_correct for _, seed_correct in answers])
@@ -1861,7 +1863,7 @@ def add_one_legend(figure, columns):
                       bbox_to_anchor=(0.5, 0), bbox_transform=figure.transFigure)
 
 
-def training_curves(trained):
+def plot_training_curves(trained):
     """Losses and validation accuracy against the epoch."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 2.9))
     draw_training_loss(left, trained)
@@ -1869,7 +1871,8 @@ def training_curves(trained):
     draw_validation_accuracy(right, trained)
     add_one_legend(figure, columns=3)
 
-    title = f"Training curves ({curves_text(trained)}marker: chosen epoch)"
+    notes = [*seed_notes(trained), "marker: chosen epoch"]
+    title = f"Training curves ({'; '.join(notes)})"
     smoothing = trained["baseline"][0].info["config"].get("label_smoothing")
     if smoothing:
         title += (f"\nLabel smoothing of {smoothing:g} is part of the students' cross-entropy on "
@@ -1878,10 +1881,10 @@ def training_curves(trained):
     return figure
 
 
-def curves_text(trained):
-    """For a title: how seeds are drawn, "" if only one has a history."""
+def seed_notes(trained):
+    """For a title: how seeds are drawn, in a list; [] if only one has a history."""
     seeds = sum(bool(model.history) for model in trained["distilled"])
-    return f"bold: mean of {seeds} seeds, faint: each seed; " if seeds > 1 else ""
+    return [f"bold: mean of {seeds} seeds, faint: each seed"] if seeds > 1 else []
 
 
 def draw_training_loss(axis, trained):
@@ -1907,7 +1910,7 @@ def draw_validation_accuracy(axis, trained):
     style_epoch_axis(axis, "Validation images", "accuracy (%)")
 
 
-def distillation_diagnostics(trained):
+def plot_distillation_diagnostics(trained):
     """Loss terms, entropies and accuracies on the augmented training images: why distillation
     helped or not."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(FIGURE_WIDTH, 3.2))
@@ -1918,8 +1921,9 @@ def distillation_diagnostics(trained):
     right.set_ylim(bottom=0)
     add_one_legend(figure, columns=3)
     title = "Distillation diagnostics on the augmented training images"
-    seeds = curves_text(trained).rstrip("; ")
-    figure.suptitle(f"{title} ({seeds})" if seeds else title)
+    for note in seed_notes(trained):
+        title += f" ({note})"
+    figure.suptitle(title)
     return figure
 
 
@@ -1976,11 +1980,11 @@ def short_name(name, length):
     return f"{name[:length - 1 - end]}…{name[-end:]}"
 
 
-def class_changes(numbers):
+def plot_class_changes(results):
     """Accuracy of both students by class, sorted by gain: all classes, or both ends of the list."""
-    changes = numbers["class_changes"]
+    changes = results["class_changes"]
     names = sorted(changes, key=lambda name: changes[name]["gain"])
-    title = f"Accuracy of each class{mean_text(numbers['seeds'])}"
+    title = f"Accuracy of each class{seeds_suffix(results['seeds'])}"
     if len(names) > MAX_CHANGES:
         half = MAX_CHANGES // 2
         title += f": the {half} largest and the {half} smallest gains of {len(names)}"
@@ -1989,7 +1993,7 @@ def class_changes(numbers):
         title += ", sorted by gain"
 
     figure, axis = plt.subplots(figsize=(FIGURE_WIDTH, 1.3 + 0.16 * len(names)))
-    draw_class_changes(axis, names, numbers)
+    draw_class_changes(axis, names, results)
     if len(names) < len(changes):
         middle = len(names) / 2 - 0.5
         axis.axhline(middle, color="#999999", linewidth=0.8, linestyle=":")
@@ -2011,34 +2015,34 @@ def class_changes(numbers):
     return figure
 
 
-def draw_class_changes(axis, names, numbers):
+def draw_class_changes(axis, names, results):
     """A line from the baseline's to the distilled student's accuracy, by class; paler if the change
     may be noise."""
-    before = numbers["models"]["baseline"]["per_class_accuracy"]
-    after = numbers["models"]["distilled"]["per_class_accuracy"]
+    before = results["models"]["baseline"]["per_class_accuracy"]
+    after = results["models"]["distilled"]["per_class_accuracy"]
     tick_labels = []
     significant = []
     for y, name in enumerate(names):
         color = GAIN_COLOR if after[name] >= before[name] else LOSS_COLOR
-        is_significant = numbers["class_changes"][name]["p"] < 0.05
+        is_significant = results["class_changes"][name]["p"] < 0.05
         axis.plot([100 * before[name], 100 * after[name]], [y, y], color=color, zorder=1,
                   linewidth=1.8, alpha=1 if is_significant else 0.5)
         label = short_name(name, 30)
         tick_labels.append(f"* {label}" if is_significant else label)
         significant.append(is_significant)
 
-    y = np.arange(len(names))
+    rows = np.arange(len(names))
     points_of = {"baseline": before, "distilled": after}
     for role, size in (("baseline", 6), ("distilled", 3.5)):  # both show if they coincide
         style = STYLES[role] | {"linestyle": "", "markersize": size}
-        axis.plot([100 * points_of[role][name] for name in names], y, **style)
-    axis.set_yticks(y, tick_labels)
+        axis.plot([100 * points_of[role][name] for name in names], rows, **style)
+    axis.set_yticks(rows, tick_labels)
     for text, is_significant in zip(axis.get_yticklabels(), significant, strict=True):
         text.set_fontweight("bold" if is_significant else "normal")
     axis.set(ylim=(-0.8, len(names) - 0.2), xlabel="accuracy (%)", ylabel="class")
 
 
-def gallery(trained, labels, test):
+def plot_gallery(trained, labels, test):
     """Random test images that the distilled student corrects or newly misclassifies."""
     baseline = trained["baseline"][0]
     distilled = trained["distilled"][0]
@@ -2068,8 +2072,8 @@ def gallery(trained, labels, test):
 def choose_gallery_images(corrected, misclassified):
     """Random indices of up to MAX_GALLERY images of each kind, the corrected ones first. If they
     need more than one row, the larger kind loses some so that all rows are full."""
-    random = np.random.default_rng(0)
-    chosen = [random.permutation(images)[:MAX_GALLERY].tolist()
+    rng = np.random.default_rng(0)
+    chosen = [rng.permutation(images)[:MAX_GALLERY].tolist()
               for images in (corrected, misclassified)]
     total = len(chosen[0]) + len(chosen[1])
     if total > GALLERY_COLUMNS:
@@ -2162,9 +2166,9 @@ def most_confused_classes(confusion, count):
     return sorted(classes)
 
 
-def confusion_matrix(title, matrix, names, order, most_confused, scale):
+def plot_confusion_matrix(title, matrix, names, order, part_indices, scale):
     """Figure of a matrix (C, C) with class names; with more than MAX_NAMED classes, of the matrix
-    without names and, beside it, the part of the classes `most_confused` with names."""
+    without names and, beside it, the part of the classes `part_indices` with names."""
     if len(names) <= MAX_NAMED:
         side = min(FIGURE_WIDTH - 0.5, 3 + 0.2 * len(names))
         figure, axis = plt.subplots(figsize=(side + 0.5, side))
@@ -2186,10 +2190,10 @@ def confusion_matrix(title, matrix, names, order, most_confused, scale):
         figure.colorbar(mesh, cax=left.inset_axes([0, -0.25, 1, 0.05]), ticks=scale.ticks,
                         label=scale.label, orientation="horizontal")
 
-        part = matrix[np.ix_(most_confused, most_confused)]
-        part_names = [names[i] for i in most_confused]
+        part = matrix[np.ix_(part_indices, part_indices)]
+        part_names = [names[i] for i in part_indices]
         draw_matrix(right, part, part_names, np.arange(len(part)), scale)
-        right.set_title(f"The {len(most_confused)} classes that the models confuse most")
+        right.set_title(f"The {len(part_indices)} classes that the models confuse most")
         right.set_anchor("N")
     figure.suptitle(title)
     return figure

@@ -390,25 +390,33 @@ def teacher_mismatch(info, args, data):
     return ", ".join(mismatches)
 
 
-def close_to_chance(chance):
-    """The accuracy up to which a model counts as close to chance level, `chance`: three times that,
-    or with few classes a fifth of the way from there to 1 (100 classes: 3 %, two classes: 60 %)."""
-    return min(3 * chance, chance + (1 - chance) / 5)
+def min_useful_accuracy(chance):
+    """The accuracy that a model must exceed, or it is too close to chance level, `chance`: the
+    accuracy of always predicting the largest class."""
+    for_many_classes = 3 * chance               # 100 classes: 3 %
+    for_few_classes = chance + (1 - chance) / 5  # two classes: 60 %
+    return min(for_many_classes, for_few_classes)
 
 
 def load_teacher_model(path, name, num_classes):
-    """Load a teacher; return the model, in eval mode, and its `info`.
-
-    If `path` is a checkpoint of this project, `name` and `num_classes` are ignored. Otherwise it is
-    a weight file (see load_weights) or a folder in timm's layout, for the timm model `name`, and
-    `info` is None. Raises UserError if its classifier does not have `num_classes` classes. Such a
-    file does not tell whether its classes are in the same order, so measure its accuracy.
-    """
+    """Load a teacher; return the model, in eval mode, and its `info`. If it was not trained by this
+    project (see load_external_teacher), `info` is None; otherwise `name` and `num_classes` are not
+    used, since the checkpoint has its own."""
     file = weight_file(path)
     content = read_weight_file(file)
     if isinstance(content, dict) and "format_version" in content:
         return load_model(file)
+    return load_external_teacher(path, name, num_classes), None
 
+
+def load_external_teacher(path, name, num_classes):
+    """Load a teacher that was not trained by this project, in eval mode: the timm model `name` with
+    the weights of `path`, a weight file (see load_weights) or a folder in timm's layout.
+
+    Raises UserError if its classifier does not have `num_classes` classes. The file does not tell
+    whether its classes are in the same order, so measure its accuracy.
+    """
+    file = weight_file(path)
     model = build_model(name, num_classes)
     if Path(path).is_dir():
         use_timm_config(model, Path(path, "config.json"))
@@ -417,19 +425,19 @@ def load_teacher_model(path, name, num_classes):
         raise utils.UserError(f"{path} cannot be the teacher: it does not have a classifier with "
                               f"the {num_classes} classes of this dataset")
     utils.print_once(f"{name}: {num_tensors} tensors loaded from {path}, including the head")
-    return model.eval(), None
+    return model.eval()
 
 
 def load_recorded_teacher(path, recorded):
     """Load the teacher of a student: (model in eval mode, info). `recorded` is the entry "teacher"
-    of the student's checkpoint. For a teacher trained outside of this project it contains the
-    "info" that the teacher's own file lacks."""
+    of the student's checkpoint. For an external teacher it contains the "info" that the teacher's
+    own file lacks."""
     if "info" not in recorded:
         return load_model(path)
     info = dict(recorded["info"])
     info["epoch"] = 0  # unknown
     info["val_accuracy"] = recorded["val_accuracy"]
-    model, _ = load_teacher_model(path, info["model_name"], info["num_classes"])
+    model = load_external_teacher(path, info["model_name"], info["num_classes"])
     set_normalisation(model, info["mean"], info["std"])
     return model, info
 
@@ -613,6 +621,7 @@ def wrap_ddp(model):
     ddp_model = torch.nn.parallel.DistributedDataParallel(model)
     # Only process 0 validates and saves, so its running statistics need not be broadcast.
     ddp_model.broadcast_buffers = False
+    # models.forward reads these two from the model that it is given.
     ddp_model.pixel_scale = model.pixel_scale
     ddp_model.pixel_shift = model.pixel_shift
     return ddp_model

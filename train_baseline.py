@@ -37,12 +37,12 @@ def main(args):
         # Seeded right before building, as in train_distillation.main: both students start from the
         # same weights.
         torch.manual_seed(run_args.seed)
-        student = models.build_model(args.student_model, num_classes, args.pretrained,
-                                     args.student_weights)
+        student = models.build_model(run_args.student_model, num_classes, run_args.pretrained,
+                                     run_args.student_weights)
         # Recorded for GradCAM recipes. It also checks that the model can take images of this size.
-        gradcam_layer = models.gradcam_layer(student, args.image_size)
+        gradcam_layer = models.gradcam_layer(student, run_args.image_size)
         student.to(device)
-        info = models.build_info("baseline", student, args.student_model, data, run_args,
+        info = models.build_info("baseline", student, run_args.student_model, data, run_args,
                                  gradcam_layer=gradcam_layer)
         train(student, info, data, run_args)
 
@@ -109,6 +109,7 @@ def train(model, info, data, args):
             if is_update_step:
                 update(parameters, optimizer, scheduler, scaler, ema, args)
 
+            # Here the loss is the cross-entropy; ce_loss is its column for both students.
             metrics.add(train_loss=loss, ce_loss=loss,
                         train_accuracy=models.accuracy(logits, labels))
             if (step - 1) % DIAGNOSE_EVERY == 0:  # from step 1 on: a short epoch is measured too
@@ -133,8 +134,8 @@ def train(model, info, data, args):
 def seed_dropout(args, epoch):
     """Seed torch's global generator for the epoch's dropout and drop path, differently in each
     process of torchrun."""
-    # The loader derives its seeds from (args.seed, epoch). It never sees an epoch of num_epochs or
-    # more, so these seeds differ from all of its own.
+    # The loader derives its seeds from (args.seed, epoch), with epochs below num_epochs. So this
+    # one is none of them.
     seed = data_loader.derive_seed(args.seed, args.num_epochs + epoch)
     torch.manual_seed(seed + utils.RANK)
 

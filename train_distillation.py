@@ -45,12 +45,12 @@ def main(args):
         # Seeded right before building, as in train_baseline.main: both students start from the
         # same weights.
         torch.manual_seed(run_args.seed)
-        student = models.build_model(args.student_model, num_classes, args.pretrained,
-                                     args.student_weights)
+        student = models.build_model(run_args.student_model, num_classes, run_args.pretrained,
+                                     run_args.student_weights)
         # Recorded for GradCAM recipes. It also checks that the model can take images of this size.
-        gradcam_layer = models.gradcam_layer(student, args.image_size)
+        gradcam_layer = models.gradcam_layer(student, run_args.image_size)
         student.to(device)
-        info = models.build_info("distilled", student, args.student_model, data, run_args,
+        info = models.build_info("distilled", student, run_args.student_model, data, run_args,
                                  gradcam_layer=gradcam_layer, teacher=teacher_record)
         train(student, teacher, info, data, run_args)
 
@@ -196,14 +196,16 @@ def find_or_train_teacher(args, data, device):
 
 def print_changed_settings(info, args, folder):
     """Say so if a finished teacher is reused although its settings are not those of `args`."""
-    flags = {"num_epochs": "teacher_epochs", "learning_rate": "teacher_learning_rate",
-             "weights_sha256": "SHA-256 of teacher_weights"}  # teacher_args has changed the names
+    # teacher_args has changed these names.
+    original_names = {"num_epochs": "teacher_epochs", "learning_rate": "teacher_learning_rate",
+                      "weights_sha256": "SHA-256 of teacher_weights"}
+    # The seed follows that of the student, but one teacher serves all of them.
+    irrelevant = config.MAY_CHANGE_ON_RESUME | {"seed"}
     changed = []
     for name, value in models.recorded_settings(args).items():
         previous = info["config"].get(name)
-        affects_training = name not in config.MAY_CHANGE_ON_RESUME and name != "seed"
-        if affects_training and previous != value:
-            changed.append(f"{flags.get(name, name)} {previous} instead of {value}")
+        if name not in irrelevant and previous != value:
+            changed.append(f"{original_names.get(name, name)} {previous} instead of {value}")
     if changed:
         print(f"note: the teacher in {folder} is reused, although it was trained with "
               f"{', '.join(changed)}; --fresh-teacher trains a new one")
@@ -214,12 +216,14 @@ def prepare_teacher(path, args, data, device):
     the student's checkpoint. Raises UserError if it does not match the data or is too inaccurate.
     """
     teacher, info = models.load_teacher_model(path, args.teacher_model, len(data.class_names))
-    is_foreign = info is None  # not trained by this project
-    if is_foreign:
+    is_external = info is None  # not trained by this project
+    if is_external:
         run_args = teacher_args(args)
         gradcam_layer = models.gradcam_layer(teacher, run_args.image_size)
         info = models.build_info("teacher", teacher, args.teacher_model, data, run_args,
                                  gradcam_layer=gradcam_layer)
+        for name in ("config", "versions"):
+            del info[name]  # they are those of this run, not of the teacher's training
         print(f"warning: {path} may have been trained on images that are used for validation here")
     else:
         mismatch = models.teacher_mismatch(info, args, data)
@@ -237,7 +241,7 @@ def prepare_teacher(path, args, data, device):
     frozen = models.freeze_teacher(teacher, info["image_size"], utils.DTYPES[args.amp_dtype])
     record = {"path": Path(path).as_posix(), "sha256": utils.sha256(models.weight_file(path)),
               "val_accuracy": accuracy}
-    if is_foreign:
+    if is_external:
         record["info"] = info  # evaluate.py needs it to load the teacher again
     return frozen.to(device), record
 
@@ -255,7 +259,7 @@ def check_teacher_accuracy(accuracy, data, args):
     """Raise UserError if the teacher is close to chance level on the validation images."""
     class_sizes = data.val.labels.bincount()
     chance = (class_sizes.max() / class_sizes.sum()).item()  # of predicting the largest class
-    limit = models.close_to_chance(chance)
+    limit = models.min_useful_accuracy(chance)
     if accuracy > limit:
         return
     if args.teacher_checkpoint:

@@ -145,7 +145,7 @@ def print_once(line):
 
 def stop_message(args):
     """What was saved before Ctrl-C or SIGTERM, in one sentence."""
-    if not Run.progress:
+    if not Run.resume_point:
         return "stopped"
     # With these flags the same command would start over instead of resuming.
     start_over_flags = []
@@ -156,7 +156,7 @@ def stop_message(args):
     command = "the same command"
     if start_over_flags:
         command += f" without {' and '.join(start_over_flags)}"
-    return f"stopped {Run.progress}; {command} resumes there"
+    return f"stopped {Run.resume_point}; {command} resumes there"
 
 
 class KnownError(NamedTuple):
@@ -393,8 +393,9 @@ def use_deterministic_algorithms(device):
 
 def join_process_group(device):
     """Connect torchrun's processes: nccl between GPUs, gloo between CPUs."""
-    # While process 0 downloads, waits for a lock or validates, the others wait at a barrier.
-    timeout = timedelta(days=9)
+    # While process 0 downloads, waits for a lock or validates, the others wait at a barrier. torch
+    # would give up after 10 or 30 minutes; this is in effect no limit.
+    timeout = timedelta(days=30)
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
@@ -552,7 +553,7 @@ class Run:
     reads files but changes none.
     """
     # Shared by all runs of this process, for the message after Ctrl-C (stop_message):
-    progress = ""        # what is saved of the current run, in words
+    resume_point = ""    # from where the current run would resume, in words
     saved_names = set()  # names of the runs that have saved an epoch
 
     def __init__(self, info, identity, args):
@@ -594,6 +595,11 @@ class Run:
     def finished(self):
         return len(self.history) == self.num_epochs
 
+    @property
+    def epochs_to_go(self):
+        """How many epochs this seed and the later ones still need."""
+        return self.num_epochs - len(self.history) + self.epochs_of_later_seeds
+
     def reason_not_to_resume(self, previous, fresh):
         """Why a previous run in the folder cannot be resumed, in a few words; "" if it can, or if
         there is none. `previous` is the content of its last.pth, or {} if that was not read."""
@@ -630,19 +636,19 @@ class Run:
     def restore(self, **parts):
         """Load the previous run's states into `parts`: model, optimizer and so on, each with a
         state_dict, or None. From now on their states are saved with every epoch."""
-        self.note_progress()  # from here on the run can be interrupted
+        self.note_resume_point()  # from here on the run can be interrupted
         self.parts = {name: part for name, part in parts.items() if part is not None}
         for name, state in self.saved_states.items():
             self.parts[name].load_state_dict(state)
         self.saved_states = {}  # frees memory
 
-    def note_progress(self):
+    def note_resume_point(self):
         """Remember for the message after Ctrl-C which epochs are saved."""
         if self.history:
-            Run.progress = f"after epoch {len(self.history)} of {self.num_epochs}"
+            Run.resume_point = f"after epoch {len(self.history)} of {self.num_epochs}"
         else:
-            Run.progress = "before the end of the first epoch"
-        Run.progress += f" ({self.title})"
+            Run.resume_point = "before the end of the first epoch"
+        Run.resume_point += f" ({self.title})"
 
     def warn_if_disk_is_short(self, model):
         """Print a warning if the disk has too little room for the files of the run."""
@@ -687,7 +693,7 @@ class Run:
         self.save_last(states, [*self.history, row])
         self.history.append(row)
         Run.saved_names.add(self.name)
-        self.note_progress()
+        self.note_resume_point()
         self.write_history()
         self.print_epoch(row, is_best)
 
@@ -744,8 +750,7 @@ class Run:
         epochs_text = f"{self.num_epochs} epochs"
         if self.first_epoch > 1:  # resumed
             epochs_text = f"epochs {self.first_epoch} to {self.num_epochs}"
-        epochs_to_go = self.num_epochs - len(self.history) + self.epochs_of_later_seeds
-        steps_to_go = epochs_to_go * steps_per_epoch - metrics.num_steps
+        steps_to_go = self.epochs_to_go * steps_per_epoch - metrics.num_steps
         duration = format_duration(steps_to_go * metrics.seconds_per_step())
         scope = " for this and the later seeds" if self.epochs_of_later_seeds else ""
         tqdm.write(f"{self.title}: {epochs_text} of {steps_per_epoch} steps, "
@@ -758,12 +763,11 @@ class Run:
         if row["train_accuracy"] is not None:
             train_accuracy = f"train {row['train_accuracy']:6.2%}  "
         star = "*" if is_best else " "
-        epochs_to_go = self.num_epochs - row["epoch"] + self.epochs_of_later_seeds
         to_go = ""
         # Not in the first line: print_estimate has printed it already, and this epoch includes the
         # start-up, on a GPU 20 to 50 s (capturing CUDA graphs, cuDNN's autotuning).
-        if epochs_to_go and row["epoch"] > self.first_epoch:
-            to_go = f", {format_duration(row['seconds'] * epochs_to_go)} to go"
+        if self.epochs_to_go and row["epoch"] > self.first_epoch:
+            to_go = f", {format_duration(row['seconds'] * self.epochs_to_go)} to go"
         print(f"{self.title} epoch {row['epoch']:>3}/{self.num_epochs}"
               f"  loss {row['train_loss']:.4f}"
               f"  {train_accuracy}val {row['val_accuracy']:6.2%} {star}"
@@ -909,15 +913,15 @@ def format_duration(seconds):
 def check_finite(loss, where):
     """Raise UserError if `loss`, a float, is not finite; `where` names the step or epoch."""
     if not math.isfinite(loss):
-        raise diverged(f"the loss is not finite {where}")
+        raise divergence_error(f"the loss is not finite {where}")
 
 
 def check_scale(scaler, where):
     """Raise UserError if fp16's GradScaler fell below 1: gradients overflow at any scale."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise diverged(f"the gradient overflows in fp16 {where}")
+        raise divergence_error(f"the gradient overflows in fp16 {where}")
 
 
-def diverged(what):
+def divergence_error(what):
     return UserError(f"training diverged: {what}; try a lower --learning-rate, a longer "
                      "--warmup-epochs or --amp-dtype fp32")

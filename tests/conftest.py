@@ -55,7 +55,7 @@ def restore_process_state():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    utils.Run.progress = ""
+    utils.Run.resume_point = ""
     utils.Run.saved_names.clear()
 
 
@@ -107,7 +107,7 @@ def few_images(monkeypatch):
 def train(arguments, few_images, monkeypatch):
     """A function that trains as a script does, two epochs of four steps; it returns the checkpoint
     folder."""
-    monkeypatch.setattr("models.close_to_chance", lambda chance: 0.0)
+    monkeypatch.setattr("models.min_useful_accuracy", lambda chance: 0.0)
     mains = {"baseline": train_baseline.main, "distillation": train_distillation.main}
 
     def call(script, *flags):

@@ -77,7 +77,7 @@ def trained(tmp_path_factory):
     train_baseline.main(config.parse_args("baseline", "", common))
     with pytest.MonkeyPatch.context() as patch:
         # Four epochs teach the teacher little.
-        patch.setattr(models, "close_to_chance", lambda chance: 0.0)
+        patch.setattr(models, "min_useful_accuracy", lambda chance: 0.0)
         teacher = [*TEACHER, "--teacher-epochs", "3", "--teacher-learning-rate", "3e-3"]
         train_distillation.main(config.parse_args("distillation", "", [*common, *teacher]))
     run_evaluate(folder)
@@ -254,7 +254,7 @@ def test_damaged_history_costs_only_its_curves(copied, capsys):
 
 @pytest.mark.slow
 def test_a_figure_that_fails_costs_no_number(copied, monkeypatch):
-    monkeypatch.setattr(evaluate, "training_curves", lambda trained: 1 / 0)
+    monkeypatch.setattr(evaluate, "plot_training_curves", lambda trained: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run_evaluate(copied, figures=True)
     for name in ("comparison_report.txt", "comparison.json", "predictions.npz"):
@@ -690,7 +690,7 @@ def random_trained(num_classes, n=600, seeds=2, class_names=None):
 
 def test_most_confused_pairs_agree_with_scikit_learn():
     trained, labels = random_trained(5)
-    got = evaluate.most_confused(trained, labels)
+    got = evaluate.most_confused_pairs(trained, labels)
     shares = {}
     counts = {}
     for role, group in trained.items():
@@ -712,7 +712,7 @@ def test_most_confused_pairs_agree_with_scikit_learn():
 def test_a_model_without_errors_confuses_nothing():
     labels = np.arange(30) % 10
     trained = pair_of(labels, 3, 0)
-    got = evaluate.most_confused(trained, labels)
+    got = evaluate.most_confused_pairs(trained, labels)
     assert len(got["baseline"]) == 3 and got["distilled"] == []
 
 
@@ -1546,10 +1546,10 @@ def test_figures_fit_the_page(tmp_path):
     shares = evaluate.confusion_shares(trained, labels)["distilled"]
     names = list(numbers["class_changes"])
     figures = [
-        evaluate.accuracy_comparison(numbers), evaluate.training_curves(trained),
-        evaluate.distillation_diagnostics(trained), evaluate.class_changes(numbers),
-        evaluate.reliability_diagram(trained, labels, numbers),
-        evaluate.confusion_matrix("title", shares, names, np.arange(60), list(range(20)),
+        evaluate.plot_accuracy_comparison(numbers), evaluate.plot_training_curves(trained),
+        evaluate.plot_distillation_diagnostics(trained), evaluate.plot_class_changes(numbers),
+        evaluate.plot_reliability_diagram(trained, labels, numbers),
+        evaluate.plot_confusion_matrix("title", shares, names, np.arange(60), list(range(20)),
                                   evaluate.SHARE_SCALE),
     ]
     for figure in figures:
@@ -1600,7 +1600,7 @@ def test_gallery_shows_the_square_that_the_model_sees(monkeypatch):
     trained, labels, _ = synthetic_comparison(4, 40)
     wide = data_loader.Image.new("RGB", (80, 40))
     monkeypatch.setattr(data_loader, "load_image", lambda images, i: wide)
-    figure = evaluate.gallery(trained, labels, None)
+    figure = evaluate.plot_gallery(trained, labels, None)
     for axis in figure.axes:
         assert axis.images[0].get_array().shape[:2] == (32, 32)
         lines = axis.get_title(loc="left").splitlines()
@@ -1619,7 +1619,7 @@ def test_gains_are_drawn_with_their_intervals():
     assert [gain for _, gain, _ in rows] == [*comparison["gain_by_seed"], comparison["gain"]]
     assert rows[-1][2] == comparison["ci_over_both"]
 
-    figure = evaluate.accuracy_comparison(numbers)
+    figure = evaluate.plot_accuracy_comparison(numbers)
     left, right = figure.axes
     assert comparison["verdict"] in right.get_title()
     low, high = left.get_xlim()
@@ -1630,7 +1630,7 @@ def test_gains_are_drawn_with_their_intervals():
 def test_many_classes_show_the_ends_of_the_changes():
     trained, labels, _ = synthetic_comparison(40, 2000)
     numbers = evaluate.compare(trained, labels)
-    figure = evaluate.class_changes(numbers)
+    figure = evaluate.plot_class_changes(numbers)
     shown = [text.get_text().strip("* ") for text in figure.axes[0].get_yticklabels()]
     by_gain = sorted(numbers["class_changes"].items(), key=lambda item: item[1]["gain"])
     assert shown == [name for name, _ in by_gain[:15] + by_gain[-15:]]
@@ -1645,7 +1645,7 @@ def test_many_classes_show_the_ends_of_the_changes():
         change["p"] = 1.0
     for p, note in ((1.0, "no change is significant"), (0.01, "no change shown here")):
         by_gain[20][1]["p"] = p
-        figure = evaluate.class_changes(numbers)
+        figure = evaluate.plot_class_changes(numbers)
         assert note in figure.axes[0].get_title()
         evaluate.plt.close(figure)
 

@@ -501,7 +501,7 @@ def test_image_size_that_the_model_cannot_take_is_one_sentence():
 @pytest.mark.parametrize("chance, accuracy", [
     (0.1, 0.28), (0.01, 0.03), (0.5, 0.6), (0.9, 0.92), (0.001, 0.003)])
 def test_close_to_chance(chance, accuracy):
-    assert models.close_to_chance(chance) == pytest.approx(accuracy)
+    assert models.min_useful_accuracy(chance) == pytest.approx(accuracy)
 
 
 def test_frozen_teacher_stays_in_eval_mode():

@@ -314,7 +314,7 @@ def test_control_shuffles_the_wrong_classes_only(monkeypatch):
 def test_control_trains_with_the_shuffled_teacher(arguments, monkeypatch):
     """The loop's distillation loss gets the teacher's logits shuffled by that step's own labels."""
     control = load_script("control")
-    monkeypatch.setattr(models, "close_to_chance", lambda chance: 0.0)
+    monkeypatch.setattr(models, "min_useful_accuracy", lambda chance: 0.0)
     monkeypatch.setattr(models, "cross_entropy", models.cross_entropy)  # control replaces both
     monkeypatch.setattr(models, "distill_loss", models.distill_loss)
 

@@ -514,7 +514,7 @@ def test_stop_after_the_teacher_does_not_train_it_again(train, capsys, monkeypat
 
 
 def test_teacher_that_knows_nothing_is_refused(train, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "close_to_chance", lambda chance: 1.1)
+    monkeypatch.setattr(models, "min_useful_accuracy", lambda chance: 1.1)
     with pytest.raises(utils.UserError, match="--teacher-epochs"):
         train("distillation", *SHORT)
     assert not (tmp_path / "checkpoints" / "quick" / "distilled").exists()

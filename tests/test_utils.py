@@ -754,7 +754,7 @@ def test_run_holds_its_lock_while_it_lives(arguments):
     with pytest.raises(filelock.Timeout):
         other_lock.acquire(timeout=0)
 
-    utils.Run.progress = ""
+    utils.Run.resume_point = ""
     del run
     gc.collect()
     with other_lock.acquire(timeout=0):

@@ -64,7 +64,7 @@ def train_with_timm(student, teacher, info, data, args):
         row = {"train_loss": train_loss, "learning_rate": learning_rate, "train_accuracy": None,
                "images_per_second": speed, **train_baseline.validate(ema.module, val_loader)}
         run.finish_epoch(row, ema.module)
-        utils.Run.progress = ""  # after Ctrl-C nothing could be resumed
+        utils.Run.resume_point = ""  # after Ctrl-C nothing could be resumed
     return run.best_path
 
 
