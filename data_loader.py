@@ -825,6 +825,7 @@ def jpeg_dimensions(images, i):
         if image.format not in ("JPEG", "MPO"):  # MPO: a JPEG with further images behind it
             return None
         width, height = image.size
+        # These orientations swap width and height.
         is_sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (height, width) if is_sideways else (width, height)
 

@@ -33,7 +33,7 @@ import pytest
 import scipy.io
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, features
+from PIL import ExifTags, Image, ImageDraw, ImageOps, PngImagePlugin, features
 from sklearn.model_selection import train_test_split
 
 import data_loader
@@ -526,7 +526,7 @@ def test_photographs_are_cropped_by_torchvisions_rule(tmp_path):
 def test_large_jpegs_are_decoded_in_part_and_look_the_same(tmp_path, monkeypatch, orientation):
     """Turned by EXIF or not; never below the size that the crop needs, whatever the teacher's."""
     exif = Image.Exif()
-    exif[data_loader.EXIF_ORIENTATION] = orientation
+    exif[ExifTags.Base.Orientation] = orientation
     smooth_photograph(tmp_path / "a.jpg", 1200, 800, quality=95, exif=exif)
     ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg")).save(tmp_path / "a.png")
 
@@ -564,7 +564,7 @@ def test_other_photographs_are_decoded_once_and_upright(tmp_path, monkeypatch, e
     """Pillow reports the size of a TIFF as turned by EXIF already; to look for EXIF in a PNG, it
     decodes the whole picture."""
     exif = Image.Exif()
-    exif[data_loader.EXIF_ORIENTATION] = 6
+    exif[ExifTags.Base.Orientation] = 6
     file = tmp_path / f"a.{extension}"
     image = smooth_photograph(file, 300, 200, exif=exif)
     image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
@@ -1497,7 +1497,7 @@ def test_pictures_of_all_modes_become_upright_rgb(tmp_path):
     assert np.abs(np.asarray(data_loader.to_rgb(palette)).astype(int) - plain).max() <= 4
 
     exif = Image.Exif()
-    exif[data_loader.EXIF_ORIENTATION] = 6  # the camera was turned: upright is clockwise by 90°
+    exif[ExifTags.Base.Orientation] = 6  # the camera was turned: upright is clockwise by 90°
     Image.fromarray(plain).save(tmp_path / "turned.png", exif=exif)
     upright = np.asarray(data_loader.read_image(tmp_path / "turned.png"))
     assert np.array_equal(upright, np.rot90(plain, -1))
@@ -1712,7 +1712,7 @@ def test_recipe_with_pillow_alone_makes_the_same_pixels(tmp_path, mode):
         image = Image.fromarray(noise)
         image = image.convert("LA" if mode == "PA" else "RGB" if mode == "HSV" else mode)
         image = image.convert(mode)
-    image.getexif()[data_loader.EXIF_ORIENTATION] = 8
+    image.getexif()[ExifTags.Base.Orientation] = 8
 
     expected = np.asarray(data_loader.to_rgb(image, value_range))
     assert expected.shape == (20, 12, 3)
