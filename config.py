@@ -161,7 +161,8 @@ def parse_image_size(text):
 
 def parse_seed(text):
     number = to_number(int, text)
-    require(0 <= number <= MAX_SEED, text, f"a whole number from 0 to {MAX_SEED}")
+    require(0 <= number <= MAX_SEED, text,
+            f"a whole number from 0 to {MAX_SEED} (several: --seeds 0 1 2)")
     return number
 
 
@@ -311,6 +312,11 @@ SETTINGS_OF_SCRIPT = {
     "baseline": TRAINING_SETTINGS | COMMON_SETTINGS,
     "distillation": SETTINGS,
     "evaluate": COMMON_SETTINGS,
+}
+OTHER_FLAGS = {  # flags without a constant, see add_other_flags
+    "baseline": {"--quick", "--fresh", "--seeds"},
+    "distillation": {"--quick", "--fresh", "--seeds", "--fresh-teacher"},
+    "evaluate": {"--quick", "--baseline-checkpoint", "--distilled-checkpoint", "--no-timing"},
 }
 
 # A run is resumed only if its settings are the same as before, except for those in these two sets.
@@ -522,11 +528,14 @@ def describe_unknown_argument(argument, script, args):
     or misspelt?"""
     flag = argument.split("=")[0]
     constant = constant_of(argument)
-    # evaluate.py is never among them: its settings are those that all scripts have.
-    owners = [f"train_{owner}.py" for owner, settings in SETTINGS_OF_SCRIPT.items()
-              if constant in settings]
-    if flag.startswith("--") and owners and constant not in SETTINGS_OF_SCRIPT[script]:
+    owners = [script_name(owner) for owner, settings in SETTINGS_OF_SCRIPT.items()
+              if constant in settings or flag in OTHER_FLAGS[owner]]
+    is_of_this_script = constant in SETTINGS_OF_SCRIPT[script] or flag in OTHER_FLAGS[script]
+    if flag.startswith("--") and owners and not is_of_this_script:
         return f"{flag} is not a flag of this script, but of {' and '.join(owners)}"
+    if argument in ("True", "False"):
+        return (f"unknown argument {argument!r}; a flag such as --pretrained takes no value, and "
+                "its opposite is --no-pretrained")
 
     flags = ["--" + name.replace("_", "-") for name in vars(args) if name != "argv"]
     return f"unknown argument {argument!r}{suggestions(argument, flags)}; --help lists every flag"
@@ -557,11 +566,15 @@ def format_command(script, argv):
 def script_file(script):
     """The path of a script as one would type it now: proj/evaluate.py if the running script was
     started as proj/train_baseline.py."""
-    name = "evaluate.py" if script == "evaluate" else f"train_{script}.py"
+    name = script_name(script)
     sibling = Path(sys.argv[0]).parent / name
     if sibling.is_file():
         return sibling.as_posix()
     return name
+
+
+def script_name(script):
+    return "evaluate.py" if script == "evaluate" else f"train_{script}.py"
 
 
 # Settings that are valid on their own but not together --------------------------------------------
@@ -606,7 +619,7 @@ def check_distillation(parser, args):
             parser.error("argument --fresh-teacher: has no effect with --teacher-checkpoint")
         if args.teacher_weights:
             parser.error("argument --teacher-weights: has no effect with --teacher-checkpoint; "
-                         "set one of them to None")
+                         "leave one of them out, or set it to None")
     else:
         if args.teacher_epochs < args.warmup_epochs:
             parser.error(f"argument --teacher-epochs: {args.teacher_epochs} is less than "
@@ -633,8 +646,8 @@ def check_model(parser, role, name, weights, image_size, args):
     """Refuse a model (of `role` student or teacher) that has no pretrained weights although they
     are wanted, or whose input size is fixed and is not `image_size`."""
     if weights and not args.pretrained:
-        parser.error(f"argument --{role}-weights: has no effect with --no-pretrained; set it "
-                     "to None")
+        parser.error(f"argument --{role}-weights: has no effect with --no-pretrained; leave "
+                     "it out, or set it to None")
 
     has_weights = weights or timm.models.is_model_pretrained(name)
     if args.pretrained and not has_weights:

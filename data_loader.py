@@ -117,8 +117,8 @@ def open_dataset(args):
     check_batch_size(train, args)
     augmentation = choose_augmentation(train, args)
 
-    print(f"{name}: {len(class_names)} classes, {len(train.labels)} training images, "
-          f"{len(val.labels)} validation images to choose the best epoch")
+    print(f"{name}: {len(class_names)} classes, {len(train.labels):,} training images, "
+          f"{len(val.labels):,} validation images to choose the best epoch")
     if len(val.labels) < FEW_VAL_IMAGES:
         remedy = "a larger --val-fraction" if predefined_val is None else "more validation images"
         print("warning: the choice of the best epoch is unreliable, since one validation image "
@@ -605,7 +605,8 @@ def describe_skipped(counts):
     if not counts:
         return ""
     kinds = [f"{count} {kind}" for kind, count in sorted(counts.items())]
-    text = f": {sum(counts.values())} files were skipped ({', '.join(kinds)})"
+    number = sum(counts.values())
+    text = f": {number} {'file was' if number == 1 else 'files were'} skipped ({', '.join(kinds)})"
     if counts.keys() & HEIC_EXTENSIONS:
         text += f"; {HEIC_HINT}"
     return text

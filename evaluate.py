@@ -102,6 +102,7 @@ def main(args):
 
     # Load each model and run it once on the test images.
     paths, left_out = find_students(args)
+    results_dir.mkdir(parents=True, exist_ok=True)  # a wrong folder shows before the work
     _, reference = models.load_model(paths["distilled"][0])
     test, data, missing_classes, no_validation = open_images(reference, args)
     trained = {}
@@ -214,6 +215,10 @@ def require_both(single, by_seed, args):
                 raise UserError(f"{single[role]} does not exist; choose the checkpoint of one seed "
                                 f"with --{role}-checkpoint, such as {first_path}")
             command = training_command(role, args)
+            if not Path(args.checkpoint_dir).is_dir():
+                raise UserError(f"there is no folder {args.checkpoint_dir}: give another with "
+                                f"--checkpoint-dir, run the scripts in the folder in which you "
+                                f"trained, or start with: {command}")
             raise UserError(f"{single[role]} does not exist; make it with: {command}")
 
 
@@ -330,9 +335,10 @@ def find_teacher(students, args):
     if any(models.teacher_identity(teacher) != identity for teacher in recorded):
         return None, "the distilled students had different teachers"
 
-    # The checkpoint folder may have been moved as a whole.
+    # The checkpoint folder may have been moved as a whole, and the teacher moved aside (teacher.1).
     recorded_path = Path(recorded[0]["path"])
-    for path in (recorded_path, Path(args.checkpoint_dir, "teacher", "best_model.pth")):
+    moved_paths = sorted(Path(args.checkpoint_dir).glob("teacher*/best_model.pth"))
+    for path in (recorded_path, *moved_paths):
         with contextlib.suppress(UserError):  # a folder without weights
             if path.exists() and utils.sha256(models.weight_file(path)) == identity["sha256"]:
                 return path, None
@@ -340,8 +346,8 @@ def find_teacher(students, args):
 
 
 def find_differences(trained):
-    """Phrases for whatever makes the students an unfair pair, [] if nothing does: settings that
-    both have and that differ, another model or split, unfinished training."""
+    """Phrases for whatever makes the students an unfair pair, [] if nothing does: other settings,
+    another model or split, unfinished training."""
     students = trained["baseline"] + trained["distilled"]
     reference = trained["distilled"][0].info
     may_differ = set(config.MAY_CHANGE_ON_RESUME)
@@ -350,19 +356,7 @@ def find_differences(trained):
 
     phrases = []
     for student in students:
-        settings = student.info["config"]
-        reference_settings = reference["config"]
-        common = settings.keys() & reference_settings.keys()
-        for name in sorted(common - may_differ):
-            value = settings[name]
-            reference_value = reference_settings[name]
-            if value != reference_value:
-                phrases.append(f"{name} differs ({value} and {reference_value})")
-        if student.info["model_name"] != reference["model_name"]:
-            phrases.append("the model differs")
-        if student.info["split_fingerprint"] != reference["split_fingerprint"]:
-            phrases.append("the validation split differs")
-
+        phrases += models.unfair_differences(student.info, reference, may_differ)
     for student in students:
         epochs = len(student.history)
         if 0 < epochs < student.info["config"]["num_epochs"]:
@@ -1370,8 +1364,8 @@ def confusion_table(results, shown=5):
 
     lines = []
     if pairs:
-        lines.append(f"The {shown} most frequent confusions of each model (% of the images of the "
-                     "true class)")
+        lines.append(f"Confusions that are among the {shown} most frequent of a model (% of the "
+                     "images of the true class)")
         lines.append(table_row("True class → predicted class", map(str.capitalize, roles)))
     for (true, predicted), share in sorted(pairs.items(), key=lambda pair: -pair[1]["baseline"]):
         label = f"{short_name(true, 17)} → {short_name(predicted, 16)}"

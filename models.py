@@ -174,8 +174,8 @@ def download_model(name, num_classes):
         if cfg.hf_hub_id:
             message += ("; download model.safetensors from "
                         f"https://huggingface.co/{cfg.hf_hub_id} by hand and pass it with "
-                        "--student-weights or --teacher-weights, or train with --no-pretrained or "
-                        "--quick")
+                        "--student-weights (a teacher's with --teacher-weights), or train with "
+                        "--no-pretrained or --quick")
         raise utils.UserError(message) from None
 
 
@@ -854,6 +854,22 @@ def student_checkpoints(folder):
             folders.append(path)
     files = [path / "best_model.pth" for path in folders]
     return sorted(file for file in files if file.is_file())
+
+
+def unfair_differences(info, other_info, may_differ):
+    """Phrases for whatever makes two students an unfair pair: settings that both have and that
+    differ, except for those in `may_differ`, another model or another split. [] for a fair pair."""
+    settings = info["config"]
+    other_settings = other_info["config"]
+    phrases = []
+    for name in sorted((settings.keys() & other_settings.keys()) - may_differ):
+        if settings[name] != other_settings[name]:
+            phrases.append(f"{name} differs ({settings[name]} and {other_settings[name]})")
+    if info["model_name"] != other_info["model_name"]:
+        phrases.append("the model differs")
+    if info["split_fingerprint"] != other_info["split_fingerprint"]:
+        phrases.append("the images or their validation split differ")
+    return phrases
 
 
 def export_timm_folder(file, folder, origin):

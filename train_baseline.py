@@ -9,6 +9,7 @@ checkpoints/best_model.pth. After an interruption the same command, without --fr
 the last finished epoch.
 """
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main(args):
                               for run_args in args_of_each_seed(args)])
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
+    warn_of_unfair_pair(args, data, "distilled")
 
     for run_args in args_of_each_seed(args):
         # Seeded right before building, as in train_distillation.main: both students start from the
@@ -48,7 +50,7 @@ def main(args):
 
     # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
-    command = next_command(args, "distillation", "distilled")
+    command = next_command(args, data, "distilled")
     folder = Path(args.checkpoint_dir, "baseline")
     print(f"the baseline is in {folder}; next: {command}")
 
@@ -263,11 +265,37 @@ def run_identity(info):
     return identity
 
 
-def next_command(args, script, role):
-    """The command to run next, with the same flags: `script`, which trains the other student (in
-    the folder `role`), or evaluate.py if that student has a checkpoint of every seed already."""
-    other_folders = [utils.run_folder(role, run_args) for run_args in args_of_each_seed(args)]
-    if all((folder / "best_model.pth").is_file() for folder in other_folders):
+def differences_from(other_role, args, data):
+    """Compare the students of `args` with those of `other_role`, seed by seed: {path of the other's
+    checkpoint: what makes the pair unfair, in phrases}; None instead of phrases if there is no
+    valid checkpoint."""
+    differences = {}
+    for run_args in args_of_each_seed(args):
+        path = utils.run_folder(other_role, run_args) / "best_model.pth"
+        info = {"config": models.recorded_settings(run_args), "model_name": args.student_model,
+                "split_fingerprint": data.split_fingerprint}
+        differences[path] = None
+        with contextlib.suppress(utils.UserError):  # evaluate.py will say what is wrong with it
+            _, other_info = models.load_model(path)
+            differences[path] = models.unfair_differences(
+                info, other_info, config.MAY_CHANGE_ON_RESUME)
+    return differences
+
+
+def warn_of_unfair_pair(args, data, other_role):
+    """Warn before the training, and not hours later, if a student of `other_role` was trained with
+    other settings or images."""
+    for path, phrases in differences_from(other_role, args, data).items():
+        if phrases:
+            print(f"warning: {path} is not a fair pair with this run, so train it again too: "
+                  f"{'; '.join(phrases)}")
+
+
+def next_command(args, data, other_role):
+    """The command to run next, with the same flags: the training of `other_role`, or evaluate.py if
+    the students of that role are there and make a fair pair."""
+    script = "baseline" if other_role == "baseline" else "distillation"
+    if all(phrases == [] for phrases in differences_from(other_role, args, data).values()):
         script = "evaluate"
     return config.format_command(script, args.argv)
 

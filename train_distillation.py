@@ -36,6 +36,12 @@ def main(args):
         raise utils.UsageError("--distillation-loss lskd cannot be used with two classes, since "
                                "standardisation removes the teacher's confidence")
 
+    # Whatever is wrong with the student should show before its teacher is trained for hours.
+    train_baseline.warn_of_unfair_pair(args, data, "baseline")
+    student = models.build_model(args.student_model, num_classes, args.pretrained,
+                                 args.student_weights)
+    models.gradcam_layer(student, args.image_size)  # can it take images of this size?
+
     teacher_path = args.teacher_checkpoint
     if teacher_path is None:
         teacher_path = find_or_train_teacher(args, data, device)
@@ -56,7 +62,7 @@ def main(args):
 
     # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
-    command = train_baseline.next_command(args, "baseline", "baseline")
+    command = train_baseline.next_command(args, data, "baseline")
     folder = Path(args.checkpoint_dir, "distilled")
     print(f"the distilled student is in {folder}; next: {command}")
 
@@ -267,7 +273,8 @@ def check_teacher_accuracy(accuracy, data, args):
                   "that of the sorted folder names, or the dataset's own), or it was trained on "
                   "images of a different size")
     else:
-        advice = "train it longer (--teacher-epochs, --teacher-learning-rate, --fresh-teacher)"
+        advice = ("train it again with --fresh-teacher, and longer (--teacher-epochs) or with "
+                  "another --teacher-learning-rate")
     raise utils.UserError(f"a teacher of {limit:.1%} or less is too close to chance level "
                           f"({chance:.1%}) and would teach noise; {advice}")
 

@@ -225,6 +225,9 @@ def user_message(error):
     if isinstance(error, PermissionError) and error.filename2:  # set by os.replace
         return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
                 "for example, or a virus scanner); close it there")
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return (f"{error.filename} cannot be a folder: this path, or a part of it, is a file or a "
+                "link that leads nowhere")
     if isinstance(error, OSError) and error.errno in FOLDER_ERRORS:
         return (f"{error.strerror}: {error.filename or 'while writing'}; make room or check "
                 "the folder, and run the same command again")
@@ -447,6 +450,10 @@ def atomic_write(target, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         replace(unfinished, target)
+    except OSError as error:
+        if error.filename is None:  # of a full disk
+            error.filename = str(target)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -488,8 +495,8 @@ def load_last(path):
         if not {"identity", "history", "states"} <= saved.keys():
             raise UserError(f"{path} is not the last.pth of a run")
     except UserError as error:
-        raise UserError(f"{error}; --fresh (for a teacher --fresh-teacher) starts over and moves "
-                        "it aside") from None
+        raise UserError(f"{error}; move the folder {path.parent} to another place, and the same "
+                        "command trains this run again") from None
     return saved
 
 
@@ -706,6 +713,10 @@ class Run:
             if not aside.exists():
                 break
         aside.mkdir(parents=True)
+        moved = f"the previous {self.name} run"
+        if not self.best_path.exists() and not self.last_path.exists():
+            # A run in another checkpoint folder has the same results folder.
+            moved = f"{self.history_path}, of a run that is not in {self.folder},"
         for file in (self.best_path, self.last_path):
             if file.exists():
                 shutil.move(file, aside)
@@ -714,7 +725,7 @@ class Run:
             # overwritten as soon as it is closed.
             with contextlib.suppress(PermissionError):
                 shutil.move(self.history_path, aside)
-        print(f"the previous {self.name} run was moved to {aside} ({self.why_not_resumed})")
+        print(f"{moved} was moved to {aside} ({self.why_not_resumed})")
 
     def save_best(self, model, row):
         weights = {}
@@ -748,7 +759,11 @@ class Run:
         self.has_printed_estimate = True
 
         epochs_text = f"{self.num_epochs} epochs"
-        if self.first_epoch > 1:  # resumed
+        if self.num_epochs == 1:
+            epochs_text = "1 epoch"
+        elif self.first_epoch == self.num_epochs:  # resumed
+            epochs_text = f"epoch {self.num_epochs}"
+        elif self.first_epoch > 1:
             epochs_text = f"epochs {self.first_epoch} to {self.num_epochs}"
         steps_to_go = self.epochs_to_go * steps_per_epoch - metrics.num_steps
         duration = format_duration(steps_to_go * metrics.seconds_per_step())
@@ -882,9 +897,9 @@ class EpochMetrics:
     def progress_text(self):
         """Loss, accuracy, speed and GPU memory so far, for the progress bar."""
         row = self.row()
-        texts = [f"loss {row['train_loss']:.3f}"]
+        texts = [f"loss {row['train_loss']:.2f}"]
         if row["train_accuracy"] is not None:
-            texts.append(f"acc {row['train_accuracy']:.1%}")
+            texts.append(f"acc {row['train_accuracy']:.0%}")
         texts.append(f"{row['images_per_second']:.0f} images/s")
         if self.device.type == "cuda":
             texts.append(f"{torch.cuda.memory_reserved() / 2**30:.1f} GB")
@@ -898,7 +913,10 @@ def progress_bar(batches, total, epoch):
     disable = None  # to tqdm this means: disabled unless stderr is a terminal
     if RANK != 0:
         disable = True
-    return tqdm(batches, total=total, desc=f"epoch {epoch + 1}", leave=False, disable=disable)
+    # Without tqdm's own speed, steps per second, a terminal of 80 characters has room for the line.
+    bar_format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    return tqdm(batches, total=total, desc=f"epoch {epoch + 1}", leave=False, disable=disable,
+                bar_format=bar_format)
 
 
 def format_duration(seconds):

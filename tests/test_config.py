@@ -138,7 +138,7 @@ def test_help_has_the_constants_in_the_order_of_the_file(capsys, script):
 def test_other_flags_have_help_too(capsys, script, flags):
     texts = help_texts(capsys, script)
     settings = {flag_of(name) for name in CONSTANTS}
-    assert texts.keys() - settings == flags
+    assert texts.keys() - settings == flags == config.OTHER_FLAGS[script]
     for flag in flags:
         assert len(texts[flag].split()) > 2
 
@@ -307,7 +307,11 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     ("baseline", "--temperature 4", ["--temperature", "train_distillation.py"]),
     ("evaluate", "--seed 1", ["--seed", "train_baseline.py", "train_distillation.py"]),
     ("evaluate", "--no-pretrained", ["train_baseline.py", "train_distillation.py"]),
-    ("baseline", "--no-timing", ["--no-timing"]),
+    ("baseline", "--no-timing", ["--no-timing", "evaluate.py"]),
+    ("evaluate", "--seeds 0 1", ["--seeds", "train_baseline.py", "train_distillation.py"]),
+    ("baseline", "--fresh-teacher", ["--fresh-teacher", "train_distillation.py"]),
+    ("baseline", "--pretrained False", ["'False'", "--no-pretrained"]),
+    ("baseline", "--seeds 0,1,2", ["'0,1,2'", "--seeds 0 1 2"]),
     ("baseline", "--dataset-name CIFAR1000", ["CIFAR100", "Flowers102", "'CIFAR1000'"]),
     ("baseline", "--dataset-name digits", ["closest: Digits"]),
     ("baseline", "--student-model eficientnet_b0", ["closest: efficientnet_b0"]),

@@ -244,6 +244,11 @@ def test_folder_of_someone_else_is_evaluated_all_the_same(copied, monkeypatch, c
     assert "Report: " in out
 
 
+def test_wrong_checkpoint_folder_is_said(tmp_path):
+    with pytest.raises(utils.UserError, match="no folder .*--checkpoint-dir"):
+        run_evaluate(tmp_path)
+
+
 def test_damaged_history_costs_only_its_curves(copied, capsys):
     checkpoint_path(copied, "baseline").with_name("last.pth").write_bytes(b"damaged")
     numbers = read_numbers(run_evaluate(copied))
@@ -333,6 +338,7 @@ def test_test_images_that_were_trained_on_are_named(copied, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault, found, word", [
     ("gone", False, "is gone"), ("other", False, "SHA-256"), ("moved", True, ""),
+    ("moved aside", True, ""),
     ("emptied folder", True, ""), ("none", True, "")])
 def test_teacher_that_is_gone_or_another_is_left_out(copied, fault, found, word):
     """The teacher is found by the path recorded when it taught, and checked by its SHA-256."""
@@ -344,7 +350,9 @@ def test_teacher_that_is_gone_or_another_is_left_out(copied, fault, found, word)
         (recorded / "config.json").touch()
     change_checkpoint(copied, "distilled", teacher={
         "path": str(recorded), "val_accuracy": 0.5, "sha256": utils.sha256(teacher)})
-    if fault == "gone":
+    if fault == "moved aside":
+        teacher.parent.rename(teacher.parent.with_name("teacher.1"))
+    elif fault == "gone":
         teacher.unlink()
     elif fault == "other":
         teacher.write_bytes(teacher.read_bytes() + b"x")
@@ -364,7 +372,7 @@ def test_unfair_pair_is_named(copied):
                       split_fingerprint="other")
     report = read_report(run_evaluate(copied))
     for phrase in ("WARNING: This is not a fair pair", "learning_rate differs (0.003 and 0.123)",
-                   "the validation split"):
+                   "validation split differ"):
         assert phrase in report
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 
 import pytest
@@ -542,25 +543,37 @@ def test_finished_run_is_left_alone(train, capsys):
     assert not (folder / "baseline.1").exists()
 
 
-def test_next_command_has_the_flags_it_needs(arguments, tmp_path):
+def test_next_command_has_the_flags_it_needs(arguments, tmp_path, monkeypatch):
     flags = ["--num-epochs", "3", "--no-pretrained", "--fresh", "--seeds", "0", "1"]
     args = arguments("baseline", *flags)
     folders = (f"--quick --device cpu --checkpoint-dir {tmp_path}/checkpoints "
                f"--results-dir {tmp_path}/results --data-dir {tmp_path}/data")
-    assert train_baseline.next_command(args, "distillation", "distilled") == (
+    data = types.SimpleNamespace(split_fingerprint="f")
+    assert train_baseline.next_command(args, data, "distilled") == (
         f"python train_distillation.py {folders} --student-model test_efficientnet "
         "--dataset-name Digits --ema-decay 0 --warmup-epochs 1 --num-epochs 3 --no-pretrained "
         "--seeds 0 1")
 
+    # evaluate.py, once the other has all of these seeds
+    monkeypatch.setattr(models, "load_model", lambda path: load_without_model(path, args))
     scripts = []
-    for folder in ("", "seed_0", "seed_1"):  # evaluate.py, once the other has all of these seeds
+    for folder in ("", "seed_0", "seed_1"):
         distilled = quick_folder(tmp_path, "distilled") / folder / "best_model.pth"
         distilled.parent.mkdir(parents=True, exist_ok=True)
         distilled.touch()
-        command = train_baseline.next_command(args, "distillation", "distilled")
+        command = train_baseline.next_command(args, data, "distilled")
         scripts.append(command.split()[1])
     assert scripts == ["train_distillation.py", "train_distillation.py", "evaluate.py"]
     assert command == f"python evaluate.py {folders}"
+
+
+def load_without_model(path, args):
+    """What models.load_model returns, of a student that was trained as args say."""
+    if not path.is_file():
+        raise utils.UserError
+    seed = int(path.parent.name.removeprefix("seed_"))
+    config = models.recorded_settings(args) | {"seed": seed}
+    return None, {"config": config, "model_name": args.student_model, "split_fingerprint": "f"}
 
 
 @pytest.mark.slow

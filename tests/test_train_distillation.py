@@ -347,7 +347,7 @@ def test_wrong_file_in_the_place_of_last_pth_is_one_message(train):
         last_path = folder / role / "last.pth"
         right_content = last_path.read_bytes()
         shutil.copyfile(folder / role / "best_model.pth", last_path)
-        with pytest.raises(utils.UserError, match=f"{role}.last.pth.*--fresh"):
+        with pytest.raises(utils.UserError, match=f"{role}.last.pth.*move the folder"):
             train("distillation", *SHORT, "--alpha", "0.5")
         last_path.write_bytes(right_content)
 
@@ -481,6 +481,39 @@ def test_teacher_read_in_another_way_is_another_teacher(train, tmp_path, capsys)
     (given / "config.json").write_text(json.dumps(content), encoding="utf-8")
     train("distillation", *flags)
     assert "different teacher" in capsys.readouterr().out
+
+
+def test_unfair_pair_is_warned_about_before_the_training(train, capsys):
+    """And evaluate.py is next only if the pair is fair."""
+    train("baseline", "--num-epochs", "1")
+    assert "fair pair" not in capsys.readouterr().out
+    train("distillation", *SHORT, "--learning-rate", "0.5", "--split-seed", "1")
+    out = capsys.readouterr().out
+    warning = next(line for line in out.splitlines() if "not a fair pair" in line)
+    assert "learning_rate differs (0.5 and 0.003)" in warning
+    assert "split_seed differs" in warning and "validation split" in warning
+    assert out.index(warning) < out.index("teacher epoch")
+    assert "next: python train_baseline.py" in out
+
+    train("distillation", *SHORT)
+    out = capsys.readouterr().out
+    assert "fair pair" not in out
+    assert "next: python evaluate.py" in out
+    train("baseline", "--num-epochs", "2")
+    out = capsys.readouterr().out
+    assert "distilled" in out and "num_epochs differs (2 and 1)" in out
+    assert "next: python train_distillation.py" in out
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--pretrained", "--student-weights", __file__, "--teacher-weights", __file__], __file__),
+    (["--student-model", "vit_tiny_patch16_224", "--teacher-model", "test_resnet"], "32 px")])
+def test_faults_of_the_student_show_before_its_teacher_is_trained(train, tmp_path, monkeypatch,
+                                                                  flags, word):
+    monkeypatch.setattr(config, "check_model", lambda *_: None)
+    monkeypatch.setattr(train_distillation, "find_or_train_teacher", None)
+    with pytest.raises(utils.UserError, match=word):
+        train("distillation", *SHORT, *flags)
 
 
 def test_teacher_from_another_content_of_its_weight_file_is_named(train, capsys, tmp_path):

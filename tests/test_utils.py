@@ -76,6 +76,8 @@ BUS_ERROR = ("DataLoader worker (pid 7) is killed by signal: Bus error. It is po
     (OSError(22, "Invalid argument", "results?"), 1, "results?"),
     (OSError(5, "Input/output error", "last.pth"), 1, "last.pth"),
     (PermissionError(13, "Permission denied", "a.tmp", None, "a.csv"), 1, "a.csv"),
+    (FileExistsError(17, "File exists", "checkpoints"), 1, "checkpoints cannot be a folder"),
+    (NotADirectoryError(20, "Not a directory", "a/b"), 1, "a/b cannot be a folder"),
 ])
 def test_error_that_the_user_can_fix_is_one_message(
         arguments, monkeypatch, capsys, error, status, word):
@@ -726,6 +728,18 @@ def test_folder_of_the_history_is_made_before_the_training(arguments, tmp_path):
         open_run(arguments("baseline"))
 
 
+def test_history_of_a_run_in_another_folder_is_moved_aside(arguments, tmp_path, capsys):
+    run, model = open_run(arguments("baseline"))
+    run.finish_epoch(row_of(0.5), model)
+    table = run.history_path.read_bytes()
+    other, _ = open_run(arguments("baseline", "--checkpoint-dir", tmp_path / "other"))
+    assert other.history_path == run.history_path
+    other.finish_epoch(row_of(0.7), model)
+    moved = other.folder.with_name("baseline.1") / run.history_path.name
+    assert moved.read_bytes() == table
+    assert f"{run.history_path}, of a run that is not in" in capsys.readouterr().out
+
+
 def test_history_open_in_another_program_does_not_stop_a_new_run(arguments, monkeypatch):
     """Windows then refuses to move it, after shutil.move has copied it."""
     run, model = open_run(arguments("baseline"))
@@ -885,7 +899,7 @@ def test_full_disk_ends_with_one_message_and_the_last_good_checkpoint(small_disk
     filler = fill(small_disk)
     status, _, err = finish(process, 180)
     assert status == 1
-    assert_one_message(err, "error: ", "No space left on device")
+    assert_one_message(err, "error: ", "No space left on device", str(small_disk))
 
     epochs = len(history_of(run_folder))
     assert epochs >= 1
