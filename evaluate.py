@@ -1364,8 +1364,8 @@ def confusion_table(results, shown=5):
 
     lines = []
     if pairs:
-        lines.append(f"Confusions that are among the {shown} most frequent of a model (% of the "
-                     "images of the true class)")
+        lines.append(f"The {shown} most frequent confusions of each model (% of the images of the "
+                     "true class)")
         lines.append(table_row("True class → predicted class", map(str.capitalize, roles)))
     for (true, predicted), share in sorted(pairs.items(), key=lambda pair: -pair[1]["baseline"]):
         label = f"{short_name(true, 17)} → {short_name(predicted, 16)}"
