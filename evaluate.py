@@ -2167,7 +2167,10 @@ def plot_confusion_matrix(title, matrix, names, order, part_indices, scale):
         side = min(FIGURE_WIDTH - 0.5, 3 + 0.2 * len(names))
         figure, axis = plt.subplots(figsize=(side + 0.5, side))
         mesh = draw_matrix(axis, matrix, names, order, scale)
-        figure.colorbar(mesh, ax=axis, label=scale.label, ticks=scale.ticks, shrink=0.7)
+        axis.set_anchor("N")  # close to the title
+        bar_width = 0.15 / side
+        figure.colorbar(mesh, cax=axis.inset_axes([1.05, 0.15, bar_width, 0.7]),
+                        label=scale.label, ticks=scale.ticks)
         if len(names) > MAX_ANNOTATED:
             title += "; similar classes adjacent"
     else:
