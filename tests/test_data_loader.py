@@ -780,8 +780,8 @@ if __name__ == "__main__":
     next(batches)
     if state == "between epochs":
         list(batches)
-    print("training", flush=True)
     try:
+        print("training", flush=True)
         time.sleep(100)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -241,7 +241,7 @@ def test_folder_of_someone_else_is_evaluated_all_the_same(copied, monkeypatch, c
     run_evaluate(copied)
     out = capsys.readouterr().out
     assert "warning" in out and "Permission denied" in out
-    assert "Report: " in out
+    assert "Report:" in out
 
 
 def test_wrong_checkpoint_folder_is_said(tmp_path):
