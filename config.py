@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -161,8 +160,14 @@ def parse_image_size(text):
 
 def parse_seed(text):
     number = to_number(int, text)
+    require(0 <= number <= MAX_SEED, text, f"a whole number from 0 to {MAX_SEED}")
+    return number
+
+
+def parse_seed_of_several(text):
+    number = to_number(int, text)
     require(0 <= number <= MAX_SEED, text,
-            f"a whole number from 0 to {MAX_SEED} (several: --seeds 0 1 2)")
+            f"whole numbers from 0 to {MAX_SEED}, separated by spaces")
     return number
 
 
@@ -313,6 +318,7 @@ SETTINGS_OF_SCRIPT = {
     "distillation": SETTINGS,
     "evaluate": COMMON_SETTINGS,
 }
+SCRIPT_OF_ROLE = {"baseline": "baseline", "distilled": "distillation"}  # trains the student
 OTHER_FLAGS = {  # flags without a constant, see add_other_flags
     "baseline": {"--quick", "--fresh", "--seeds"},
     "distillation": {"--quick", "--fresh", "--seeds", "--fresh-teacher"},
@@ -505,7 +511,7 @@ def add_other_flags(parser, script):
     else:
         parser.add_argument("--fresh", action="store_true",
                             help="move the previous run aside and start over")
-        parser.add_argument("--seeds", type=parse_seed, nargs="+",
+        parser.add_argument("--seeds", type=parse_seed_of_several, nargs="+",
                             help="train one student per seed; --quick has a list of its own")
     if script == "distillation":
         parser.add_argument("--fresh-teacher", action="store_true",
@@ -558,8 +564,9 @@ def format_command(script, argv):
     for constant, words in words_by_constant.items():
         if constant in allowed:
             command += words
-    if sys.platform == "win32":
-        return subprocess.list2cmdline(command)  # cmd.exe does not know single quotes
+    if sys.platform == "win32":  # cmd.exe does not know single quotes, as shlex uses them
+        return " ".join(word if re.fullmatch(r"[\w:\\/.=-]+", word) else f'"{word}"'
+                        for word in command)
     return shlex.join(command)
 
 

@@ -264,8 +264,8 @@ def move_missing_classes(source, target, labels, seed):
 
 
 def split_fingerprint(class_names, images, val_identity):
-    """SHA-256 of the class names, of the labels and files of all training `images`, and of
-    `val_identity`, a dict that says which images are for validation."""
+    """SHA-256 of the class names, of labels, file names and file sizes of all training `images`,
+    and of `val_identity`, a dict that says which images are for validation."""
     content = {"class_names": class_names, "labels": images.labels.tolist(),
                "names": names_and_sizes(images)}
     return sha256(json.dumps(content | val_identity).encode()).hexdigest()
@@ -273,8 +273,8 @@ def split_fingerprint(class_names, images, val_identity):
 
 def names_and_sizes(images):
     """[(name, size in bytes)] of the files in an image folder, [] for other datasets. The size
-    shows that a picture was replaced by another under the same name; unlike its date, it stays the
-    same when the folder is copied."""
+    nearly always shows if a picture was replaced by another under the same name (not in formats
+    without compression). Unlike its date, it stays the same when the folder is copied."""
     return list(zip(images.names, images.file_sizes, strict=True))
 
 

@@ -11,6 +11,7 @@ every figure as PNG and PDF.
 import argparse
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
@@ -134,7 +135,10 @@ def main(args):
     write_figures(trained, labels, test, results, results_dir)
     try:
         models.export_best_student(args.checkpoint_dir, reference)
-    except OSError as error:  # a folder of someone else, perhaps
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        # The checkpoints are someone else's.
         print(f"warning: the best student was not copied: {error}")
 
     print(f"\n{summary_text(results, results_dir)}")
@@ -152,7 +156,7 @@ class TrainedModel:
     info: dict                 # the checkpoint without the weights
     log_probs: np.ndarray      # (N, C) float64, log-probabilities on the test images
     temperature: float | None  # fitted on the validation images; None if that is not possible, or
-                               # if a teacher from elsewhere may have been trained on them
+                               # if an external teacher may have been trained on them
     history: list              # one dict per training epoch; [] if there is no last.pth
 
     @cached_property
@@ -235,7 +239,7 @@ def training_command(role, args):
     argv += args.argv
     if seeds:
         argv += ["--seeds", *map(str, seeds)]
-    return config.format_command("baseline" if role == "baseline" else "distillation", argv)
+    return config.format_command(config.SCRIPT_OF_ROLE[role], argv)
 
 
 def open_images(info, args):
@@ -292,8 +296,8 @@ def load_trained(path, reference, test, data, args, device, is_teacher=False):
     if reason:
         raise UserError(f"{path} cannot be compared with the distilled student: {reason}")
 
-    # A model with another split has been trained on some of these validation images, and a teacher
-    # from elsewhere may have been.
+    # A model with another split has been trained on some of these validation images, and so may an
+    # external teacher have been.
     is_external = is_teacher and "info" in reference["teacher"]
     temperature = None
     if data and not is_external and info["split_fingerprint"] == reference["split_fingerprint"]:
@@ -1254,7 +1258,7 @@ def score_table(results):
             lines.append(table_row(label, number_cells(scores, key, ".2%")))
     best_epochs = []
     for role_scores in scores:
-        epochs = [str(epoch or "-") for epoch in role_scores["epochs"]]  # 0: trained elsewhere
+        epochs = [str(epoch or "-") for epoch in role_scores["epochs"]]  # 0: external
         best_epochs.append(", ".join(epochs))
     label = "best epoch of each seed" if len(results["seeds"]) > 1 else "best epoch"
     if max(map(len, best_epochs)) < CELL_WIDTH:
@@ -1594,7 +1598,7 @@ def write_figures(trained, labels, test, results, results_dir):
                  "(orange: predicted more often, which is a gain on the diagonal)")
         save("confusion_matrix_difference",
              plot_confusion_matrix(title, difference, names, order, confused,
-                              difference_scale(difference)))
+                                   difference_scale(difference)))
 
 
 def set_figure_style():

@@ -391,8 +391,8 @@ def teacher_mismatch(info, args, data):
 
 
 def min_useful_accuracy(chance):
-    """The accuracy that a model must exceed, or it is too close to chance level, `chance`: the
-    accuracy of always predicting the largest class."""
+    """The accuracy above which a model counts as better than chance. `chance` is the accuracy of
+    always predicting the largest class."""
     for_many_classes = 3 * chance               # 100 classes: 3 %
     for_few_classes = chance + (1 - chance) / 5  # two classes: 60 %
     return min(for_many_classes, for_few_classes)
@@ -862,11 +862,12 @@ def unfair_differences(info, other_info, may_differ):
     settings = info["config"]
     other_settings = other_info["config"]
     phrases = []
-    for name in sorted((settings.keys() & other_settings.keys()) - may_differ):
+    common = settings.keys() & other_settings.keys()
+    for name in sorted(common - may_differ):
         if settings[name] != other_settings[name]:
             phrases.append(f"{name} differs ({settings[name]} and {other_settings[name]})")
-    if info["model_name"] != other_info["model_name"]:
-        phrases.append("the model differs")
+    if "student_model" not in common and info["model_name"] != other_info["model_name"]:
+        phrases.append("the model differs")  # one of them is a teacher
     if info["split_fingerprint"] != other_info["split_fingerprint"]:
         phrases.append("the images or their validation split differ")
     return phrases

@@ -9,7 +9,6 @@ checkpoints/best_model.pth. After an interruption the same command, without --fr
 the last finished epoch.
 """
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
@@ -33,7 +32,8 @@ def main(args):
                               for run_args in args_of_each_seed(args)])
     data = data_loader.open_dataset(args)
     num_classes = len(data.class_names)
-    warn_of_unfair_pair(args, data, "distilled")
+    records = student_records(args, data)
+    warn_of_unfair_pair(records, "distilled", args)
 
     for run_args in args_of_each_seed(args):
         # Seeded right before building, as in train_distillation.main: both students start from the
@@ -50,7 +50,7 @@ def main(args):
 
     # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
-    command = next_command(args, data, "distilled")
+    command = next_command(records, "distilled", args)
     folder = Path(args.checkpoint_dir, "baseline")
     print(f"the baseline is in {folder}; next: {command}")
 
@@ -265,37 +265,56 @@ def run_identity(info):
     return identity
 
 
-def differences_from(other_role, args, data):
-    """Compare the students of `args` with those of `other_role`, seed by seed: {path of the other's
-    checkpoint: what makes the pair unfair, in phrases}; None instead of phrases if there is no
-    valid checkpoint."""
-    differences = {}
+def student_records(args, data):
+    """A dict for each student to train, with what pair_faults reads of a checkpoint. Made before
+    the training, since the weight file, of which it has the hash, may be gone afterwards."""
+    records = []
     for run_args in args_of_each_seed(args):
-        path = utils.run_folder(other_role, run_args) / "best_model.pth"
-        info = {"config": models.recorded_settings(run_args), "model_name": args.student_model,
-                "split_fingerprint": data.split_fingerprint}
-        differences[path] = None
-        with contextlib.suppress(utils.UserError):  # evaluate.py will say what is wrong with it
-            _, other_info = models.load_model(path)
-            differences[path] = models.unfair_differences(
-                info, other_info, config.MAY_CHANGE_ON_RESUME)
-    return differences
+        records.append({
+            "config": models.recorded_settings(run_args),
+            "model_name": args.student_model,
+            "split_fingerprint": data.split_fingerprint,
+        })
+    return records
 
 
-def warn_of_unfair_pair(args, data, other_role):
-    """Warn before the training, and not hours later, if a student of `other_role` was trained with
-    other settings or images."""
-    for path, phrases in differences_from(other_role, args, data).items():
-        if phrases:
-            print(f"warning: {path} is not a fair pair with this run, so train it again too: "
-                  f"{'; '.join(phrases)}")
+def checkpoints_of(role, args):
+    """Where the student of `role` has its checkpoint, for each seed."""
+    return [utils.run_folder(role, run_args) / "best_model.pth"
+            for run_args in args_of_each_seed(args)]
 
 
-def next_command(args, data, other_role):
+def pair_faults(record, path):
+    """Phrases for whatever makes the student of `record` and the one in the file `path` an unfair
+    pair; [] for a fair one."""
+    try:
+        _, info = models.load_model(path)
+        faults = models.unfair_differences(record, info, config.MAY_CHANGE_ON_RESUME)
+        if not utils.is_finished(path.parent):
+            faults.append("its training is unfinished")
+    except utils.UserError as error:
+        faults = [str(error)]
+    return faults
+
+
+def warn_of_unfair_pair(records, other_role, args):
+    """Say before the training, and not hours later, if a student of `other_role` does not make a
+    fair pair with the one to train."""
+    for record, path in zip(records, checkpoints_of(other_role, args), strict=True):
+        if not path.is_file():
+            continue
+        faults = pair_faults(record, path)
+        if faults:
+            print(f"warning: {path} does not make a fair pair with this run: {'; '.join(faults)}. "
+                  "Stop and correct the flags, or run the other training script again too")
+
+
+def next_command(records, other_role, args):
     """The command to run next, with the same flags: the training of `other_role`, or evaluate.py if
-    the students of that role are there and make a fair pair."""
-    script = "baseline" if other_role == "baseline" else "distillation"
-    if all(phrases == [] for phrases in differences_from(other_role, args, data).values()):
+    all students of that role are there and make fair pairs."""
+    script = config.SCRIPT_OF_ROLE[other_role]
+    pairs = zip(records, checkpoints_of(other_role, args), strict=True)
+    if all(path.is_file() and not pair_faults(record, path) for record, path in pairs):
         script = "evaluate"
     return config.format_command(script, args.argv)
 

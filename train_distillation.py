@@ -36,11 +36,10 @@ def main(args):
         raise utils.UsageError("--distillation-loss lskd cannot be used with two classes, since "
                                "standardisation removes the teacher's confidence")
 
-    # Whatever is wrong with the student should show before its teacher is trained for hours.
-    train_baseline.warn_of_unfair_pair(args, data, "baseline")
-    student = models.build_model(args.student_model, num_classes, args.pretrained,
-                                 args.student_weights)
-    models.gradcam_layer(student, args.image_size)  # can it take images of this size?
+    # What is wrong with the student should show before its teacher is trained for hours.
+    records = train_baseline.student_records(args, data)
+    train_baseline.warn_of_unfair_pair(records, "baseline", args)
+    check_student(args, num_classes)
 
     teacher_path = args.teacher_checkpoint
     if teacher_path is None:
@@ -62,7 +61,7 @@ def main(args):
 
     # `info` is that of the last seed; dataset, classes and split are the same for all seeds.
     models.export_best_student(args.checkpoint_dir, info)
-    command = train_baseline.next_command(args, data, "baseline")
+    command = train_baseline.next_command(records, "baseline", args)
     folder = Path(args.checkpoint_dir, "distilled")
     print(f"the distilled student is in {folder}; next: {command}")
 
@@ -148,6 +147,13 @@ def train(student, teacher, info, data, args):
         run.finish_epoch(row, model_to_save)
 
     return run.best_path
+
+
+def check_student(args, num_classes):
+    """Raise UserError if the student cannot be built, or cannot take images of its size."""
+    student = models.build_model(args.student_model, num_classes, args.pretrained,
+                                 args.student_weights)
+    models.gradcam_layer(student, args.image_size)  # runs it once
 
 
 # The teacher --------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def user_message(error):
     if isinstance(error, PermissionError) and error.filename2:  # set by os.replace
         return (f"{error.filename2} cannot be replaced, since another program has it open (Excel, "
                 "for example, or a virus scanner); close it there")
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
+    if isinstance(error, (FileExistsError, NotADirectoryError)) and error.filename:
         return (f"{error.filename} cannot be a folder: this path, or a part of it, is a file or a "
                 "link that leads nowhere")
     if isinstance(error, OSError) and error.errno in FOLDER_ERRORS:
@@ -451,7 +451,7 @@ def atomic_write(target, mode="w"):
             os.fsync(file.fileno())
         replace(unfinished, target)
     except OSError as error:
-        if error.filename is None:  # of a full disk
+        if error.errno is not None and error.filename is None:  # of a full disk
             error.filename = str(target)
         raise
     finally:
@@ -721,10 +721,11 @@ class Run:
             if file.exists():
                 shutil.move(file, aside)
         if self.history_path.exists():
-            # On Windows a table that is open in Excel can be copied, but not removed. It will be
-            # overwritten as soon as it is closed.
+            shutil.copy2(self.history_path, aside)
+            # On Windows a table that is open in Excel cannot be removed. It will be overwritten as
+            # soon as it is closed.
             with contextlib.suppress(PermissionError):
-                shutil.move(self.history_path, aside)
+                self.history_path.unlink()
         print(f"{moved} was moved to {aside} ({self.why_not_resumed})")
 
     def save_best(self, model, row):
@@ -913,8 +914,8 @@ def progress_bar(batches, total, epoch):
     disable = None  # to tqdm this means: disabled unless stderr is a terminal
     if RANK != 0:
         disable = True
-    # Without tqdm's own speed, steps per second, a terminal of 80 characters has room for the line.
-    bar_format = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+    # Without tqdm's own speed, steps per second, the line fits into 80 characters.
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [<{remaining}{postfix}]"
     return tqdm(batches, total=total, desc=f"epoch {epoch + 1}", leave=False, disable=disable,
                 bar_format=bar_format)
 

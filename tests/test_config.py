@@ -311,7 +311,7 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     ("evaluate", "--seeds 0 1", ["--seeds", "train_baseline.py", "train_distillation.py"]),
     ("baseline", "--fresh-teacher", ["--fresh-teacher", "train_distillation.py"]),
     ("baseline", "--pretrained False", ["'False'", "--no-pretrained"]),
-    ("baseline", "--seeds 0,1,2", ["'0,1,2'", "--seeds 0 1 2"]),
+    ("baseline", "--seeds 0,1,2", ["'0,1,2'", "separated by spaces"]),
     ("baseline", "--dataset-name CIFAR1000", ["CIFAR100", "Flowers102", "'CIFAR1000'"]),
     ("baseline", "--dataset-name digits", ["closest: Digits"]),
     ("baseline", "--student-model eficientnet_b0", ["closest: efficientnet_b0"]),
@@ -614,11 +614,13 @@ def test_next_command_has_the_flags_of_its_script(script, argv, command):
 
 
 def test_next_command_is_quoted_for_its_shell(monkeypatch):
-    argv = ["--dataset-dir", r"C:\my pictures"]
+    argv = ["--dataset-dir", r"C:\a (1) & b", "--data-dir", r"D:\data-1"]
     monkeypatch.setattr(sys, "platform", "linux")
-    assert config.format_command("evaluate", argv).endswith(r"'C:\my pictures'")
+    command = config.format_command("evaluate", argv)
+    assert command.endswith(r"--dataset-dir 'C:\a (1) & b' --data-dir 'D:\data-1'")
     monkeypatch.setattr(sys, "platform", "win32")
-    assert config.format_command("evaluate", argv).endswith(r'"C:\my pictures"')
+    command = config.format_command("evaluate", argv)
+    assert command.endswith(r'--dataset-dir "C:\a (1) & b" --data-dir D:\data-1')
 
 
 def test_next_command_works_in_the_folder_where_this_one_was_typed(monkeypatch):

@@ -1558,7 +1558,7 @@ def test_figures_fit_the_page(tmp_path):
         evaluate.plot_distillation_diagnostics(trained), evaluate.plot_class_changes(numbers),
         evaluate.plot_reliability_diagram(trained, labels, numbers),
         evaluate.plot_confusion_matrix("title", shares, names, np.arange(60), list(range(20)),
-                                  evaluate.SHARE_SCALE),
+                                       evaluate.SHARE_SCALE),
     ]
     for figure in figures:
         caption = evaluate.figure_caption(numbers, figure.get_figwidth())

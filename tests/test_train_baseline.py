@@ -548,8 +548,8 @@ def test_next_command_has_the_flags_it_needs(arguments, tmp_path, monkeypatch):
     args = arguments("baseline", *flags)
     folders = (f"--quick --device cpu --checkpoint-dir {tmp_path}/checkpoints "
                f"--results-dir {tmp_path}/results --data-dir {tmp_path}/data")
-    data = types.SimpleNamespace(split_fingerprint="f")
-    assert train_baseline.next_command(args, data, "distilled") == (
+    records = train_baseline.student_records(args, types.SimpleNamespace(split_fingerprint="f"))
+    assert train_baseline.next_command(records, "distilled", args) == (
         f"python train_distillation.py {folders} --student-model test_efficientnet "
         "--dataset-name Digits --ema-decay 0 --warmup-epochs 1 --num-epochs 3 --no-pretrained "
         "--seeds 0 1")
@@ -561,7 +561,7 @@ def test_next_command_has_the_flags_it_needs(arguments, tmp_path, monkeypatch):
         distilled = quick_folder(tmp_path, "distilled") / folder / "best_model.pth"
         distilled.parent.mkdir(parents=True, exist_ok=True)
         distilled.touch()
-        command = train_baseline.next_command(args, data, "distilled")
+        command = train_baseline.next_command(records, "distilled", args)
         scripts.append(command.split()[1])
     assert scripts == ["train_distillation.py", "train_distillation.py", "evaluate.py"]
     assert command == f"python evaluate.py {folders}"

@@ -485,13 +485,14 @@ def test_teacher_read_in_another_way_is_another_teacher(train, tmp_path, capsys)
 
 def test_unfair_pair_is_warned_about_before_the_training(train, capsys):
     """And evaluate.py is next only if the pair is fair."""
-    train("baseline", "--num-epochs", "1")
+    folder = train("baseline", "--num-epochs", "1")
     assert "fair pair" not in capsys.readouterr().out
     train("distillation", *SHORT, "--learning-rate", "0.5", "--split-seed", "1")
     out = capsys.readouterr().out
-    warning = next(line for line in out.splitlines() if "not a fair pair" in line)
+    warning = next(line for line in out.splitlines() if "fair pair" in line)
     assert "learning_rate differs (0.5 and 0.003)" in warning
     assert "split_seed differs" in warning and "validation split" in warning
+    assert "correct the flags" in warning
     assert out.index(warning) < out.index("teacher epoch")
     assert "next: python train_baseline.py" in out
 
@@ -499,6 +500,14 @@ def test_unfair_pair_is_warned_about_before_the_training(train, capsys):
     out = capsys.readouterr().out
     assert "fair pair" not in out
     assert "next: python evaluate.py" in out
+
+    # Nor is an unfinished student half of a fair pair.
+    last_path = folder / "baseline" / "last.pth"
+    last = utils.load_checkpoint(last_path)
+    utils.save_checkpoint({**last, "history": []}, last_path)
+    train("distillation", *SHORT)
+    assert "next: python train_baseline.py" in capsys.readouterr().out
+    utils.save_checkpoint(last, last_path)
     train("baseline", "--num-epochs", "2")
     out = capsys.readouterr().out
     assert "distilled" in out and "num_epochs differs (2 and 1)" in out

@@ -90,13 +90,20 @@ def test_error_that_the_user_can_fix_is_one_message(
 
 
 @pytest.mark.parametrize("error", [
-    ZeroDivisionError(), RuntimeError("shapes differ"), OSError("a bug"), ValueError("a bug")])
+    ZeroDivisionError(), RuntimeError("shapes differ"), OSError("a bug"), ValueError("a bug"),
+    FileExistsError("a bug")])
 def test_bug_keeps_its_traceback(arguments, error):
     def main(args):
         raise error
 
     with pytest.raises(type(error)):
         utils.run_script(main, arguments("baseline"))
+
+
+def test_error_of_a_writer_keeps_its_text(tmp_path):
+    with pytest.raises(OSError, match="encoder error"):
+        with utils.atomic_write(tmp_path / "a.png", "wb"):
+            raise OSError("encoder error -2 when writing image file")
 
 
 def test_streams_of_an_editor_will_do(arguments, monkeypatch):
@@ -741,18 +748,17 @@ def test_history_of_a_run_in_another_folder_is_moved_aside(arguments, tmp_path, 
 
 
 def test_history_open_in_another_program_does_not_stop_a_new_run(arguments, monkeypatch):
-    """Windows then refuses to move it, after shutil.move has copied it."""
+    """Windows then refuses to remove it."""
     run, model = open_run(arguments("baseline"))
     run.finish_epoch(row_of(0.5), model)
-    move = shutil.move
+    unlink = Path.unlink
 
-    def move_unless_open(file, folder):
-        if Path(file).suffix == ".csv":
-            shutil.copy(file, folder)
+    def unlink_unless_open(file, **options):
+        if file.suffix == ".csv":
             raise PermissionError(13, "The process cannot access the file", str(file))
-        move(file, folder)
+        unlink(file, **options)
 
-    monkeypatch.setattr(shutil, "move", move_unless_open)
+    monkeypatch.setattr(Path, "unlink", unlink_unless_open)
     run, model = open_run(arguments("baseline", "--fresh"))
     run.finish_epoch(row_of(0.7), model)
     aside = run.folder.with_name("baseline.1")
