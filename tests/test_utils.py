@@ -101,9 +101,9 @@ def test_bug_keeps_its_traceback(arguments, error):
 
 
 def test_error_of_a_writer_keeps_its_text(tmp_path):
-    with pytest.raises(OSError, match="encoder error"):
-        with utils.atomic_write(tmp_path / "a.png", "wb"):
-            raise OSError("encoder error -2 when writing image file")
+    target = tmp_path / "a.png"
+    with pytest.raises(OSError, match="encoder error"), utils.atomic_write(target, "wb"):
+        raise OSError("encoder error -2 when writing image file")
 
 
 def test_streams_of_an_editor_will_do(arguments, monkeypatch):
