@@ -23,10 +23,10 @@ DATASET_DIR = None            # folder of ImageFolder: train/<class>/*, test/<cl
 DATA_DIR = "data"             # folder for downloads and, in decoded/, for decoded pictures
 IMAGE_SIZE = 224              # side of the student's square input in px, at least 32
 TEACHER_IMAGE_SIZE = None     # the teacher's image size, perhaps a larger one; None: IMAGE_SIZE
-AUGMENTATION = "auto"         # none, crop (letters), flip_crop (small), resized_crop (photos), auto
+AUGMENTATION = "auto"         # none, crop (letters), flip_crop (small images), resized_crop, auto
 VAL_FRACTION = 0.1            # share of the training images used for validation, above 0, below 1
 SPLIT_SEED = 0                # seed of the validation split, the same for all students and teachers
-NUM_WORKERS = 2               # processes to decode photographs, and as many to validate; 0 or more
+NUM_WORKERS = 2               # processes that decode photos to train, as many to validate; 0: none
 
 # Models: any classifier in timm.list_models()
 TEACHER_MODEL = "efficientnet_b2"   # the teacher's timm name
@@ -51,7 +51,7 @@ ACCUMULATE_STEPS = 1          # batches per update; acts like a larger batch, ex
 NUM_EPOCHS = 50               # epochs of each student, baseline and distilled
 LEARNING_RATE = 1e-3          # peak learning rate, above 0; suits AdamW and pretrained weights
 WEIGHT_DECAY = 0.05           # weight decay of AdamW, at least 0; not applied to biases and norms
-WARMUP_EPOCHS = 1.0           # epochs of linear warm-up, at most those of each model; may be 0.5
+WARMUP_EPOCHS = 1.0           # length of the linear warm-up in epochs, such as 0.5; 0: none
 TEACHER_EPOCHS = 20           # epochs of the teacher's fine-tuning
 TEACHER_LEARNING_RATE = 1e-3  # peak learning rate of the teacher's fine-tuning, above 0
 CLIP_GRAD = 1.0               # maximum norm of the gradient; 0: no clipping

@@ -700,7 +700,7 @@ def gradcam_layer(model, image_size):
     of at least 4 x 4. On smaller maps GradCAM shows nothing useful. None if there is no such layer,
     or if the model's features are not (B, C, H, W), as in most transformers.
 
-    Runs `model` once. Raises UserError if it cannot take images of this size.
+    Runs `model` once. Raises UsageError if it cannot take images of this size.
     """
     map_sizes = {}  # {convolution: its shorter side}, in the order of the forward pass
 
@@ -716,8 +716,8 @@ def gradcam_layer(model, image_size):
         with torch.inference_mode(), register_hook(record_map_size):
             features = model.forward_features(image)
     except (RuntimeError, ValueError, AssertionError) as error:  # raised by convolutions and timm
-        raise utils.UserError(f"{model.pretrained_cfg['architecture']} cannot take images of "
-                              f"{image_size} px: {utils.first_line(error)}") from None
+        raise utils.UsageError(f"{model.pretrained_cfg['architecture']} cannot take images of "
+                               f"{image_size} px: {utils.first_line(error)}") from None
     model.train(was_training)
 
     # Transformers have features (B, tokens, C), several of them, or (B, H, W, C): Swin.

@@ -41,6 +41,10 @@ compare lskd_baseline kd/baseline lskd/distilled
 compare lskd_plain plain_lskd/baseline lskd/distilled
 compare plain_lskd_kd plain_kd/distilled plain_lskd/distilled
 
+# The baseline's settings: those of 25 epochs
+compare plain_25_report plain_25/baseline length_25/baseline
+compare smoothing_25_report smoothing_25/baseline length_25/baseline
+
 # The controls
 compare smooth_plain plain_lskd/baseline smooth/baseline
 compare smooth_lskd smooth/baseline plain_lskd/distilled
@@ -49,7 +53,7 @@ for control in shuffled born_again own_size; do
     compare ${control}_lskd $control/distilled plain_lskd/distilled
 done
 
-# Length
+# Number of epochs
 compare length_10 kd/baseline/seed_0 lskd/distilled/seed_0
 compare length_kd_10 kd/baseline/seed_0 kd/distilled/seed_0
 python evaluate.py $(in_folder length_25)
@@ -57,11 +61,12 @@ python evaluate.py $(in_folder length_50)
 compare length_kd_50 length_50/baseline length_kd/distilled
 compare lskd_kd_50 length_kd/distilled length_50/distilled
 compare longer length_10/baseline length_50/baseline
+compare longer_three ten/baseline default/baseline
 compare longer_lskd length_50/baseline length_10/distilled
 compare lskd_teacher length_50/distilled plain_lskd/teacher
 python results/example/length.py
 
-# Beside timm: in the last two, the "baseline" is timm's student, the "distilled" one this project's
+# Compared with timm: in the last two, the "baseline" is timm's student, the "distilled" one this project's
 python evaluate.py $(in_folder ten)
 python evaluate.py $(in_folder timm)
 compare timm_baselines timm/baseline ten/baseline
