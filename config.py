@@ -1,8 +1,9 @@
 """Every setting of the project: constants to edit, and the command line that is built from them.
 
 Each constant is also a flag of the scripts that use it: BATCH_SIZE is --batch-size, and the comment
-on its line is the flag's help. A flag overrides --quick, and --quick overrides this file. Constants
-that may be None have flags that accept None as well: --dataset-dir None.
+on its line is the flag's help (read_comments reads this file). A flag overrides --quick, and
+--quick overrides this file. Constants that may be None have flags that accept None as well:
+--dataset-dir None.
 """
 import argparse
 import difflib
@@ -286,7 +287,7 @@ TRAINING_SETTINGS = {  # both training scripts
     "AMP_DTYPE": one_of("auto", "bf16", "fp16", "fp32"),
     "CUDA_GRAPH": parse_boolean,
 }
-DISTILLATION_SETTINGS = {  # train_distillation.py
+DISTILLATION_SETTINGS = {  # train_distillation.py; they affect what a student is taught
     "TEACHER_IMAGE_SIZE": parse_image_size,
     "DISTILLATION_LOSS": one_of("kd", "dist", "lskd"),
     "TEMPERATURE": positive_float,
@@ -325,10 +326,10 @@ OTHER_FLAGS = {  # flags without a constant, see add_other_flags
     "evaluate": {"--quick", "--baseline-checkpoint", "--distilled-checkpoint", "--no-timing"},
 }
 
-# A run is resumed only if its settings are the same as before, except for those in these two sets.
-# Both hold names as they are in `args`, in lower case.
+# A run is resumed only if its settings are the same as before, except for those in TEACHER_ONLY and
+# MAY_CHANGE_ON_RESUME. Both hold names as they are in `args`, in lower case.
 #
-# A student's teacher is compared by the hash of its file instead.
+# Of a student's teacher, the file is compared instead (models.teacher_identity).
 TEACHER_ONLY = {name.lower() for name in TEACHER_SETTINGS}
 # The device may change, and with it the use of CUDA graphs, which compute the same. The precision
 # that AMP_DTYPE "auto" selects for the device may not.

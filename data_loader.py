@@ -1009,8 +1009,9 @@ class WorkerSource:
 
 
 class EchoDataset:
-    """Returns the item it is asked for. The items come from the sampler, and read_batch does the
-    work."""
+    """Returns the item it is asked for. Usually a Dataset reads the image of an index. Here an item
+    also has a seed, which depends on the epoch: so items come from the sampler, and read_batch,
+    which makes a batch of them, reads the images."""
 
     def __getitem__(self, item):
         return item
@@ -1178,7 +1179,8 @@ class TrainingLoader:
         order = torch.randperm(self.num_images, generator=generator)
         order = order[:len(self) * self.batch_size]
 
-        # Rows of `order` that belong to this process, the same positions in each batch.
+        # Rows of `order` that belong to this process, the same positions in each batch. With one
+        # process these are all rows.
         rows = torch.arange(len(order)).view(-1, self.batch_size)
         rank_rows = rows[:, self.rank_positions].flatten()
 
@@ -1188,7 +1190,7 @@ class TrainingLoader:
             if self.mixup:
                 views, labels = self.mix(
                     views, labels, derive_seed(self.seed, epoch, batch_number))
-            yield views[0], views[-1], labels
+            yield views[0], views[-1], labels  # the same view twice if there is one size
 
     def mix(self, views, labels, seed):
         """Apply mixup or CutMix in the same way to the views of each size. Returns them and their

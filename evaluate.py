@@ -770,6 +770,9 @@ def gains_by_class(trained, labels):
 def confidence_interval(values):
     """95 % confidence interval of the mean of `values` (S, N), for other seeds and other images.
 
+    The S seeds and the N images are both samples: with other seeds or other images the mean would
+    have been another. The interval covers both. With S = 1 it is the usual t interval over images.
+
     Two-way random-effects model with one observation per cell (Searle, Casella, McCulloch, Variance
     Components, 1992, chapter 4): value = mean + seed effect + image effect + residual. The expected
     mean squares are

@@ -67,8 +67,9 @@ def dist_loss(student_logits, teacher_logits, temperature):
     """T^2 * (inter + intra), from Huang et al. 2022. The authors' weights on CIFAR, 2 for this and
     1 for the cross-entropy, correspond to ALPHA = 2 / 3; their T is 4.
 
-    inter correlates the softened probabilities of each image across classes, intra those of each
-    class across the images of the batch. The factor T^2 is taken from the authors' code.
+    inter (between classes) correlates the softened probabilities of each image across classes,
+    intra (within a class) those of each class across the images of the batch. The factor T^2 is
+    taken from the authors' code.
     """
     student_probs = F.softmax(student_logits.float() / temperature, dim=1)
     teacher_probs = F.softmax(teacher_logits.detach().float() / temperature, dim=1)
@@ -340,7 +341,9 @@ def head_names(model):
 # Forward and inference ----------------------------------------------------------------------------
 
 def forward(model, images):
-    """Logits (B, C) for `images` (B, 3, H, W) in [0, 1], normalised as in the pretraining."""
+    """Logits (B, C) for `images` (B, 3, H, W) in [0, 1]."""
+    # Normalised here and not by the loader, since teacher and student may have other means and
+    # standard deviations: (images - mean) / std, in one operation.
     return model(torch.addcmul(model.pixel_shift, images, model.pixel_scale))
 
 
@@ -510,7 +513,8 @@ def freeze_teacher(teacher, image_size, dtype=torch.float32):
 
 def fold_batch_norms(model, image_size):
     """A copy of `model` (in eval mode, on the CPU) with each BatchNorm folded into the convolution
-    before it, which saves a GPU an operation for each of them.
+    before it. In eval mode a BatchNorm only scales and shifts, which the convolution's weights and
+    bias can do as well. It saves a GPU an operation for each of them.
 
     Adjacent children need not be adjacent in the forward pass (RepViT). So the copy is tested on
     random images; if its logits differ, `model` itself is returned.

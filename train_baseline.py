@@ -27,7 +27,7 @@ DIAGNOSE_EVERY = 10  # steps between measurements of entropies, which launch ext
 
 
 def main(args):
-    device = utils.setup(args)
+    device = utils.setup(args)  # also replaces "auto" in args by what it chooses
     check_weight_files(args, [utils.run_folder("baseline", run_args)
                               for run_args in args_of_each_seed(args)])
     data = data_loader.open_dataset(args)
@@ -73,7 +73,7 @@ def train(model, info, data, args):
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 
-    # Optimizer, schedule, fp16 scaler, EMA. Their states are saved with every epoch.
+    # Optimizer, schedule, scaler (which does nothing unless fp16), EMA
     updates_per_epoch = len(train_loader) // args.accumulate_steps
     optimizer = build_optimizer(model, args)
     scheduler = build_scheduler(optimizer, updates_per_epoch, args)
@@ -81,13 +81,15 @@ def train(model, info, data, args):
     ema = EMA(model, args.ema_decay) if args.ema_decay else None
     model_to_save = ema.module if ema else model
 
+    # Load the states of an interrupted run. From here on they are saved with every epoch.
     run.restore(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(model)
 
-    # With args.cuda_graph, a graph is captured. It only runs in the mode it was captured in.
+    # For speed on an NVIDIA GPU: replaces model.forward by a CUDA graph, which only runs in the
+    # mode it was captured in. With several GPUs: `ddp_model` also averages the gradients.
     model.train()
     models.capture_cuda_graph(model, args.image_size, args)
-    ddp_model = models.wrap_ddp(model)
+    ddp_model = models.wrap_ddp(model)  # `model` itself, unless under torchrun
     parameters = list(model.parameters())  # made once, since it walks through all modules
 
     # Training loop
@@ -111,7 +113,7 @@ def train(model, info, data, args):
             if is_update_step:
                 update(parameters, optimizer, scheduler, scaler, ema, args)
 
-            # Here the loss is the cross-entropy; ce_loss is its column for both students.
+            # Here the loss is the cross-entropy. Both students have ce_loss in their histories.
             metrics.add(train_loss=loss, ce_loss=loss,
                         train_accuracy=models.accuracy(logits, labels))
             if (step - 1) % DIAGNOSE_EVERY == 0:  # from step 1 on: a short epoch is measured too
@@ -136,8 +138,8 @@ def train(model, info, data, args):
 def seed_dropout(args, epoch):
     """Seed torch's global generator for the epoch's dropout and drop path, differently in each
     process of torchrun."""
-    # The loader derives its seeds from (args.seed, epoch), with epochs below num_epochs. So this
-    # one is none of them.
+    # num_epochs + epoch is a number that the loader, which derives its seeds from (args.seed,
+    # epoch), never uses.
     seed = data_loader.derive_seed(args.seed, args.num_epochs + epoch)
     torch.manual_seed(seed + utils.RANK)
 
@@ -147,7 +149,7 @@ def update(parameters, optimizer, scheduler, scaler, ema, args):
     scaler.unscale_(optimizer)
     if args.clip_grad:
         torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-    scaler.step(optimizer)  # skipped if a gradient overflowed in fp16; schedule and EMA are not
+    scaler.step(optimizer)  # no step if a gradient overflowed in fp16; the others still advance
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     scheduler.step()
@@ -191,8 +193,9 @@ def build_scheduler(optimizer, updates_per_epoch, args):
 
 
 class EMA(ModelEmaV3):
-    """Exponential moving average of the weights and of BatchNorm's statistics, with timm's warm-up
-    of the decay. `module` is the averaged model.
+    """Exponential moving average of the weights and of BatchNorm's statistics: average = decay *
+    average + (1 - decay) * weights, after each update. timm's warm-up keeps the decay low in the
+    first updates. `module` is the averaged model; it fluctuates less than the trained one.
 
     timm's own `update` builds two state_dicts at every step, which takes a tenth of an eager step
     on a GPU; here the tensors are listed once.
@@ -225,6 +228,10 @@ class EMA(ModelEmaV3):
 
 
 # Runs ---------------------------------------------------------------------------------------------
+#
+# Settings are compared for four reasons. May a run resume: run_identity. Do two students make a
+# fair pair: pair_faults. Can a finished teacher teach here: models.teacher_mismatch. Did two
+# students have the same teacher: models.teacher_identity.
 
 def args_of_each_seed(args):
     """Yield the settings of each student to train: of every seed of --seeds, or only of --seed."""
@@ -234,8 +241,9 @@ def args_of_each_seed(args):
 
 
 def check_weight_files(args, folders):
-    """Refuse a weight file or teacher that this command replaces: run again, it would start from
-    another one. `folders` are those of the runs that it trains."""
+    """Refuse a weight file or teacher that this command itself replaces, such as --student-weights
+    checkpoints/best_model.pth. The same command would start from other weights the next time.
+    `folders` are those of the runs that it trains."""
     replaced = [Path(args.checkpoint_dir, "best_model.pth"),
                 Path(args.checkpoint_dir, "best_model", "model.safetensors")]
     for folder in folders:
@@ -267,7 +275,7 @@ def run_identity(info):
 
 def student_records(args, data):
     """A dict for each student to train, with what pair_faults reads of a checkpoint. Made before
-    the training, since the weight file, of which it has the hash, may be gone afterwards."""
+    the training: recorded_settings hashes the weight file, which may be gone afterwards."""
     records = []
     for run_args in args_of_each_seed(args):
         records.append({

@@ -23,7 +23,7 @@ import utils
 
 
 def main(args):
-    device = utils.setup(args)
+    device = utils.setup(args)  # also replaces "auto" in args by what it chooses
     folders = [utils.run_folder("distilled", run_args)
                for run_args in train_baseline.args_of_each_seed(args)]
     if args.teacher_checkpoint is None:
@@ -68,8 +68,8 @@ def main(args):
 
 def train(student, teacher, info, data, args):
     """Like train_baseline.train, but with a frozen `teacher`, which sees the same crops of the same
-    images, perhaps at another size. The loop is written out again, so that each script can be read
-    on its own."""
+    images, perhaps at another size. The loop is written out again. It differs in the lines about
+    the teacher and the distillation loss."""
     run = utils.Run(info, train_baseline.run_identity(info), args)
     run.tidy_after_a_kill()
     if run.finished:
@@ -81,7 +81,7 @@ def train(student, teacher, info, data, args):
     train_loader = data_loader.TrainingLoader(data, info, args, device)
     val_loader = data_loader.EvaluationLoader(data.val, info, args, device)
 
-    # Optimizer, schedule, fp16 scaler, EMA. Their states are saved with every epoch.
+    # Optimizer, schedule, scaler (which does nothing unless fp16), EMA
     updates_per_epoch = len(train_loader) // args.accumulate_steps
     optimizer = train_baseline.build_optimizer(student, args)
     scheduler = train_baseline.build_scheduler(optimizer, updates_per_epoch, args)
@@ -89,15 +89,17 @@ def train(student, teacher, info, data, args):
     ema = train_baseline.EMA(student, args.ema_decay) if args.ema_decay else None
     model_to_save = ema.module if ema else student
 
+    # Load the states of an interrupted run. From here on they are saved with every epoch.
     run.restore(model=student, optimizer=optimizer, scheduler=scheduler, scaler=scaler, ema=ema)
     run.warn_if_disk_is_short(student)
 
-    # With args.cuda_graph, graphs are captured. A graph only runs in the mode it was captured in:
-    # the student's in train mode, the teacher's in eval mode, in which a frozen teacher always is.
+    # For speed on an NVIDIA GPU: replaces `forward` of both by CUDA graphs. A graph only runs in
+    # the mode it was captured in: the student's in train mode, the teacher's in eval mode, in which
+    # a frozen teacher always is. With several GPUs: `ddp_student` also averages the gradients.
     student.train()
     models.capture_cuda_graph(student, args.image_size, args)
     models.capture_cuda_graph(teacher, args.teacher_image_size, args)
-    ddp_student = models.wrap_ddp(student)
+    ddp_student = models.wrap_ddp(student)  # `student` itself, unless under torchrun
     parameters = list(student.parameters())  # made once, since it walks through all modules
 
     # Training loop
@@ -169,11 +171,12 @@ def teacher_args(args):
     settings["num_epochs"] = args.teacher_epochs
     settings["learning_rate"] = args.teacher_learning_rate
     settings["image_size"] = args.teacher_image_size
-    settings["weights"] = args.teacher_weights  # other weights are another run
+    settings["weights"] = args.teacher_weights  # recorded only, so that others are another run
     settings["seeds"] = None
     settings["fresh"] = args.fresh_teacher
     # Not the student's seed: with it the student would see the very crops that the teacher was
-    # trained on, and on these the teacher is overconfident. MAX_SEED is odd, so the two differ.
+    # trained on, and on these the teacher is overconfident. MAX_SEED is odd, so this is never equal
+    # to args.seed.
     settings["seed"] = config.MAX_SEED - args.seed
     # With label smoothing its outputs would say less about similar classes (Müller et al. 2019).
     settings["label_smoothing"] = 0.0
@@ -226,6 +229,10 @@ def print_changed_settings(info, args, folder):
 def prepare_teacher(path, args, data, device):
     """Load, check and freeze the teacher of `path`. Return it, on `device`, and a record of it for
     the student's checkpoint. Raises UserError if it does not match the data or is too inaccurate.
+
+    There are three kinds: the teacher that this project keeps in checkpoints/teacher/, another
+    best_model.pth (args.teacher_checkpoint), and an external one, in a file without metadata
+    (args.teacher_checkpoint too). The accuracy of the last two is measured here.
     """
     teacher, info = models.load_teacher_model(path, args.teacher_model, len(data.class_names))
     is_external = info is None  # not trained by this project

@@ -688,8 +688,8 @@ class Run:
 
         if epoch == 1:
             self.move_previous_run_aside()
-            # Otherwise a kill after save_best would leave a best_model.pth without a last.pth, and
-            # is_finished would return True.
+            # Mark the run as unfinished. Otherwise a kill after save_best would leave a
+            # best_model.pth without a last.pth, and is_finished would return True.
             self.save_last(states={}, history=[])
 
         previous_best = max((past["val_accuracy"] for past in self.history), default=-1.0)
