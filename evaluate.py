@@ -354,13 +354,18 @@ def find_differences(trained):
     another model or split, unfinished training."""
     students = trained["baseline"] + trained["distilled"]
     reference = trained["distilled"][0].info
-    may_differ = set(config.MAY_CHANGE_ON_RESUME)
+    # Settings of the teacher's training do not count, but its identity does.
+    may_differ = config.MAY_CHANGE_ON_RESUME | config.TEACHER_ONLY
     if len(students) > 2:
         may_differ.add("seed")  # it differs within a role, and both roles have the same seeds
 
     phrases = []
     for student in students:
         phrases += models.unfair_differences(student.info, reference, may_differ)
+    teachers = [models.teacher_identity(student.info["teacher"])
+                for student in trained["distilled"] if student.info.get("teacher")]
+    if any(teacher != teachers[0] for teacher in teachers):
+        phrases.append("the seeds had different teachers")
     for student in students:
         epochs = len(student.history)
         if 0 < epochs < student.info["config"]["num_epochs"]:
@@ -379,7 +384,7 @@ def compare(trained, labels, data=None, dataset_dir=None):
     test images, if it is not the one that was trained on. Accuracies are fractions, losses are in
     nats.
     """
-    first = trained["baseline"][0].info
+    first = trained["distilled"][0].info  # whose images are used
     name = first["dataset"]
     if name == "ImageFolder":  # it is called by its folder's name
         folder = Path(dataset_dir or first["config"]["dataset_dir"])
@@ -729,6 +734,8 @@ def verdict(ci, discordant, mcnemar_p):
     seed the exact test must confirm the interval.
     """
     low, high = ci
+    if discordant == 0:
+        return "undecided", "both students classify the same images correctly"
     if low <= 0 <= high:
         return "undecided", "the interval includes zero"
     if discordant < MIN_DISCORDANT:
@@ -1188,14 +1195,13 @@ def cost_lines(results):
     """Training time of a seed, and inference time of the two students."""
     lines = []
     hours = results["timings"]["training_hours"]
-    missing = [role for role in ROLES if hours.get(role) is None]
-    if missing:
-        lines.append(f"Training time is unknown for: {', '.join(missing)}.")
-    else:
-        duration = {role: utils.format_duration(3600 * hours[role]) for role in ROLES}
-        per_seed = " per seed (mean)" if len(results["seeds"]) > 1 else ""
-        lines.append(f"Training time{per_seed}: baseline {duration['baseline']}, distilled "
-                     f"{duration['distilled']}, and once {duration['teacher']} for the teacher.")
+    duration = dict.fromkeys(ROLES, "unknown")
+    for role, number in hours.items():
+        if number is not None:
+            duration[role] = utils.format_duration(3600 * number)
+    per_seed = " per seed (mean)" if len(results["seeds"]) > 1 else ""
+    lines.append(f"Training time{per_seed}: baseline {duration['baseline']}, distilled "
+                 f"{duration['distilled']}, and once {duration['teacher']} for the teacher.")
 
     inference = results["inference"]
     if inference["distilled_to_baseline"]:
@@ -1418,7 +1424,10 @@ def setting_parts(results):
              f"student {scores['distilled']['model_name']}"]
     if "teacher" in scores:
         parts.append(f"teacher {scores['teacher']['model_name']}")
-    return parts + training_parts(results)
+    parts += training_parts(results)
+    if results.get("notes", {}).get("unfair"):
+        parts.append("not a fair pair, see the report")
+    return parts
 
 
 def training_parts(results):
@@ -1431,7 +1440,7 @@ def training_parts(results):
             loss += " with the KL reversed"
         parts.append(f"distillation loss {loss}, T = {training['temperature']:g}, "
                      f"α = {training['alpha']:g}")
-    parts.append(f"{training['epochs']} epochs")
+    parts.append(f"{training['epochs']} {'epoch' if training['epochs'] == 1 else 'epochs'}")
     parts.append(seeds_text(results))
     return parts
 
@@ -1699,10 +1708,12 @@ def draw_accuracies(axis, results):
     axis.set_yticks(range(len(roles)), names)
     axis.grid(visible=False, axis="y")
     title = "Top-1 accuracy on the test images\n"
-    if len(results["seeds"]) > 1:
-        title += "(mean with 95 % CI; faint: each seed)"
-    else:
+    if len(results["seeds"]) == 1:
         title += "(with 95 % CI)"
+    elif results["comparison"]["verdict_ci"] == "both":
+        title += "(mean with 95 % CI; faint: each seed)"
+    else:  # too few seeds
+        title += "(mean with 95 % CI over images only; faint: each seed)"
     axis.set(ylim=(len(roles) - 0.4, -0.6), xlabel="top-1 accuracy (%)", title=title)
 
 
@@ -1739,6 +1750,8 @@ def draw_gains(axis, results):
     if comparison["verdict_ci"] == "both":
         # This is why the interval of all seeds may be the widest.
         xlabel += "\n(95 % CI of one seed: over images only)"
+    elif len(rows) > 1:
+        xlabel += "\n(95 % CI: over images only)"
     axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=xlabel,
              title=f"Distilled against baseline: {comparison['verdict']}\n{with_minus(gain)}")
 
@@ -1836,6 +1849,8 @@ def plot_history(axis, group, column, scale=1, **style):
     if values_by_seed:
         epochs = [epoch for epoch in values_by_seed[0]
                   if all(epoch in values for values in values_by_seed)]
+        if len(epochs) == 1:
+            style["marker"] = "."  # a line of one point would be invisible
         means = [statistics.fmean(values[epoch] for values in values_by_seed) for epoch in epochs]
         axis.plot(epochs, means, linewidth=1.8, **style)
 
@@ -1998,7 +2013,7 @@ def plot_class_changes(results):
     if len(names) < len(changes):
         middle = len(names) / 2 - 0.5
         axis.axhline(middle, color="#999999", linewidth=0.8, linestyle=":")
-        axis.annotate(f"{len(changes) - len(names)} classes not shown", (0.99, middle),
+        axis.annotate(f"not shown: {len(changes) - len(names)}", (0.99, middle),
                       xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=6.5,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
 
@@ -2232,7 +2247,7 @@ def draw_matrix(axis, matrix, names, order, scale):
     centres = np.arange(len(order)) + 0.5
     ordered_names = [short_name(names[i], 16) for i in order]
     size = 7 if len(names) <= MAX_ANNOTATED else 6
-    fits_horizontally = len("".join(ordered_names)) <= 30
+    fits_horizontally = len(names) * max(map(len, ordered_names)) <= 30
     axis.set_xticks(centres, ordered_names, fontsize=size, rotation=0 if fits_horizontally else 90)
     axis.set_yticks(centres, ordered_names, fontsize=size)
     if len(names) <= MAX_ANNOTATED:
