@@ -1195,13 +1195,17 @@ def cost_lines(results):
     """Training time of a seed, and inference time of the two students."""
     lines = []
     hours = results["timings"]["training_hours"]
-    duration = dict.fromkeys(ROLES, "unknown")
-    for role, number in hours.items():
-        if number is not None:
-            duration[role] = utils.format_duration(3600 * number)
-    per_seed = " per seed (mean)" if len(results["seeds"]) > 1 else ""
-    lines.append(f"Training time{per_seed}: baseline {duration['baseline']}, distilled "
-                 f"{duration['distilled']}, and once {duration['teacher']} for the teacher.")
+    missing = [role for role in STUDENTS if hours[role] is None]
+    if missing:
+        lines.append(f"Training time is unknown for: {', '.join(missing)}.")
+    else:
+        duration = dict.fromkeys(ROLES, "an unknown time")  # of an external teacher, perhaps
+        for role, number in hours.items():
+            if number is not None:
+                duration[role] = utils.format_duration(3600 * number)
+        per_seed = " per seed (mean)" if len(results["seeds"]) > 1 else ""
+        lines.append(f"Training time{per_seed}: baseline {duration['baseline']}, distilled "
+                     f"{duration['distilled']}, and once {duration['teacher']} for the teacher.")
 
     inference = results["inference"]
     if inference["distilled_to_baseline"]:
@@ -2013,7 +2017,7 @@ def plot_class_changes(results):
     if len(names) < len(changes):
         middle = len(names) / 2 - 0.5
         axis.axhline(middle, color="#999999", linewidth=0.8, linestyle=":")
-        axis.annotate(f"not shown: {len(changes) - len(names)}", (0.99, middle),
+        axis.annotate(f"{len(changes) - len(names)} classes not shown", (0.99, middle),
                       xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=6.5,
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
 

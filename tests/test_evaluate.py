@@ -489,6 +489,15 @@ def test_classes_without_test_images_are_named_and_left_out(copied, monkeypatch,
         assert list(scores["per_class_accuracy"]) == ["1", "2", "3", "5", "6", "7", "8", "9"]
 
 
+def test_unknown_time_of_the_teacher_does_not_hide_those_of_the_students():
+    hours = {"baseline": 1.5, "distilled": 2.0, "teacher": None}
+    results = {"timings": {"training_hours": hours}, "seeds": [0],
+               "inference": {"distilled_to_baseline": None}}
+    line, = evaluate.cost_lines(results)
+    assert "90 min" in line or "1.5 h" in line
+    assert "2.0 h" in line and "unknown" in line
+
+
 def test_students_of_the_same_teacher_may_have_got_it_in_different_ways():
     labels = np.arange(100) % 10
     trained = pair_of(labels, 6, 2, seeds=2)
@@ -524,7 +533,7 @@ def test_training_cost_is_unknown_without_a_history(copied):
     shutil.copy(checkpoint_path(copied, "baseline"), elsewhere)
     results = run_evaluate(copied, "--baseline-checkpoint", elsewhere)
     assert read_numbers(results)["timings"]["training_hours"]["baseline"] is None
-    assert "baseline unknown" in read_report(results)
+    assert "Training time is unknown for: baseline" in read_report(results)
 
 
 def test_only_a_runs_own_last_pth_is_its_history(copied):
